@@ -1,6 +1,9 @@
 """Images to train on: scikit-learn's digits, or any folder of IDX files."""
 
 import gzip
+import math
+import struct
+import zlib
 from pathlib import Path
 from typing import NamedTuple
 
@@ -31,17 +34,24 @@ def read_idx(path: Path) -> np.ndarray:
     if raw[:2] == b"\x1f\x8b":
         try:
             raw = gzip.decompress(raw)
-        except (OSError, EOFError) as error:
+        except (OSError, EOFError, zlib.error) as error:
             raise ValueError(f"{path}: damaged gzip file ({error})") from None
     if len(raw) < 4 or raw[:3] != b"\x00\x00\x08":
         raise ValueError(f"{path}: not an IDX file of unsigned bytes")
     rank = raw[3]
-    shape = (
-        tuple(np.frombuffer(raw, ">u4", rank, 4)) if len(raw) >= 4 + 4 * rank else None
-    )
-    if shape is None or len(raw) - 4 - 4 * rank != np.prod(shape, dtype=int):
-        raise ValueError(f"{path}: truncated, its header says shape {shape}")
-    return np.frombuffer(raw, np.uint8, offset=4 + 4 * rank).reshape(shape)
+    begin = 4 + 4 * rank
+    if len(raw) < begin:
+        raise ValueError(f"{path}: truncated in its header")
+    shape = struct.unpack(f">{rank}I", raw[4:begin])
+    expected, found = math.prod(shape), len(raw) - begin
+    if not expected:
+        raise ValueError(f"{path}: empty, its header says shape {shape}")
+    if found != expected:
+        wrong = "truncated" if found < expected else "too long"
+        raise ValueError(
+            f"{path}: {wrong}, its header says shape {shape}; {found} bytes follow"
+        )
+    return np.frombuffer(raw, np.uint8, offset=begin).reshape(shape)
 
 
 def find(folder: Path, name: str) -> Path:
@@ -66,7 +76,7 @@ def load_images(data: Path | None) -> Images:
     arrays = []
     for images, labels in (NAMES[:2], NAMES[2:]):
         x, y = read_idx(find(data, images)), read_idx(find(data, labels))
-        if x.ndim != 3 or y.ndim != 1 or len(x) != len(y) or not len(x):
+        if x.ndim != 3 or y.ndim != 1 or len(x) != len(y):
             raise ValueError(
                 f"{data}: {images} has shape {x.shape} but {labels} {y.shape}"
             )

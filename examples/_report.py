@@ -4,12 +4,15 @@ Curves are arrays of shape (seeds, evaluations) by candidate; "live" is one of t
 """
 
 import argparse
+import functools
 import json
+import math
 import platform
+import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import flax
 import jax
@@ -43,8 +46,8 @@ def stack(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, np.ndarray
 
 
 def spread(values: np.ndarray) -> float:
-    """Standard deviation over seeds."""
-    return float(values.std(ddof=1)) if len(values) > 1 else 0.0
+    """Standard deviation over seeds, NaN of one seed."""
+    return float(values.std(ddof=1)) if len(values) > 1 else math.nan
 
 
 def summarize(curves: Curves) -> dict[str, dict[str, float]]:
@@ -74,27 +77,28 @@ def print_table(
         cells = []
         for summary in summaries.values():
             row = summary[name]
-            difference = f"{row['minus_live_mean']:+.4f} ± {row['minus_live_std']:.4f}"
+            difference = with_spread(row["minus_live_mean"], row["minus_live_std"], "+")
             cells += [
-                f"{row['mean']:.4f} ± {row['std']:.4f}",
+                with_spread(row["mean"], row["std"]),
                 "" if name == "live" else difference,
             ]
         table.add_row(name, *cells)
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
-def draw(axes: Axes, steps: Sequence[int], curves: Curves, band: bool = True) -> None:
+def with_spread(mean: float, std: float, sign: str = "") -> str:
+    return f"{mean:{sign}.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
+
+
+def draw(axes: Axes, steps: Sequence[int], curves: Curves) -> None:
     """Means over seeds, one standard deviation as a band, live dashed."""
     for name, curve in curves.items():
         style = {"color": "black", "ls": "--", "zorder": 3} if name == "live" else {}
         mean = curve.mean(axis=0)
         (line,) = axes.plot(steps, mean, label=name, **style)
-        if band:
-            std = np.array([spread(column) for column in curve.T])
-            low, high = mean - std, mean + std
-            axes.fill_between(
-                steps, low, high, color=line.get_color(), alpha=0.15, lw=0
-            )
+        std = np.array([spread(column) for column in curve.T])
+        low, high = mean - std, mean + std
+        axes.fill_between(steps, low, high, color=line.get_color(), alpha=0.15, lw=0)
     axes.grid(alpha=0.3)
 
 
@@ -109,12 +113,34 @@ def two_panels() -> tuple[Figure, Sequence[Axes]]:
     return figure, figure.subplots(1, 2)
 
 
+def legend_above(figure: Figure, axes: Axes) -> None:
+    """One legend for both plots."""
+    lines, names = axes.get_legend_handles_labels()
+    figure.legend(
+        lines,
+        names,
+        loc="outside upper center",
+        ncols=len(names),
+        title="mean over seeds, band: ± 1 standard deviation",
+    )
+
+
 def write_json(path: Path, numbers: Mapping[str, Any]) -> None:
-    """Numbers with the versions that made them."""
+    """Numbers with the versions that made them; null where one is not finite."""
     modules = (jax, optax, flax, np, oa)
     versions = {module.__name__: module.__version__ for module in modules}
     versions["python"] = platform.python_version()
-    path.write_text(json.dumps({"versions": versions, **numbers}, indent=2) + "\n")
+    content = finite_or_none({"versions": versions, **numbers})
+    path.write_text(json.dumps(content, indent=2, allow_nan=False) + "\n")
+
+
+def finite_or_none(value: Any) -> Any:
+    """JSON has no NaN."""
+    if isinstance(value, Mapping):
+        return {key: finite_or_none(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [finite_or_none(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
 
 
 def check_writable(folder: Path) -> None:
@@ -122,6 +148,25 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def fail(parser: argparse.ArgumentParser, message: str) -> NoReturn:
+    """Ends the program with code 2 and one line, without the usage."""
+    parser.exit(2, f"{parser.prog}: error: {message}\n")
+
+
+def interruptible(main: Callable[..., None]) -> Callable[..., None]:
+    """Lets Ctrl-C end a command with one line and code 130."""
+
+    @functools.wraps(main)
+    def wrapped(*args: Any) -> None:
+        try:
+            main(*args)
+        except KeyboardInterrupt:
+            print("interrupted", file=sys.stderr)
+            sys.exit(130)
+
+    return wrapped
 
 
 def positive(kind: type) -> Callable[[str], Any]:

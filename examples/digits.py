@@ -27,6 +27,9 @@ from _report import (
     candidates,
     check_writable,
     draw,
+    fail,
+    interruptible,
+    legend_above,
     minus_live,
     positive,
     print_table,
@@ -188,13 +191,13 @@ def plot(path: Path, steps: Sequence[int], losses: Any, accuracies: Any) -> None
     """Test error, and test loss less that of the live parameters."""
     figure, (left, right) = two_panels()
     errors = {name: 100 * (1 - curve) for name, curve in accuracies.items()}
-    draw(left, steps, errors, band=False)
-    left.set(xlabel="optimizer step", ylabel="test error, % (mean over seeds)")
+    draw(left, steps, errors)
+    left.set(xlabel="optimizer step", ylabel="test error, %")
     left.set_ylim(0, 2 * max(1.0, float(np.median(errors["live"]))))
-    left.legend()
     draw(right, steps, minus_live(losses))
     right.set(xlabel="optimizer step", ylabel="test loss minus live, nats")
-    figure.savefig(path, dpi=110)
+    legend_above(figure, left)
+    figure.savefig(path, dpi=100)
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
@@ -204,7 +207,7 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
     add("--data", type=Path, help="a folder of IDX files; default: digits")
     add("--out", type=Path, default=Path("out/digits"), help="for the results")
     add("--seeds", type=count, default=3, help="runs, with seeds 0, 1, ...")
-    add("--epochs", type=count, default=40)
+    add("--epochs", type=count, default=40, help="SWA and LAWA need 3 to differ")
     add("--learning-rate", type=rate, default=0.05)
     add("--schedule", choices=["constant", "swa"], default="constant")
     add("--batch-size", type=count, default=16)
@@ -212,18 +215,20 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
     try:
         images = load_images(args.data)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot read the images: {error}")
+        fail(parser, f"cannot read the images: {error}")
     if args.batch_size > len(images.train_y):
-        parser.error(
-            f"--batch-size {args.batch_size}: only {len(images.train_y)} images"
+        fail(
+            parser,
+            f"--batch-size {args.batch_size}: only {len(images.train_y)} images",
         )
     try:
         check_writable(args.out)
     except OSError as error:
-        parser.error(f"cannot write to --out {args.out}: {error}")
+        fail(parser, f"cannot write to --out {args.out}: {error}")
     return args, images
 
 
+@interruptible
 def main(argv: Sequence[str] | None = None) -> None:
     args, images = parse_args(argv)
     print(f"{len(images.train_y)} images to train on, {len(images.test_y)} to test")

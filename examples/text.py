@@ -29,6 +29,9 @@ from _report import (
     candidates,
     check_writable,
     draw,
+    fail,
+    interruptible,
+    legend_above,
     minus_live,
     positive,
     print_table,
@@ -259,12 +262,12 @@ def train_all(corpus: Corpus, args: argparse.Namespace) -> dict[str, np.ndarray]
 def plot(path: Path, steps: Sequence[int], curves: dict[str, np.ndarray]) -> None:
     """Loss, and loss minus that of the live parameters."""
     figure, (left, right) = two_panels()
-    draw(left, steps, curves, band=False)
+    draw(left, steps, curves)
     left.set(xlabel="optimizer step", ylabel="held-out bits per byte")
-    left.legend()
     draw(right, steps, minus_live(curves))
     right.set(xlabel="optimizer step", ylabel="minus live parameters, same seed")
-    figure.savefig(path, dpi=110)
+    legend_above(figure, left)
+    figure.savefig(path, dpi=100)
 
 
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Corpus]:
@@ -285,18 +288,19 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Corpus]:
     add("--heads", type=count, default=2)
     args = parser.parse_args(argv)
     if args.width % args.heads:
-        parser.error(f"--width {args.width} is not a multiple of --heads {args.heads}")
+        fail(parser, f"--width {args.width} is not a multiple of --heads {args.heads}")
     try:
         corpus = read_corpus(args.data, args.context)
     except (OSError, ValueError) as error:
-        parser.error(f"cannot read the text: {error}")
+        fail(parser, f"cannot read the text: {error}")
     try:
         check_writable(args.out)
     except OSError as error:
-        parser.error(f"cannot write to --out {args.out}: {error}")
+        fail(parser, f"cannot write to --out {args.out}: {error}")
     return args, corpus
 
 
+@interruptible
 def main(argv: Sequence[str] | None = None) -> None:
     args, corpus = parse_args(argv)
     print(

@@ -114,6 +114,12 @@ def damage(folder, kind):
         path.write_bytes(path.read_bytes()[:-1])
     elif kind == "header":
         path.write_bytes(b"\x00\x00\x08")
+    elif kind == "cut header":
+        path.write_bytes(path.read_bytes()[:6])
+    elif kind == "too long":
+        path.write_bytes(path.read_bytes() + b"!")
+    elif kind == "empty":
+        path.write_bytes(idx(np.zeros(0)))
     elif kind == "magic":
         path.write_bytes(b"PNG?" + path.read_bytes())
     elif kind == "count":
@@ -129,6 +135,9 @@ def damage(folder, kind):
         ("missing", "no train-labels-idx1-ubyte"),
         ("truncated", "truncated, its header says shape"),
         ("header", "not an IDX file"),
+        ("cut header", "truncated in its header"),
+        ("too long", "too long, its header says shape"),
+        ("empty", "empty, its header says shape"),
         ("magic", "not an IDX file"),
         ("count", "but train-labels-idx1"),
         ("gzip", "damaged gzip file"),
