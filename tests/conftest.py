@@ -1,13 +1,18 @@
 """Strict settings, and eight host devices for the sharding tests."""
 
+import importlib.metadata
 import importlib.util
 import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
-os.environ["XLA_FLAGS"] = (
-    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
-)
+if "XLA_FLAGS" not in os.environ:
+    # The suite compiles thousands of tiny programs; set XLA_FLAGS="" to optimise them.
+    quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
+        quick += " --xla_cpu_use_fusion_emitters=false"  # unknown to later ones
+    os.environ["XLA_FLAGS"] = quick
+os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
 import hypothesis
 import jax
