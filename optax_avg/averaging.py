@@ -77,7 +77,8 @@ def average(
       where: which leaves to average, a tree of bools or a predicate
         ``(key_path, leaf) -> bool``; the others are read from the parameters.
       skip_nonfinite: leave out an iterate with a NaN or inf anywhere, whole.
-      memory_kind: ``"pinned_host"`` keeps the average in host memory.
+      memory_kind: ``"pinned_host"`` keeps the average in host memory; under explicit
+        sharding this needs jax 0.10.2.
 
     Returns:
       A transformation whose state is an :class:`AverageState`.

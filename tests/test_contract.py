@@ -396,6 +396,14 @@ def test_init_under_eval_shape(case):
     )
 
 
+HOST_MEMORY_OF_EXPLICIT_SHARDS = pytest.mark.xfail(
+    jax.__version_info__ < (0, 10, 2),
+    reason="jax before 0.10.2 refuses device_put to jax.memory.Space.Host there: "
+    "'Side-effect ops cannot be replicated'",
+    raises=jax.errors.JaxRuntimeError,
+)
+
+
 def spread(params, mesh):
     specs = {"w": P("d", None), "b": P("d"), "scale": P()}
     return jax.tree.map(
@@ -407,7 +415,9 @@ def spread(params, mesh):
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
 )
-def test_sharded_params_give_sharded_averages(case, kind):
+def test_sharded_params_give_sharded_averages(case, kind, request):
+    if case is CASES["ema_params_host"] and kind is AxisType.Explicit:
+        request.applymarker(HOST_MEMORY_OF_EXPLICIT_SHARDS)
     mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
     plain = run(chain(case), params_of(jnp.float32), 5)
     with jax.set_mesh(mesh):
