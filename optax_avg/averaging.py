@@ -101,18 +101,7 @@ def average(
     if not by_name:
         raise ValueError("average needs a weight; write average(weights.ema(0.999)).")
     by_name = {str(key): weights.with_stride(value) for key, value in by_name.items()}
-    if rounding not in (None, "stochastic", "compensated"):
-        raise ValueError(
-            f"rounding must be None, 'stochastic' or 'compensated', got {rounding!r}."
-        )
-    if accumulator_dtype is not None and not jnp.issubdtype(
-        accumulator_dtype, jnp.inexact
-    ):
-        raise ValueError(
-            f"accumulator_dtype must be floating, got {accumulator_dtype}."
-        )
-    narrow = accumulator_dtype is not None and jnp.finfo(accumulator_dtype).bits < 32
-    rounding = "stochastic" if rounding is None and narrow else rounding
+    rounding = _check_rounding(rounding, accumulator_dtype)
     compensated = rounding == "compensated"
 
     def empty(x):
@@ -489,3 +478,15 @@ def lr_weighted_average(
         skip_nonfinite=skip_nonfinite,
         memory_kind=memory_kind,
     )
+
+
+def _check_rounding(rounding: str | None, dtype: Any) -> str | None:
+    """The rounding, ``None`` resolved for the dtype of the accumulator."""
+    if rounding not in (None, "stochastic", "compensated"):
+        raise ValueError(
+            f"rounding must be None, 'stochastic' or 'compensated', got {rounding!r}."
+        )
+    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
+        raise ValueError(f"accumulator_dtype must be floating, got {dtype}.")
+    narrow = dtype is not None and jnp.finfo(dtype).bits < 32
+    return "stochastic" if rounding is None and narrow else rounding

@@ -8,7 +8,9 @@ from pathlib import Path
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "XLA_FLAGS" not in os.environ:
     # The suite compiles thousands of tiny programs; set XLA_FLAGS="" to optimise them.
-    quick = "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    quick = (
+        "--xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    )
     if importlib.metadata.version("jaxlib").startswith(("0.8.", "0.9.", "0.10.")):
         quick += " --xla_cpu_use_fusion_emitters=false"  # unknown to later ones
     os.environ["XLA_FLAGS"] = quick
@@ -21,6 +23,11 @@ import pytest
 jax.config.update("jax_numpy_rank_promotion", "raise")
 hypothesis.settings.register_profile(
     "suite", max_examples=12, deadline=None, derandomize=True
+)
+hypothesis.settings.register_profile(
+    "no_shrinking",
+    hypothesis.settings.get_profile("suite"),
+    phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile("suite")
 

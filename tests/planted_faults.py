@@ -181,10 +181,9 @@ FAULTS = {
 
 def passes(tree: Path, tests: str) -> bool:
     """Runs tests in a copy of the tree."""
-    command = f"{sys.executable} -m pytest -x -q -n 0 -p no:cacheprovider {tests}"
-    done = subprocess.run(
-        command, shell=True, cwd=tree, env=None, capture_output=True, text=True
-    )
+    options = "-x -q -n 0 -p no:cacheprovider --hypothesis-profile=no_shrinking"
+    command = f"{sys.executable} -m pytest {options} {tests}"
+    done = subprocess.run(command, shell=True, cwd=tree, capture_output=True, text=True)
     if done.returncode not in (0, 1):
         raise SystemExit(f"{tests} did not run:\n{done.stdout[-2000:]}")
     return done.returncode == 0
