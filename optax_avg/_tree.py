@@ -1,5 +1,6 @@
 """The pytree helpers that more than one module needs."""
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -133,32 +134,43 @@ def all_finite(tree: Any) -> jax.Array:
     leaves = [x for x in jax.tree.leaves(tree) if x.size]
     if not leaves:
         return jnp.asarray(True)
-
-    # Without the barrier XLA fuses a thousand reductions into one kernel.
-    sums = [lax.optimization_barrier(_zero_or_nan(x)) for x in leaves]
-    finite = jnp.all(jnp.stack([jnp.isfinite(total) for total in sums]))
+    if all(jax.typeof(x).sharding.mesh.empty for x in leaves):
+        finite = lax.platform_dependent(
+            *leaves, cpu=_all_finite_on_cpu, default=_all_finite
+        )
+    else:
+        finite = _all_finite(*leaves)
     axes = _varying_axes(finite)
     return lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
 
 
-def _zero_or_nan(x: jax.Array) -> jax.Array:
-    """The sum of ``0 x``: 0 if every element of ``x`` is finite, NaN otherwise.
+def _all_finite(*leaves: jax.Array) -> jax.Array:
+    """The sum of ``0 x`` is 0 if every element of ``x`` is finite, NaN otherwise.
 
     A maximum would not do: on large vectors XLA's CPU backend loses a NaN in it.
     """
+    return _all_zero([jnp.sum(0 * x) for x in leaves])
 
-    def by_sum(x):
-        return jnp.sum(0 * x)
 
-    def by_product(x):
-        # XLA's CPU backend runs a product on all cores, a sum on one.
-        zeros = lax.optimization_barrier(jnp.zeros(x.shape[-1], x.dtype))
-        return jnp.sum(jnp.tensordot(x, zeros, axes=1))
+def _all_finite_on_cpu(*leaves: jax.Array) -> jax.Array:
+    """The same, for a backend that sums on one core and compiles sums slowly."""
+    sums: list[jax.Array] = []
+    alike: dict[Any, list[jax.Array]] = {}
+    for x in leaves:
+        if x.ndim > 1 and x.size >= 2**18 and x.dtype == jnp.float32:
+            zeros = lax.optimization_barrier(jnp.zeros(x.shape[-1]))
+            sums.append(jnp.sum(jnp.tensordot(x, zeros, axes=1)))  # on all cores
+        else:
+            alike.setdefault((x.shape, x.dtype), []).append(0 * x)
+    for group in alike.values():
+        batches = [group[i : i + 16] for i in range(0, len(group), 16)]
+        sums += [jnp.sum(functools.reduce(jnp.add, batch)) for batch in batches]
+    return _all_zero(sums)
 
-    large = x.ndim > 1 and x.size >= 2**18 and x.dtype == jnp.float32
-    if large and jax.typeof(x).sharding.mesh.empty:
-        return lax.platform_dependent(x, cpu=by_product, default=by_sum)
-    return by_sum(x)
+
+def _all_zero(sums: list[jax.Array]) -> jax.Array:
+    # Without the barrier XLA fuses a thousand reductions into one kernel.
+    return jnp.all(jnp.stack([lax.optimization_barrier(s) == 0 for s in sums]))
 
 
 def _varying_axes(x: jax.Array) -> tuple[str, ...]:
