@@ -1,4 +1,4 @@
-"""Averages of parameters for Optax.
+"""Averages of parameters and gradients at perturbed parameters, for Optax.
 
 Links of an Optax chain
     averages        average, ema_params, polyak_average, swa, tail_average, power_ema,
@@ -9,12 +9,20 @@ Links of an Optax chain
 Reading and moving averages
     averaged_params, average_names, migrate_state
 
+Gradients at perturbed parameters
+    sharpness_aware             a drop-in for value_and_grad, from a rule
+    sam, gam, ...               a rule as the first link of a chain
+    multi_call, eval_params     for trainers that compute one gradient a call
+    as_link, SharpnessRule, RuleState, MultiCallState
+    trajectory_loss             MESA's, with an average as the teacher
+
 Families of plain functions
+    rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
 """
 
-from optax_avg import schedules, weights
+from optax_avg import rules, schedules, weights
 from optax_avg.averaging import (
     AverageState,
     average,
@@ -25,8 +33,42 @@ from optax_avg.averaging import (
     swa,
     tail_average,
 )
+from optax_avg.links import (
+    amp,
+    asam,
+    awp,
+    cr_sam,
+    dnsam,
+    esam,
+    fisher_sam,
+    friendly_sam,
+    fsam,
+    gam,
+    gam_hvp,
+    gnp,
+    gradient_regularisation,
+    gsam,
+    look_sam,
+    momentum_sam,
+    sam,
+    sam_on,
+    usam,
+    vasso,
+    wsam,
+)
 from optax_avg.migration import migrate_state
 from optax_avg.readout import average_names, averaged_params
+from optax_avg.sharpness import (
+    MultiCallState,
+    RuleState,
+    SharpnessAware,
+    SharpnessRule,
+    as_link,
+    eval_params,
+    multi_call,
+    sharpness_aware,
+    trajectory_loss,
+)
 from optax_avg.windows import BemaState, WindowState, bema, window_average
 from optax_avg.write_back import lookahead, switch_ema, write_back
 
@@ -35,22 +77,53 @@ __version__ = "0.1.0"
 __all__ = [
     "AverageState",
     "BemaState",
+    "MultiCallState",
+    "RuleState",
+    "SharpnessAware",
+    "SharpnessRule",
     "WindowState",
+    "amp",
+    "as_link",
+    "asam",
     "average",
     "average_names",
     "averaged_params",
+    "awp",
     "bema",
+    "cr_sam",
+    "dnsam",
     "ema_params",
+    "esam",
+    "eval_params",
+    "fisher_sam",
+    "friendly_sam",
+    "fsam",
+    "gam",
+    "gam_hvp",
+    "gnp",
+    "gradient_regularisation",
+    "gsam",
+    "look_sam",
     "lookahead",
     "lr_weighted_average",
     "migrate_state",
+    "momentum_sam",
+    "multi_call",
     "polyak_average",
     "power_ema",
+    "rules",
+    "sam",
+    "sam_on",
     "schedules",
+    "sharpness_aware",
     "swa",
     "switch_ema",
     "tail_average",
+    "trajectory_loss",
+    "usam",
+    "vasso",
     "weights",
     "window_average",
     "write_back",
+    "wsam",
 ]

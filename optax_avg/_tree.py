@@ -140,7 +140,7 @@ def all_finite(tree: Any) -> jax.Array:
         )
     else:
         finite = _all_finite(*leaves)
-    axes = _varying_axes(finite)
+    axes = varying_axes(finite)
     return lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
 
 
@@ -173,12 +173,77 @@ def _all_zero(sums: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([lax.optimization_barrier(s) == 0 for s in sums]))
 
 
-def _varying_axes(x: jax.Array) -> tuple[str, ...]:
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
     """Mesh axes over which ``x`` differs inside ``shard_map(check_vma=True)``."""
     kind: Any = jax.typeof(x)
     if hasattr(kind, "manual_axis_type"):
         return tuple(kind.manual_axis_type.varying)
     return tuple(getattr(kind, "vma", ()))  # before jax 0.10
+
+
+def over(f: Callable[..., Any], params: Any, *trees: Any) -> Any:
+    """Maps leaves that have a float gradient in all ``trees``; None elsewhere."""
+
+    def one(_, *leaves):
+        missing = any(leaf is None or not is_float(leaf) for leaf in leaves)
+        return None if missing else f(*leaves)
+
+    return jax.tree.map(one, params, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def norm(tree: Any) -> jax.Array:
+    """Euclidean norm over all leaves in float32 or wider; no overflow, no underflow."""
+    leaves = [wide(x) for x in jax.tree.leaves(tree)]
+    if not leaves:
+        return jnp.zeros([])
+    square = _sum_of_squares(leaves)
+    info = jnp.finfo(square.dtype)
+
+    def scaled(leaves):
+        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves]))
+        divisor = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+        ratio = _sum_of_squares([x / divisor for x in leaves])
+        # The largest may have lost a NaN that the sum has kept.
+        return jnp.where(jnp.isnan(square), square, divisor * jnp.sqrt(ratio))
+
+    safe = (square > info.tiny / info.eps) & (square < info.max)
+    return lax.cond(safe, lambda _: jnp.sqrt(square), scaled, leaves)
+
+
+def _sum_of_squares(leaves: list[jax.Array]) -> jax.Array:
+    total = sum(jnp.sum(jnp.real(x * jnp.conj(x))) for x in leaves)
+    return jnp.asarray(total)
+
+
+def dot(a: Any, b: Any) -> jax.Array:
+    """Inner product over all leaves in float32 or wider."""
+    products = jax.tree.map(
+        lambda x, y: jnp.sum(jnp.real(wide(x) * jnp.conj(wide(y)))), a, b
+    )
+    return jnp.asarray(sum(jax.tree.leaves(products), 0.0))
+
+
+def scale(factor: Any, tree: Any) -> Any:
+    """``factor`` times every leaf."""
+    return jax.tree.map(lambda x: factor * x, tree)
+
+
+def add(a: Any, b: Any) -> Any:
+    """Leafwise sum."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def unit(tree: Any) -> Any:
+    """``v/|v|`` over all leaves, 0 at 0."""
+    n = norm(tree)
+    return scale(jnp.where(n > 0, 1 / jnp.where(n > 0, n, 1), 0), tree)
+
+
+def project_out(v: Any, w: Any) -> Any:
+    """The part of ``v`` orthogonal to ``w``, ``v - (v.w/|w|^2) w``; ``v`` if w is 0."""
+    u = unit(w)
+    along = dot(v, u)
+    return jax.tree.map(lambda v, u: v - along * u, v, u)
 
 
 def check_every(every: Any, start: Any) -> None:

@@ -1,0 +1,574 @@
+"""Gradients at perturbed parameters, from one rule in three forms.
+
+    g_i = gradient at x + probe(i, g_0, ..., g_{i-1}),
+    result = combine(g_0, g_1, ...)
+
+:func:`sharpness_aware` wraps a ``value_and_grad`` function and is the form to take;
+:func:`as_link` makes the first link of an Optax chain of a rule; :func:`multi_call`
+serves trainers that compute one gradient a call. The rules are in
+:mod:`optax_avg.rules`.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Protocol
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+
+from optax_avg import _tree
+
+Grads = Sequence[Any]
+
+
+class RuleState(NamedTuple):
+    """What a rule carries from step to step.
+
+    Attributes:
+      rule_step: int32, optimizer steps seen, on which radii are scheduled.
+      rule_memory: the rule's own trees, ``()`` for most.
+    """
+
+    rule_step: jax.Array
+    rule_memory: Any
+
+
+class SharpnessRule(NamedTuple):
+    """A method, written once.
+
+    Gradients are in float32 or wider, structured like the parameters, None where there
+    is no gradient.
+
+    Attributes:
+      num_evals: evaluations per step, static.
+      probe: ``(i, params, grads[:i], state) -> offset`` of evaluation ``i``, None for
+        the parameters themselves.
+      combine: ``(params, grads, state) -> (gradient, memory)``.
+      init: ``params -> memory``.
+      direction: ``(i, params, grads[:i], state) -> tree`` or None; where it is a tree,
+        evaluation ``i`` is the Hessian-vector product along it.
+      num_ascents: leading evaluations that :func:`sharpness_aware` takes from
+        ``ascent_fn``.
+      due: ``state -> bool``, whether this step takes all evaluations; None for always.
+      skip: ``(params, g_0, state) -> (gradient, memory)`` of a step that is not due.
+    """
+
+    num_evals: int
+    probe: Callable[[int, Any, Grads, RuleState], Any]
+    combine: Callable[[Any, Grads, RuleState], tuple[Any, Any]]
+    init: Callable[[Any], Any] = lambda params: ()
+    direction: Callable[[int, Any, Grads, RuleState], Any] = lambda *_: None
+    num_ascents: int = 1
+    due: Callable[[RuleState], Any] | None = None
+    skip: Callable[[Any, Any, RuleState], tuple[Any, Any]] | None = None
+
+
+class SharpnessAware(Protocol):
+    """What :func:`sharpness_aware` returns."""
+
+    init: Callable[[Any], RuleState]
+
+    def __call__(
+        self, params: Any, state: RuleState, *args: Any, **kwargs: Any
+    ) -> tuple[Any, Any, RuleState]:
+        """Returns the value (with aux), the gradient and the next state."""
+        ...
+
+
+def init_state(rule: SharpnessRule, params: Any) -> RuleState:
+    """The state of a rule before the first step."""
+    return RuleState(jnp.zeros([], jnp.int32), rule.init(params))
+
+
+def displaced(params: Any, offset: Any) -> Any:
+    """``x + d`` in the dtype of ``x``; ``x`` itself where there is no offset."""
+    if offset is None:
+        return params
+
+    def one(x, d):
+        if d is None:
+            return x
+        return (_tree.wide(x) + lax.stop_gradient(d)).astype(x.dtype)
+
+    return jax.tree.map(one, params, offset)
+
+
+def widened(grads: Any, params: Any) -> Any:
+    """Gradients in float32 or wider, None where a leaf has none."""
+    return _tree.over(lambda g: _tree.wide(g), params, grads)
+
+
+def evaluate(
+    rule: SharpnessRule,
+    grad_at: Callable[[int, Any], Any],
+    params: Any,
+    state: RuleState,
+    grads: Grads = (),
+) -> list[Any]:
+    """All gradients of a step, from the first that is not yet in ``grads``."""
+    grads = list(grads)
+    for i in range(len(grads), rule.num_evals):
+        x = displaced(params, rule.probe(i, params, grads, state))
+        along = rule.direction(i, params, grads, state)
+        if along is None:
+            g = grad_at(i, x)
+        else:
+            g = _hessian_product(lambda x, i=i: grad_at(i, x), x, along)
+        grads.append(widened(g, params))
+    return grads
+
+
+def advanced(state: RuleState, memory: Any, grads: Grads) -> RuleState:
+    """The next state; memory keeps its value where a gradient is not finite."""
+    step: Any = optax.safe_increment(state.rule_step)
+    if jax.tree.leaves(memory):
+        finite = _tree.all_finite(list(grads))
+        memory = jax.tree.map(
+            lambda new, old: jnp.where(finite, new, old), memory, state.rule_memory
+        )
+    return RuleState(step, memory)
+
+
+def _hessian_product(grad_at: Callable[[Any], Any], x: Any, along: Any) -> Any:
+    """``H(x) v``, forward over reverse."""
+    leaves, structure = jax.tree.flatten(x)
+    tangents = structure.flatten_up_to(along)
+    moving = [i for i, v in enumerate(tangents) if v is not None]
+
+    def of(values):
+        changed = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            changed[i] = value
+        return grad_at(structure.unflatten(changed))
+
+    primal = [leaves[i] for i in moving]
+    tangent = [tangents[i].astype(leaves[i].dtype) for i in moving]
+    return jax.jvp(of, (primal,), (tangent,))[1]
+
+
+def sharpness_aware(
+    value_and_grad_fn: Callable[..., tuple[Any, Any]],
+    rule: SharpnessRule,
+    *,
+    has_aux: bool = False,
+    ascent_fn: Callable[..., tuple[Any, Any]] | None = None,
+    axis_name: str | Sequence[str] | None = None,
+    perturbation: str | Sequence[str] = "local",
+) -> SharpnessAware:
+    """Makes a drop-in for ``jax.value_and_grad`` whose gradient follows a rule.
+
+    Value and aux are those of the first evaluation: the clean parameters, but for
+    ``momentum_sam``, which has no clean evaluation.
+
+    Args:
+      value_and_grad_fn: ``(params, *args, **kwargs) -> (value, grads)``, or
+        ``((value, aux), grads)`` with ``has_aux``, as from ``jax.value_and_grad``.
+      rule: from :mod:`optax_avg.rules`.
+      has_aux: whether there is an aux.
+      ascent_fn: like ``value_and_grad_fn``, for the ascent (a loss without L2, or on
+        part of the batch); value and aux are then its own.
+      axis_name: mapped axis or axes over which gradients and value are averaged.
+      perturbation: ``"local"``: every device ascends along its own gradient
+        (m-sharpness); ``"global"``: along the average over all axes; or the axes over
+        which the ascent is averaged.
+
+    Returns:
+      A function with an attribute ``init``: ``state = sharp.init(params)``; ``out,
+      grads, state = sharp(params, state, *args, **kwargs)``. ``out`` is the value, or
+      ``(value, aux)`` with ``has_aux``.
+
+    Raises:
+      ValueError: If ``perturbation`` names no axis, or ``ascent_fn`` is given to a rule
+        of one evaluation.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: 0.5 * x**2
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), oa.rules.sam(0.5))
+      >>> x = jnp.array(2.0)
+      >>> value, grad, state = sharp(x, sharp.init(x))
+      >>> float(value), float(grad)
+      (2.0, 2.5)
+
+    References:
+      See the rules.
+    """
+    axes = _names(axis_name)
+    if perturbation == "local":
+        ascent_axes: tuple[str, ...] = ()
+    else:
+        ascent_axes = axes if perturbation == "global" else _names(perturbation)
+    if not set(ascent_axes) <= set(axes):
+        raise ValueError(
+            f"perturbation must be 'local', 'global' or axes out of axis_name={axes}, "
+            f"got {perturbation!r}."
+        )
+    if ascent_fn is not None and rule.num_evals < 2:
+        raise ValueError("this rule has one evaluation and takes no ascent_fn.")
+    rest_axes = tuple(name for name in axes if name not in ascent_axes)
+
+    def sharp(params, state, *args, **kwargs):
+        def out_and_grads(i, x):
+            fn = value_and_grad_fn
+            if ascent_fn is not None and i < rule.num_ascents:
+                fn = ascent_fn
+            out, g = fn(_vary(x, axes), *args, **kwargs)
+            return out, _mean(g, ascent_axes)
+
+        def full(g):
+            grad_at = lambda i, x: out_and_grads(i, x)[1]
+            grads = evaluate(rule, grad_at, params, state, [widened(g, params)])
+            gradient, memory = rule.combine(params, grads, state)
+            if rest_axes:
+                gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)
+                memory = rule.combine(params, grads, state)[1]
+            return _like(gradient, g), advanced(state, memory, grads)
+
+        def skip(g):
+            first = _mean(widened(g, params), rest_axes)
+            gradient, memory = _skipping(rule)(params, first, state)
+            return _like(gradient, g), advanced(state, memory, [first])
+
+        out, g = out_and_grads(0, displaced(params, rule.probe(0, params, (), state)))
+        gradient, state = _when_due(rule, state, full, skip, g)
+        value, aux = out if has_aux else (out, None)
+        value = _mean(value, axes)
+        return ((value, aux) if has_aux else value), gradient, state
+
+    named: Any = sharp
+    named.init = lambda params: init_state(rule, params)
+    return named
+
+
+def as_link(
+    rule: SharpnessRule, name: str = "sharpness"
+) -> optax.GradientTransformationExtraArgs:
+    """Makes the first link of an Optax chain, which replaces the gradient.
+
+    Args:
+      rule: from :mod:`optax_avg.rules`.
+      name: for messages.
+
+    Returns:
+      A transformation whose ``update`` needs ``grad_fn=``, a function from parameters
+      to gradients on the same batch. Inside ``optax.MultiSteps`` it must be over all
+      micro-batches: Optax calls the inner update with the last one's.
+
+    Raises:
+      ValueError: If ``update`` gets no ``params`` or ``grad_fn``, or a masked tree.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(oa.as_link(oa.rules.sam(0.5)), optax.sgd(1.0))
+      >>> grad_fn = jax.grad(lambda x: 0.5 * x**2)
+      >>> x = jnp.array(2.0)
+      >>> float(tx.update(grad_fn(x), tx.init(x), x, grad_fn=grad_fn)[0])
+      -2.5
+    """
+
+    def init(params: Any) -> RuleState:
+        _refuse_masked(name, params)
+        return init_state(rule, params)
+
+    def update(
+        updates: Any,
+        state: Any,
+        params: Any = None,
+        *,
+        grad_fn: Callable[[Any], Any] | None = None,
+        **extra_args: Any,
+    ) -> tuple[Any, Any]:
+        del extra_args
+        _tree.require_params(name, params)
+        _refuse_masked(name, updates)
+        if grad_fn is None:
+            raise ValueError(
+                f"{name} needs the gradient as a function; call "
+                "tx.update(grads, state, params, grad_fn=jax.grad(loss))."
+            )
+        grad_at = lambda i, x: grad_fn(x)
+
+        def full(g):
+            first = () if rule.num_evals == 1 else [widened(g, params)]
+            grads = evaluate(rule, grad_at, params, state, first)
+            gradient, memory = rule.combine(params, grads, state)
+            return _like(gradient, updates), advanced(state, memory, grads)
+
+        def skip(g):
+            first = widened(g, params)
+            gradient, memory = _skipping(rule)(params, first, state)
+            return _like(gradient, updates), advanced(state, memory, [first])
+
+        return _when_due(rule, state, full, skip, updates)
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+class MultiCallState(NamedTuple):
+    """State of :func:`multi_call`.
+
+    Attributes:
+      evaluation: int32, the evaluation that the next gradient belongs to.
+      clean_params: the parameters without offset.
+      probe_grads: gradients of this step so far, zeros where there is none yet.
+      rule_state: the rule's own.
+      inner_state: the optimizer's.
+    """
+
+    evaluation: jax.Array
+    clean_params: Any
+    probe_grads: tuple[Any, ...]
+    rule_state: RuleState
+    inner_state: Any
+
+
+def multi_call(
+    rule: SharpnessRule, optimizer: optax.GradientTransformation
+) -> optax.GradientTransformationExtraArgs:
+    """Makes an optimizer for trainers that compute one gradient a call.
+
+    Every call gets the gradient at the parameters that the last call led to. The first
+    ``num_evals - 1`` calls move them to the next place where the rule wants a gradient;
+    the last one moves them to where ``optimizer`` steps from the clean ones. Evaluate
+    and save :func:`eval_params`, not the parameters in between.
+
+    Args:
+      rule: from :mod:`optax_avg.rules`, but those with Hessian-vector products.
+      optimizer: what follows the rule, averages included.
+
+    Returns:
+      A transformation with the state :class:`MultiCallState`.
+
+    Raises:
+      ValueError: If the rule needs a Hessian-vector product, or ``update`` gets no
+        params.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = oa.multi_call(oa.rules.sam(0.5), optax.sgd(1.0))
+      >>> x = jnp.array(2.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(x, state, x)  # the gradient of x**2 / 2 is x
+      ...     x = optax.apply_updates(x, updates)
+      >>> float(x), float(oa.eval_params(state, x))
+      (-0.5, -0.5)
+    """
+    inner = optax.with_extra_args_support(optimizer)
+    last = rule.num_evals - 1
+
+    def init(params: Any) -> MultiCallState:
+        _refuse_masked("multi_call", params)
+        zeros = _tree.over(
+            lambda x: jnp.zeros_like(_tree.wide(jnp.asarray(x))), params, params
+        )
+        state = init_state(rule, params)
+        probes = tuple(jax.tree.map(jnp.copy, zeros) for _ in range(last))
+        for i in range(rule.num_evals):
+            if rule.direction(i, params, (zeros,) * i, state) is not None:
+                raise ValueError(
+                    "multi_call has gradients alone and this rule needs products with "
+                    "the Hessian; use sharpness_aware."
+                )
+        return MultiCallState(
+            evaluation=jnp.zeros([], jnp.int32),
+            clean_params=jax.tree.map(lambda x: jnp.array(x, copy=True), params),
+            probe_grads=probes,
+            rule_state=state,
+            inner_state=inner.init(params),
+        )
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        _tree.require_params("multi_call", params)
+        _refuse_masked("multi_call", updates)
+        clean_first = rule.probe(0, params, (), state.rule_state) is None
+
+        def finish(state, gradient, rule_state):
+            clean, at = state.clean_params, _like(gradient, updates)
+            step, inner_state = inner.update(at, state.inner_state, clean, **extra_args)
+            clean = _tree.new_iterate(clean, step)
+            target = displaced(clean, rule.probe(0, clean, (), rule_state))
+            return target, state._replace(
+                evaluation=jnp.zeros([], jnp.int32),
+                clean_params=clean,
+                rule_state=rule_state,
+                inner_state=inner_state,
+            )
+
+        def move(i, state):
+            grads = [*state.probe_grads[:i], widened(updates, params)]
+            offset = rule.probe(i + 1, state.clean_params, grads, state.rule_state)
+            probes = list(state.probe_grads)
+            probes[i] = jax.tree.map(
+                lambda old, g: g.astype(old.dtype), probes[i], grads[i]
+            )
+            return displaced(state.clean_params, offset), state._replace(
+                evaluation=jnp.asarray(i + 1, jnp.int32), probe_grads=tuple(probes)
+            )
+
+        def full(state):
+            grads = [*state.probe_grads, widened(updates, params)]
+            gradient, memory = rule.combine(state.clean_params, grads, state.rule_state)
+            return finish(state, gradient, advanced(state.rule_state, memory, grads))
+
+        def first(state):
+            if clean_first:
+                state = state._replace(clean_params=params)
+            advance = full if last == 0 else lambda state: move(0, state)
+            if rule.due is None:
+                return advance(state)
+            return lax.cond(rule.due(state.rule_state), advance, skip, state)
+
+        def skip(state):
+            g = widened(updates, params)
+            gradient, memory = _skipping(rule)(params, g, state.rule_state)
+            return finish(state, gradient, advanced(state.rule_state, memory, [g]))
+
+        calls = [first]
+        for i in range(1, last):
+            calls.append(lambda state, i=i: move(i, state))
+        if last:
+            calls.append(full)
+        target, state = lax.switch(state.evaluation, calls, state)
+        steps = jax.tree.map(_step_to, params, target, updates)
+        return steps, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
+
+
+def eval_params(state: Any, params: Any) -> Any:
+    """The parameters without offset, from the state of :func:`multi_call`.
+
+    Args:
+      state: an optimizer state that contains a :class:`MultiCallState`.
+      params: the current parameters, perhaps perturbed; for their structure.
+
+    Returns:
+      A tree like ``params``.
+
+    Raises:
+      ValueError: If there is no such state.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = oa.multi_call(oa.rules.sam(0.5), optax.sgd(1.0))
+      >>> float(oa.eval_params(tx.init(jnp.array(2.0)), jnp.array(2.5)))
+      2.0
+    """
+    is_ours = lambda node: isinstance(node, MultiCallState)
+    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
+    if len(found) != 1:
+        raise ValueError(
+            f"eval_params needs a state with one multi_call in it, found {len(found)}."
+        )
+    return jax.tree.map(lambda x, clean: clean, params, found[0].clean_params)
+
+
+def trajectory_loss(
+    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 5.0
+) -> jax.Array:
+    """MESA's trajectory loss: ``T^2 KL(teacher/T || student/T)``, mean over examples.
+
+    Added to the training loss with the logits of averaged parameters as the teacher's,
+    it flattens at the cost of one more forward pass. No gradient flows to the teacher.
+
+    Args:
+      student_logits: ``(..., classes)``.
+      teacher_logits: of the same shape.
+      temperature: ``T``, positive.
+
+    Returns:
+      A scalar in nats, float32 or wider.
+
+    Raises:
+      ValueError: If the shapes differ or ``temperature`` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> float(oa.trajectory_loss(jnp.zeros((4, 3)), jnp.ones((4, 3))))
+      0.0
+
+    References:
+      Du et al., "Sharpness-Aware Training for Free", 2022, 2205.14083.
+    """
+    if jnp.shape(student_logits) != jnp.shape(teacher_logits):
+        raise ValueError(
+            f"logits differ in shape: {jnp.shape(student_logits)} of the student, "
+            f"{jnp.shape(teacher_logits)} of the teacher."
+        )
+    t = _tree.within("temperature", temperature, 0, float("inf"), open_low=True)
+    student = jax.nn.log_softmax(_tree.wide(student_logits) / t)
+    teacher = jax.nn.log_softmax(_tree.wide(lax.stop_gradient(teacher_logits)) / t)
+    kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    return t**2 * jnp.mean(kl)
+
+
+def _when_due(
+    rule: SharpnessRule,
+    state: RuleState,
+    full: Callable[[Any], Any],
+    skip: Callable[[Any], Any],
+    g: Any,
+) -> Any:
+    """All evaluations where they are due, one elsewhere."""
+    if rule.due is None:
+        return full(g)
+    return lax.cond(rule.due(state), full, skip, g)
+
+
+def _skipping(rule: SharpnessRule) -> Callable[[Any, Any, RuleState], tuple[Any, Any]]:
+    """What a step does that is not due: the plain gradient unless the rule says."""
+    return rule.skip or (lambda params, g, state: (g, state.rule_memory))
+
+
+def _like(gradient: Any, g: Any) -> Any:
+    """The gradient in the structure and dtypes in which gradients come."""
+    return jax.tree.map(
+        lambda g, new: g if new is None else new.astype(g.dtype),
+        g,
+        gradient,
+        is_leaf=lambda leaf: leaf is None,
+    )
+
+
+def _step_to(x: Any, target: Any, u: Any) -> Any:
+    """The update from ``x`` to ``target`` in the dtype of ``u``."""
+    if u is None or not _tree.is_float(x):
+        return u
+    return (_tree.wide(target) - _tree.wide(x)).astype(u.dtype)
+
+
+def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
+    """Replicated parameters as each device's own, so that gradients stay its own."""
+
+    def one(x):
+        missing = tuple(name for name in axes if name not in _tree.varying_axes(x))
+        return lax.pcast(x, missing, to="varying") if missing else x
+
+    return jax.tree.map(one, tree)
+
+
+def _mean(tree: Any, axes: tuple[str, ...]) -> Any:
+    """The mean over mapped axes."""
+    if not axes:
+        return tree
+    return jax.tree.map(lambda g: lax.pmean(g, axes) if _tree.is_float(g) else g, tree)
+
+
+def _refuse_masked(name: str, tree: Any) -> None:
+    """The loss cannot be called on a masked tree."""
+    leaves = jax.tree.leaves(tree, is_leaf=_tree.is_masked)
+    if any(_tree.is_masked(leaf) for leaf in leaves):
+        raise ValueError(
+            f"{name} cannot stand inside optax.masked or optax.partition; pass mask= "
+            "to the rule, or use sharpness_aware before the chain."
+        )
