@@ -181,6 +181,19 @@ def varying_axes(x: jax.Array) -> tuple[str, ...]:
     return tuple(getattr(kind, "vma", ()))  # before jax 0.10
 
 
+def vary(x: Any, axes: tuple[str, ...]) -> Any:
+    """A value that is replicated over axes of ``shard_map`` as each device's own."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    have = varying_axes(x)
+    missing = tuple(name for name in axes if name in manual and name not in have)
+    if not missing:
+        return x
+    namespace: Any = lax
+    if hasattr(lax, "pcast"):
+        return namespace.pcast(x, missing, to="varying")
+    return namespace.pvary(x, missing)  # before jax 0.9
+
+
 def over(f: Callable[..., Any], params: Any, *trees: Any) -> Any:
     """Maps leaves that have a float gradient in all ``trees``; None elsewhere."""
 

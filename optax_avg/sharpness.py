@@ -142,8 +142,12 @@ def _hessian_product(grad_at: Callable[[Any], Any], x: Any, along: Any) -> Any:
             changed[i] = value
         return grad_at(structure.unflatten(changed))
 
-    primal = [leaves[i] for i in moving]
     tangent = [tangents[i].astype(leaves[i].dtype) for i in moving]
+    # Inside shard_map a local direction makes the point local too.
+    primal = [
+        _tree.vary(leaves[i], _tree.varying_axes(v))
+        for i, v in zip(moving, tangent, strict=True)
+    ]
     return jax.jvp(of, (primal,), (tangent,))[1]
 
 
@@ -213,7 +217,9 @@ def sharpness_aware(
             fn = value_and_grad_fn
             if ascent_fn is not None and i < rule.num_ascents:
                 fn = ascent_fn
-            out, g = fn(_vary(x, axes), *args, **kwargs)
+            # Of replicated parameters shard_map would sum the gradients itself.
+            x = jax.tree.map(lambda leaf: _tree.vary(leaf, axes), x)
+            out, g = fn(x, *args, **kwargs)
             return out, _mean(g, ascent_axes)
 
         def full(g):
@@ -545,16 +551,6 @@ def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _vary(tree: Any, axes: tuple[str, ...]) -> Any:
-    """Replicated parameters as each device's own, so that gradients stay its own."""
-
-    def one(x):
-        missing = tuple(name for name in axes if name not in _tree.varying_axes(x))
-        return lax.pcast(x, missing, to="varying") if missing else x
-
-    return jax.tree.map(one, tree)
 
 
 def _mean(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -13,17 +13,21 @@ import optax_avg as oa
 
 
 class Case(NamedTuple):
-    """A factory, its arguments, and those that ``inject_hyperparams`` must leave."""
+    """A factory, its arguments, and those that ``inject_hyperparams`` must leave.
+
+    ``place`` is where it stands in a chain: "first", "last", or "alone".
+    """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     kwargs: Mapping[str, Any] = MappingProxyType({})
     static: tuple[str, ...] = ()
+    place: str = "last"
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.kwargs)
 
 
-CASES = {
+AVERAGES = {
     "average": Case(oa.average, {"weight": oa.weights.uniform()}, ("weight",)),
     "average_several": Case(
         oa.average,
@@ -69,6 +73,43 @@ CASES = {
 }
 
 
+LINKS = {
+    "amp": Case(oa.amp, {"steps": 2}, ("steps",)),
+    "as_link": Case(
+        oa.as_link, {"rule": oa.rules.every_k(oa.rules.gsam(), 2)}, ("rule",)
+    ),
+    "asam": Case(oa.asam),
+    "awp": Case(oa.awp),
+    "cr_sam": Case(oa.cr_sam),
+    "dnsam": Case(oa.dnsam, {"norm": 2.0}),
+    "esam": Case(oa.esam, {}, ("key",)),
+    "fisher_sam": Case(oa.fisher_sam),
+    "friendly_sam": Case(oa.friendly_sam),
+    "fsam": Case(oa.fsam, {"refresh": 2}, ("refresh",)),
+    "gam": Case(oa.gam),
+    "gam_hvp": Case(oa.gam_hvp),
+    "gnp": Case(oa.gnp),
+    "gradient_regularisation": Case(oa.gradient_regularisation),
+    "gsam": Case(oa.gsam),
+    "look_sam": Case(oa.look_sam, {"k": 2}, ("k",)),
+    "momentum_sam": Case(oa.momentum_sam),
+    "sam": Case(oa.sam),
+    "sam_on": Case(
+        oa.sam_on, {"where": lambda path, _: "w" not in str(path)}, ("where",)
+    ),
+    "usam": Case(oa.usam),
+    "vasso": Case(oa.vasso),
+    "wsam": Case(oa.wsam),
+}
+LINKS = {name: case._replace(place="first") for name, case in LINKS.items()}
+CALLS = {
+    "multi_call": Case(
+        lambda: oa.multi_call(oa.rules.sam(), optax.sgd(0.1)), place="alone"
+    ),
+}
+CASES = AVERAGES | LINKS | CALLS
+
+
 def params_of(dtype: Any) -> dict[str, Any]:
     """A small tree with a matrix, a vector and a scalar."""
     w = jnp.linspace(-1.0, 2.0, 16).reshape(8, 2)
@@ -88,7 +129,8 @@ def grads_of(params: Any, i: Any = 0) -> Any:
 
 def step(tx: Any, params: Any, state: Any, i: Any = 0) -> tuple[Any, Any]:
     """One optimizer step."""
-    updates, state = tx.update(grads_of(params, i), state, params)
+    grad_fn = lambda params: grads_of(params, i)
+    updates, state = tx.update(grad_fn(params), state, params, grad_fn=grad_fn)
     return optax.apply_updates(params, updates), state
 
 
@@ -113,3 +155,8 @@ def read(state: Any, params: Any) -> dict[str, Any]:
         name: oa.averaged_params(state, params, name)
         for name in oa.average_names(state)
     }
+
+
+def observe(state: Any, params: Any) -> dict[str, Any]:
+    """All that a user sees: the parameters and the averages."""
+    return {"live": params, **read(state, params)}

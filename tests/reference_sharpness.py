@@ -145,7 +145,8 @@ def fsam(rho, sparsity, refresh):
         mask = np.ones_like(x) if memory is None else memory
         result = g(x + rho * unit(mask * g0))
         if step % refresh == 0:
-            mask = (g0**2 >= np.quantile(g0**2, sparsity)).astype(float)
+            threshold = np.sort(g0**2)[int(sparsity * len(x))]
+            mask = (g0**2 >= threshold).astype(float)
         return result, mask
 
     return step

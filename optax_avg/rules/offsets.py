@@ -348,17 +348,36 @@ def fsam(
         g0 = grads[0]
 
         def renew(_):
-            squares = [jnp.ravel(jnp.square(jnp.abs(g))) for g in jax.tree.leaves(g0)]
-            if not squares:
-                return state.rule_memory
-            threshold = jnp.quantile(jnp.concatenate(squares), sparsity)
-            return jax.tree.map(lambda g: jnp.square(jnp.abs(g)) >= threshold, g0)
+            fisher = jax.tree.map(lambda g: jnp.square(jnp.abs(g)), g0)
+            threshold = _smallest_above(jax.tree.leaves(fisher), sparsity)
+            return jax.tree.map(lambda f: f >= threshold, fisher)
 
         due = state.rule_step % refresh == 0
         memory = lax.cond(due, renew, lambda m: m, state.rule_memory)
         return grads[-1], memory
 
     return SharpnessRule(2, after_clean(offset), combine, init)
+
+
+def _smallest_above(leaves: list[jax.Array], share: Any) -> jax.Array:
+    """The smallest value that leaves ``share`` of all values below it; exact.
+
+    Bits of non-negative floats are ordered as the floats are, so that the answer is
+    found bit by bit, by counting, with no copy of the leaves.
+    """
+    dtype = jnp.result_type(jnp.float32, *leaves)
+    integer = jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32
+    size = sum(leaf.size for leaf in leaves)
+    below = jnp.floor(share * jnp.asarray(size, dtype))
+    as_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
+
+    def lower_bit(i, bits):
+        higher = bits | (jnp.ones([], integer) << (jnp.iinfo(integer).bits - 2 - i))
+        counts = [jnp.sum(leaf < as_float(higher)) for leaf in leaves]
+        return jnp.where(sum(counts, 0) <= below, higher, bits)
+
+    start = jnp.zeros([], integer)
+    return as_float(lax.fori_loop(0, jnp.iinfo(integer).bits - 1, lower_bit, start))
 
 
 def _as_float(mask: Any) -> Any:
