@@ -1,0 +1,396 @@
+"""Sharpness rules among devices, micro-batches, narrow dtypes and bad gradients."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import reference_sharpness as ref
+from jax import shard_map
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+from sharpness_cases import ALL, PRODUCTS, flat, loss_of, tree_of
+from test_sharpness import start
+
+import optax_avg as oa
+from optax_avg import rules
+
+every_rule = pytest.mark.parametrize("name", ALL)
+X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
+Y = np.sin(X.sum(axis=1))
+W = np.array([0.3, -0.2, 0.5], np.float32)
+
+
+def loss(w, x, y):
+    return jnp.mean((jnp.tanh(x @ w) - y) ** 2)
+
+
+def sam_over_groups(size):
+    """m-sharpness by hand: the mean over groups of ``size`` examples of SAM's."""
+    grads = []
+    for i in range(0, 8, size):
+        x, y = X[i : i + size], Y[i : i + size]
+        g0 = jax.grad(loss)(W, x, y)
+        grads.append(jax.grad(loss)(W + 0.25 * g0 / jnp.linalg.norm(g0), x, y))
+    return np.mean(grads, axis=0)
+
+
+@pytest.mark.parametrize("check_vma", [True, False])
+@pytest.mark.parametrize(
+    ("perturbation", "m"),
+    [("local", 1), ("c", 2), (("b", "c"), 4), (("a", "b", "c"), 8), ("global", 8)],
+)
+def test_m_sharpness(perturbation, m, check_vma):
+    mesh = jax.make_mesh((2, 2, 2), ("a", "b", "c"), axis_types=(AxisType.Auto,) * 3)
+    axes = ("a", "b", "c")
+    sharp = oa.sharpness_aware(
+        jax.value_and_grad(loss),
+        rules.sam(0.25),
+        axis_name=axes,
+        perturbation=perturbation,
+    )
+    step = shard_map(
+        lambda w, state, x, y: sharp(w, state, x, y),
+        mesh=mesh,
+        in_specs=(P(), P(), P(axes), P(axes)),
+        out_specs=P(),
+        check_vma=check_vma,
+    )
+    value, grads, _ = jax.jit(step)(jnp.asarray(W), sharp.init(W), X, Y)
+    np.testing.assert_allclose(grads, sam_over_groups(m), rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(value, loss(W, X, Y), rtol=1e-6)
+
+
+@every_rule
+@pytest.mark.parametrize("check_vma", [True, False])
+def test_rules_in_shard_map(name, check_vma):
+    """Global perturbation is the rule on the whole batch; local leaves state shared."""
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    params = {"norm": jnp.asarray(W[:1]), "w": jnp.asarray(W[1:])}
+    fn = jax.value_and_grad(
+        lambda p, x, y: loss(jnp.concatenate([p["norm"], p["w"]]), x, y)
+    )
+    rule = ALL[name] if name != "sam_leaf" else rules.sam(0.25, scope="leaf")
+
+    def run(perturbation):
+        sharp = oa.sharpness_aware(fn, rule, axis_name="d", perturbation=perturbation)
+        step = jax.jit(
+            shard_map(
+                lambda p, s, x, y: sharp(p, s, x, y),
+                mesh=mesh,
+                in_specs=(P(), P(), P("d"), P("d")),
+                out_specs=P(),
+                check_vma=check_vma,
+            )
+        )
+        state = sharp.init(params)
+        for _ in range(2):
+            _, grads, state = step(params, state, X, Y)
+        return grads, state
+
+    alone = oa.sharpness_aware(fn, rule)
+    state = alone.init(params)
+    for _ in range(2):
+        _, wanted, state = alone(params, state, X, Y)
+    grads, found = run("global")
+    for key in params:
+        np.testing.assert_allclose(grads[key], wanted[key], rtol=2e-4, atol=1e-6)
+    local, found = run("local")
+    assert int(found.rule_step) == 2
+    for leaf in jax.tree.leaves((local, found.rule_memory)):
+        shards = [
+            np.asarray(jax.random.key_data(s.data))
+            if jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key)
+            else np.asarray(s.data)
+            for s in leaf.addressable_shards
+        ]
+        for shard in shards:
+            np.testing.assert_array_equal(shard, shards[0])
+
+
+def accumulated(fn, parts):
+    """Value and gradient averaged over micro-batches."""
+
+    def value_and_grad(w, x, y):
+        results = [
+            fn(w, xs, ys)
+            for xs, ys in zip(jnp.split(x, parts), jnp.split(y, parts), strict=True)
+        ]
+        return jax.tree.map(lambda *leaves: sum(leaves) / parts, *results)
+
+    return value_and_grad
+
+
+def test_around_an_accumulating_gradient():
+    """The full batch is perturbed as one."""
+    sharp = oa.sharpness_aware(
+        accumulated(jax.value_and_grad(loss), 4), rules.sam(0.25)
+    )
+    _, grads, _ = sharp(W, sharp.init(W), X, Y)
+    np.testing.assert_allclose(grads, sam_over_groups(8), rtol=1e-5)
+
+
+def test_inside_an_accumulating_gradient():
+    """Every micro-batch is perturbed by itself."""
+    sharp = oa.sharpness_aware(jax.value_and_grad(loss), rules.sam(0.25))
+    inner = lambda w, x, y: sharp(w, sharp.init(w), x, y)[:2]
+    _, grads = accumulated(inner, 4)(W, X, Y)
+    np.testing.assert_allclose(grads, sam_over_groups(2), rtol=1e-5)
+
+
+def test_multi_steps_after_the_wrapper():
+    sharp = oa.sharpness_aware(jax.value_and_grad(loss), rules.sam(0.25))
+    tx = optax.MultiSteps(optax.sgd(0.5), every_k_schedule=4)
+    w, state, opt_state = jnp.asarray(W), sharp.init(W), tx.init(jnp.asarray(W))
+    for i in range(0, 8, 2):
+        _, grads, state = sharp(w, state, X[i : i + 2], Y[i : i + 2])
+        updates, opt_state = tx.update(grads, opt_state, w)
+        w = optax.apply_updates(w, updates)
+    np.testing.assert_allclose(w, W - 0.5 * sam_over_groups(2), rtol=1e-5)
+
+
+@pytest.mark.parametrize("form", ["wrapper", "link"])
+@pytest.mark.parametrize("name", [n for n in ALL if n not in PRODUCTS])
+def test_evaluations_per_step(name, form):
+    """Counted when they run, not when they are traced."""
+    calls = []
+
+    base = loss_of(*ref.problem())
+    params = tree_of(start().astype(np.float32))
+
+    def value_and_grad(p):
+        jax.debug.callback(lambda: calls.append(1))
+        return jax.value_and_grad(base)(p)
+
+    rule = ALL[name]
+    grad_fn = lambda p: value_and_grad(p)[1]
+    if form == "wrapper":
+        sharp = oa.sharpness_aware(value_and_grad, rule)
+        state = sharp.init(params)
+        step = jax.jit(lambda state: sharp(params, state)[1:])
+    else:
+        link = oa.as_link(rule)
+        state = link.init(params)
+        step = jax.jit(
+            lambda state: link.update(
+                params if rule.num_evals == 1 else grad_fn(params),
+                state,
+                params,
+                grad_fn=grad_fn,
+            )
+        )
+    counts = []
+    for _ in range(4):
+        calls.clear()
+        _, state = step(state)
+        jax.effects_barrier()
+        counts.append(len(calls))
+    sparse = [rule.num_evals, 1, 1, rule.num_evals]
+    wanted = sparse if name in ("look_sam", "every_k") else [rule.num_evals] * 4
+    assert counts == wanted
+
+
+def test_momentum_sam_compiles_one_gradient():
+    """As a link, the gradient that the loop computed is dead code."""
+    products = lambda fn, *args: (
+        jax.jit(fn).lower(*args).compile().as_text().count("custom-call(")
+        or jax.jit(fn).lower(*args).compile().as_text().count(" dot(")
+    )
+    big = jax.random.normal(jax.random.key(0), (64, 64))
+    fn = jax.grad(lambda w: jnp.sum(jnp.tanh(big @ w) ** 2))
+    link = oa.momentum_sam(0.1)
+    state = link.init(big)
+    step = lambda w, s: link.update(fn(w), s, w, grad_fn=fn)
+    assert products(step, big, state) == products(fn, big) > 0
+    two = oa.sam(0.1)
+    step = lambda w, s: two.update(fn(w), s, w, grad_fn=fn)
+    assert products(step, big, two.init(big)) == 2 * products(fn, big)
+
+
+@every_rule
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_zero_gradients_stay_zero(name, dtype):
+    params = jax.tree.map(lambda x: x.astype(dtype), tree_of(start()))
+    zero = lambda p: sum(jnp.sum(0 * x) for x in jax.tree.leaves(p))
+    sharp = oa.sharpness_aware(jax.value_and_grad(zero), ALL[name])
+    state = sharp.init(params)
+    for _ in range(3):
+        _, grads, state = sharp(params, state)
+        for leaf in jax.tree.leaves(grads):
+            assert leaf.dtype == dtype
+            np.testing.assert_array_equal(np.asarray(leaf, float), 0)
+
+
+@every_rule
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_gradients_of_any_size(name, scale):
+    """The offset of a tiny or huge gradient is finite; so is the result."""
+    if name in ("usam", "dnsam", "amp", "amp_three", "fisher_sam") or "gr" in name:
+        pytest.skip("proportional to the gradient: not invariant to its scale")
+    base = loss_of(*ref.problem())
+    params = tree_of(start().astype(np.float32))
+
+    def value_and_grad(p):
+        value, grads = jax.value_and_grad(base)(p)
+        return value, jax.tree.map(lambda g: g * scale, grads)
+
+    plain = oa.sharpness_aware(jax.value_and_grad(base), ALL[name])
+    sharp = oa.sharpness_aware(value_and_grad, ALL[name])
+    _, wanted, _ = plain(params, plain.init(params))
+    _, grads, _ = sharp(params, sharp.init(params))
+    np.testing.assert_allclose(flat(grads) / scale, flat(wanted), rtol=2e-4, atol=1e-5)
+
+
+@every_rule
+def test_a_nan_does_not_stay_in_memory(name):
+    base = loss_of(*ref.problem())
+    params = tree_of(start().astype(np.float32))
+    fn = lambda p, factor: jax.tree.map(
+        lambda x: x * factor, jax.value_and_grad(base)(p)
+    )
+    sharp = oa.sharpness_aware(fn, ALL[name])
+    _, _, state = sharp(params, sharp.init(params), 1.0)
+    _, grads, bad = sharp(params, state, jnp.nan)
+    assert not np.isfinite(flat(grads)).any()
+    for before, after in zip(
+        jax.tree.leaves(state.rule_memory),
+        jax.tree.leaves(bad.rule_memory),
+        strict=True,
+    ):
+        if not jnp.issubdtype(before.dtype, jax.dtypes.prng_key):
+            np.testing.assert_array_equal(before, after)
+    _, grads, _ = sharp(params, bad, 1.0)
+    assert np.isfinite(flat(grads)).all()
+
+
+def test_fp16_gradients_whose_squares_overflow():
+    """(300, 300) has a norm of 424 and squares beyond fp16."""
+    fn = lambda p: (0.0, jnp.full(2, 300, jnp.float16) + 0 * p)
+    sharp = oa.sharpness_aware(fn, rules.sam(1.0))
+    seen = []
+
+    def spy(p):
+        seen.append(p)
+        return fn(p)
+
+    x = jnp.zeros(2, jnp.float16)
+    oa.sharpness_aware(spy, rules.sam(1.0))(x, sharp.init(x))
+    np.testing.assert_allclose(seen[1], 0.5**0.5, rtol=1e-3)
+
+
+def test_ascent_on_another_loss():
+    """The offset comes from ``ascent_fn``, the gradient from the loss."""
+    penalised = lambda w: jnp.sum(w**2) + jnp.sum(w**4)
+    plain = lambda w: jnp.sum(w**4)
+    w = jnp.array([1.0, -2.0])
+    sharp = oa.sharpness_aware(
+        jax.value_and_grad(penalised),
+        rules.sam(0.5),
+        ascent_fn=jax.value_and_grad(plain),
+    )
+    value, grads, _ = sharp(w, sharp.init(w))
+    g0 = 4 * w**3
+    moved = w + 0.5 * g0 / jnp.linalg.norm(g0)
+    np.testing.assert_allclose(grads, 2 * moved + 4 * moved**3, rtol=1e-6)
+    assert float(value) == float(plain(w))
+
+
+def test_aux_is_that_of_the_clean_pass():
+    seen = lambda w: (jnp.sum(w**2), {"at": w})
+    sharp = oa.sharpness_aware(
+        jax.value_and_grad(seen, has_aux=True), rules.gam(), has_aux=True
+    )
+    w = jnp.array([1.0, -2.0])
+    (value, aux), _, _ = jax.jit(sharp)(w, sharp.init(w))
+    np.testing.assert_array_equal(aux["at"], w)
+    assert float(value) == 5.0
+
+
+def test_clear_errors():
+    x = {"w": jnp.ones(2)}
+    link = oa.sam(0.1)
+    state = link.init(x)
+    with pytest.raises(ValueError, match=r"sam needs the gradient as a function"):
+        link.update(x, state, x)
+    with pytest.raises(ValueError, match="sam needs the parameters"):
+        link.update(x, state, None, grad_fn=lambda p: p)
+    masked = optax.masked(oa.sam(0.1), {"w": False})
+    with pytest.raises(ValueError, match="pass mask= to the rule"):
+        masked.init(x)
+    for wrong in (
+        lambda: oa.sam(-0.1),
+        lambda: oa.sam(float("nan")),
+        lambda: oa.sam(0.1, scope="column"),
+        lambda: oa.wsam(gamma=1.0),
+        lambda: oa.gam(decomposition="other"),
+        lambda: oa.amp(steps=0),
+        lambda: oa.look_sam(k=0),
+        lambda: oa.fsam(sparsity=1.0),
+        lambda: oa.gradient_regularisation(scheme="upwind"),
+        lambda: rules.every_k(rules.momentum_sam(), 2),
+        lambda: oa.sharpness_aware(len, rules.sam(), axis_name="a", perturbation="b"),
+        lambda: oa.sharpness_aware(len, rules.momentum_sam(), ascent_fn=len),
+        lambda: oa.trajectory_loss(jnp.zeros((2, 3)), jnp.zeros((3, 2))),
+        lambda: oa.eval_params(optax.EmptyState(), x),
+    ):
+        with pytest.raises(ValueError, match=r"must|needs|takes|differ"):
+            wrong()
+
+
+def test_esam_perturbs_a_share_of_the_leaves():
+    """E[d] is SAM's offset: over many steps and leaves the share is beta."""
+    params = [jnp.ones(())] * 400
+    rule = rules.esam(1.0, 0.25, jax.random.key(1))
+    state = oa.sharpness_aware(jax.value_and_grad(sum), rule).init(params)
+    offset = np.array(rule.probe(1, params, [params], state))
+    values, counts = np.unique(offset, return_counts=True)
+    np.testing.assert_allclose(values, [0, 1 / 20 / 0.25], rtol=1e-6)
+    assert abs(counts[1] / 400 - 0.25) < 0.1
+    later = rule.probe(
+        1, params, [params], state._replace(rule_step=state.rule_step + 1)
+    )
+    assert not np.array_equal(offset, np.array(later))
+
+
+def test_trajectory_loss_is_the_scaled_divergence():
+    rng = np.random.default_rng(0)
+    student, teacher = rng.normal(size=(2, 5, 4))
+    softmax = lambda z: np.exp(z) / np.exp(z).sum(axis=-1, keepdims=True)
+    p, q = softmax(teacher / 3), softmax(student / 3)
+    wanted = 9 * np.mean(np.sum(p * np.log(p / q), axis=-1))
+    found = oa.trajectory_loss(jnp.asarray(student), jnp.asarray(teacher), 3.0)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    to_teacher = jax.grad(oa.trajectory_loss, argnums=1)
+    assert not np.any(to_teacher(jnp.asarray(student), jnp.asarray(teacher)))
+
+
+@pytest.mark.parametrize("k", [1, 3])
+def test_multi_call_keeps_clean_parameters_through_donation(k):
+    tx = oa.multi_call(rules.every_k(rules.gam(), k), optax.adam(1e-2))
+    base = loss_of(*ref.problem())
+    params = tree_of(start().astype(np.float32))
+    step = jax.jit(
+        lambda p, s: (lambda u, s: (optax.apply_updates(p, u), s))(
+            *tx.update(jax.grad(base)(p), s, p)
+        ),
+        donate_argnums=(0, 1),
+    )
+    state, before = tx.init(params), base(params)
+    for _ in range(200):
+        params, state = step(params, state)
+    clean = oa.eval_params(state, params)
+    assert base(clean) < before - 1
+    assert (
+        functools.reduce(
+            max,
+            [
+                float(jnp.abs(a - b).max())
+                for a, b in zip(
+                    jax.tree.leaves(clean), jax.tree.leaves(params), strict=True
+                )
+            ],
+        )
+        <= 0.3
+    )
