@@ -164,7 +164,7 @@ def test_zero_radius_is_the_plain_gradient(name):
     _, wanted = value_and_grad(params)
     rule = (ZERO_RADIUS | ZERO_RADIUS_TO_ROUNDING)[name]
     sharp = oa.sharpness_aware(value_and_grad, rule)
-    _, grads, _ = sharp(params, sharp.init(params))
+    _, grads, _ = sharp(params, sharp.init(params))  # eager: one program for both
     if name in ZERO_RADIUS:
         np.testing.assert_array_equal(flat(grads), flat(wanted))
     else:

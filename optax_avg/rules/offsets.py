@@ -353,7 +353,10 @@ def fsam(
             return jax.tree.map(lambda f: f >= threshold, fisher)
 
         due = state.rule_step % refresh == 0
-        memory = lax.cond(due, renew, lambda m: m, state.rule_memory)
+        keep = lambda mask: jax.tree.map(
+            lambda m, g: _tree.vary(m, _tree.varying_axes(g)), mask, g0
+        )
+        memory = lax.cond(due, renew, keep, state.rule_memory)
         return grads[-1], memory
 
     return SharpnessRule(2, after_clean(offset), combine, init)
@@ -376,7 +379,8 @@ def _smallest_above(leaves: list[jax.Array], share: Any) -> jax.Array:
         counts = [jnp.sum(leaf < as_float(higher)) for leaf in leaves]
         return jnp.where(sum(counts, 0) <= below, higher, bits)
 
-    start = jnp.zeros([], integer)
+    axes = tuple({name for leaf in leaves for name in _tree.varying_axes(leaf)})
+    start = _tree.vary(jnp.zeros([], integer), axes)
     return as_float(lax.fori_loop(0, jnp.iinfo(integer).bits - 1, lower_bit, start))
 
 
