@@ -57,15 +57,13 @@ from optax_avg.links import (
     wsam,
 )
 from optax_avg.migration import migrate_state
+from optax_avg.multi_call import MultiCallState, eval_params, multi_call
 from optax_avg.readout import average_names, averaged_params
 from optax_avg.sharpness import (
-    MultiCallState,
     RuleState,
     SharpnessAware,
     SharpnessRule,
     as_link,
-    eval_params,
-    multi_call,
     sharpness_aware,
     trajectory_loss,
 )

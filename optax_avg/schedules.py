@@ -346,6 +346,54 @@ def refined(
     return _schedule(rate)
 
 
+def follow_learning_rate(
+    learning_rate: optax.Schedule,
+    rho_max: ArrayLike,
+    lr_max: ArrayLike,
+    *,
+    rho_min: ArrayLike = 0.0,
+    lr_min: ArrayLike = 0.0,
+) -> optax.Schedule:
+    """A radius for SAM that follows the learning rate.
+
+    ``rho_t = max(0, rho_min + (rho_max - rho_min) (lr_t - lr_min)/(lr_max - lr_min))``
+
+    Args:
+      learning_rate: the optimizer's schedule.
+      rho_max: radius at ``lr_max``.
+      lr_max: learning rate of the largest radius; above ``lr_min``.
+      rho_min: radius at ``lr_min``.
+      lr_min: learning rate of the smallest radius.
+
+    Returns:
+      A schedule of the radius.
+
+    Raises:
+      ValueError: If a number is negative or not finite, or ``lr_max <= lr_min``.
+
+    Example:
+      >>> import optax, optax_avg as oa
+      >>> lr = optax.linear_schedule(0.5, 0.0, 4)
+      >>> rho = oa.schedules.follow_learning_rate(lr, rho_max=0.25, lr_max=0.5)
+      >>> [float(rho(count)) for count in (0, 2, 4)]
+      [0.25, 0.125, 0.0]
+
+    References:
+      Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training",
+      2022, 2203.08065.
+    """
+    high, low = _rate("rho_max", rho_max), _rate("rho_min", rho_min)
+    top, bottom = _rate("lr_max", lr_max), _rate("lr_min", lr_min)
+    if isinstance(top, float) and isinstance(bottom, float) and top <= bottom:
+        raise ValueError(f"lr_max = {top:g} must be above lr_min = {bottom:g}.")
+
+    def rate(count):
+        share = (learning_rate(count) - bottom) / (top - bottom)
+        return jnp.maximum(0.0, low + (high - low) * share)
+
+    return _schedule(rate)
+
+
 def _schedule(rate: Callable[[jax.Array], Any]) -> optax.Schedule:
     """``rate`` for anything array-like, in float32 and the shape of the counts."""
 

@@ -4,9 +4,9 @@
     result = combine(g_0, g_1, ...)
 
 :func:`sharpness_aware` wraps a ``value_and_grad`` function and is the form to take;
-:func:`as_link` makes the first link of an Optax chain of a rule; :func:`multi_call`
-serves trainers that compute one gradient a call. The rules are in
-:mod:`optax_avg.rules`.
+:func:`as_link` makes a rule the first link of an Optax chain;
+:func:`optax_avg.multi_call` serves trainers that compute one gradient a call. The rules
+are in :mod:`optax_avg.rules`.
 """
 
 from collections.abc import Callable, Sequence
@@ -229,12 +229,12 @@ def sharpness_aware(
             if rest_axes:
                 gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)
                 memory = rule.combine(params, grads, state)[1]
-            return _like(gradient, g), advanced(state, memory, grads)
+            return like(gradient, g), advanced(state, memory, grads)
 
         def skip(g):
             first = _mean(widened(g, params), rest_axes)
-            gradient, memory = _skipping(rule)(params, first, state)
-            return _like(gradient, g), advanced(state, memory, [first])
+            gradient, memory = skipping(rule)(params, first, state)
+            return like(gradient, g), advanced(state, memory, [first])
 
         out, g = out_and_grads(0, displaced(params, rule.probe(0, params, (), state)))
         gradient, state = _when_due(rule, state, full, skip, g)
@@ -274,7 +274,7 @@ def as_link(
     """
 
     def init(params: Any) -> RuleState:
-        _refuse_masked(name, params)
+        refuse_masked(name, params)
         return init_state(rule, params)
 
     def update(
@@ -287,7 +287,7 @@ def as_link(
     ) -> tuple[Any, Any]:
         del extra_args
         _tree.require_params(name, params)
-        _refuse_masked(name, updates)
+        refuse_masked(name, updates)
         if grad_fn is None:
             raise ValueError(
                 f"{name} needs the gradient as a function; call "
@@ -299,178 +299,16 @@ def as_link(
             first = () if rule.num_evals == 1 else [widened(g, params)]
             grads = evaluate(rule, grad_at, params, state, first)
             gradient, memory = rule.combine(params, grads, state)
-            return _like(gradient, updates), advanced(state, memory, grads)
+            return like(gradient, updates), advanced(state, memory, grads)
 
         def skip(g):
             first = widened(g, params)
-            gradient, memory = _skipping(rule)(params, first, state)
-            return _like(gradient, updates), advanced(state, memory, [first])
+            gradient, memory = skipping(rule)(params, first, state)
+            return like(gradient, updates), advanced(state, memory, [first])
 
         return _when_due(rule, state, full, skip, updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
-
-
-class MultiCallState(NamedTuple):
-    """State of :func:`multi_call`.
-
-    Attributes:
-      evaluation: int32, the evaluation that the next gradient belongs to.
-      clean_params: the parameters without offset.
-      probe_grads: gradients of this step so far, zeros where there is none yet.
-      rule_state: the rule's own.
-      inner_state: the optimizer's.
-    """
-
-    evaluation: jax.Array
-    clean_params: Any
-    probe_grads: tuple[Any, ...]
-    rule_state: RuleState
-    inner_state: Any
-
-
-def multi_call(
-    rule: SharpnessRule, optimizer: optax.GradientTransformation
-) -> optax.GradientTransformationExtraArgs:
-    """Makes an optimizer for trainers that compute one gradient a call.
-
-    Every call gets the gradient at the parameters that the last call led to. The first
-    ``num_evals - 1`` calls move them to the next place where the rule wants a gradient;
-    the last one moves them to where ``optimizer`` steps from the clean ones. Evaluate
-    and save :func:`eval_params`, not the parameters in between.
-
-    Args:
-      rule: from :mod:`optax_avg.rules`, but those with Hessian-vector products.
-      optimizer: what follows the rule, averages included.
-
-    Returns:
-      A transformation with the state :class:`MultiCallState`.
-
-    Raises:
-      ValueError: If the rule needs a Hessian-vector product, or ``update`` gets no
-        params.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = oa.multi_call(oa.rules.sam(0.5), optax.sgd(1.0))
-      >>> x = jnp.array(2.0)
-      >>> state = tx.init(x)
-      >>> for _ in range(2):
-      ...     updates, state = tx.update(x, state, x)  # the gradient of x**2 / 2 is x
-      ...     x = optax.apply_updates(x, updates)
-      >>> float(x), float(oa.eval_params(state, x))
-      (-0.5, -0.5)
-    """
-    inner = optax.with_extra_args_support(optimizer)
-    last = rule.num_evals - 1
-
-    def init(params: Any) -> MultiCallState:
-        _refuse_masked("multi_call", params)
-        zeros = _tree.over(
-            lambda x: jnp.zeros_like(_tree.wide(jnp.asarray(x))), params, params
-        )
-        state = init_state(rule, params)
-        probes = tuple(jax.tree.map(jnp.copy, zeros) for _ in range(last))
-        for i in range(rule.num_evals):
-            if rule.direction(i, params, (zeros,) * i, state) is not None:
-                raise ValueError(
-                    "multi_call has gradients alone and this rule needs products with "
-                    "the Hessian; use sharpness_aware."
-                )
-        return MultiCallState(
-            evaluation=jnp.zeros([], jnp.int32),
-            clean_params=jax.tree.map(lambda x: jnp.array(x, copy=True), params),
-            probe_grads=probes,
-            rule_state=state,
-            inner_state=inner.init(params),
-        )
-
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        _tree.require_params("multi_call", params)
-        _refuse_masked("multi_call", updates)
-        clean_first = rule.probe(0, params, (), state.rule_state) is None
-
-        def finish(state, gradient, rule_state):
-            clean, at = state.clean_params, _like(gradient, updates)
-            step, inner_state = inner.update(at, state.inner_state, clean, **extra_args)
-            clean = _tree.new_iterate(clean, step)
-            target = displaced(clean, rule.probe(0, clean, (), rule_state))
-            return target, state._replace(
-                evaluation=jnp.zeros([], jnp.int32),
-                clean_params=clean,
-                rule_state=rule_state,
-                inner_state=inner_state,
-            )
-
-        def move(i, state):
-            grads = [*state.probe_grads[:i], widened(updates, params)]
-            offset = rule.probe(i + 1, state.clean_params, grads, state.rule_state)
-            probes = list(state.probe_grads)
-            probes[i] = jax.tree.map(
-                lambda old, g: g.astype(old.dtype), probes[i], grads[i]
-            )
-            return displaced(state.clean_params, offset), state._replace(
-                evaluation=jnp.asarray(i + 1, jnp.int32), probe_grads=tuple(probes)
-            )
-
-        def full(state):
-            grads = [*state.probe_grads, widened(updates, params)]
-            gradient, memory = rule.combine(state.clean_params, grads, state.rule_state)
-            return finish(state, gradient, advanced(state.rule_state, memory, grads))
-
-        def first(state):
-            if clean_first:
-                state = state._replace(clean_params=params)
-            advance = full if last == 0 else lambda state: move(0, state)
-            if rule.due is None:
-                return advance(state)
-            return lax.cond(rule.due(state.rule_state), advance, skip, state)
-
-        def skip(state):
-            g = widened(updates, params)
-            gradient, memory = _skipping(rule)(params, g, state.rule_state)
-            return finish(state, gradient, advanced(state.rule_state, memory, [g]))
-
-        calls = [first]
-        for i in range(1, last):
-            calls.append(lambda state, i=i: move(i, state))
-        if last:
-            calls.append(full)
-        target, state = lax.switch(state.evaluation, calls, state)
-        steps = jax.tree.map(_step_to, params, target, updates)
-        return steps, state
-
-    return optax.GradientTransformationExtraArgs(init, update)
-
-
-def eval_params(state: Any, params: Any) -> Any:
-    """The parameters without offset, from the state of :func:`multi_call`.
-
-    Args:
-      state: an optimizer state that contains a :class:`MultiCallState`.
-      params: the current parameters, perhaps perturbed; for their structure.
-
-    Returns:
-      A tree like ``params``.
-
-    Raises:
-      ValueError: If there is no such state.
-
-    Example:
-      >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = oa.multi_call(oa.rules.sam(0.5), optax.sgd(1.0))
-      >>> float(oa.eval_params(tx.init(jnp.array(2.0)), jnp.array(2.5)))
-      2.0
-    """
-    is_ours = lambda node: isinstance(node, MultiCallState)
-    found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
-    if len(found) != 1:
-        raise ValueError(
-            f"eval_params needs a state with one multi_call in it, found {len(found)}."
-        )
-    return jax.tree.map(lambda x, clean: clean, params, found[0].clean_params)
 
 
 def trajectory_loss(
@@ -525,12 +363,12 @@ def _when_due(
     return lax.cond(rule.due(state), full, skip, g)
 
 
-def _skipping(rule: SharpnessRule) -> Callable[[Any, Any, RuleState], tuple[Any, Any]]:
+def skipping(rule: SharpnessRule) -> Callable[[Any, Any, RuleState], tuple[Any, Any]]:
     """What a step does that is not due: the plain gradient unless the rule says."""
     return rule.skip or (lambda params, g, state: (g, state.rule_memory))
 
 
-def _like(gradient: Any, g: Any) -> Any:
+def like(gradient: Any, g: Any) -> Any:
     """The gradient in the structure and dtypes in which gradients come."""
     return jax.tree.map(
         lambda g, new: g if new is None else new.astype(g.dtype),
@@ -538,13 +376,6 @@ def _like(gradient: Any, g: Any) -> Any:
         gradient,
         is_leaf=lambda leaf: leaf is None,
     )
-
-
-def _step_to(x: Any, target: Any, u: Any) -> Any:
-    """The update from ``x`` to ``target`` in the dtype of ``u``."""
-    if u is None or not _tree.is_float(x):
-        return u
-    return (_tree.wide(target) - _tree.wide(x)).astype(u.dtype)
 
 
 def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -560,7 +391,7 @@ def _mean(tree: Any, axes: tuple[str, ...]) -> Any:
     return jax.tree.map(lambda g: lax.pmean(g, axes) if _tree.is_float(g) else g, tree)
 
 
-def _refuse_masked(name: str, tree: Any) -> None:
+def refuse_masked(name: str, tree: Any) -> None:
     """The loss cannot be called on a masked tree."""
     leaves = jax.tree.leaves(tree, is_leaf=_tree.is_masked)
     if any(_tree.is_masked(leaf) for leaf in leaves):

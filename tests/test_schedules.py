@@ -425,7 +425,20 @@ EXAMPLES = {
     ),
     "linear_to_zero": lambda v: schedules.linear_to_zero(v, 90, 9),
     "refined": lambda v: schedules.refined(np.linspace(1, 3, 70), v, steps=90),
+    "follow_learning_rate": lambda v: schedules.follow_learning_rate(
+        optax.linear_schedule(1.0, 0.1, 60), v, 1.0, rho_min=0.02, lr_min=0.1
+    ),
 }
+
+
+def test_radius_follows_the_learning_rate_and_stops_at_zero():
+    """By hand: 0.1 + 0.3 (lr - 0.2)/0.6, and 0 where that is negative, in warm-up."""
+    lr = lambda count: jnp.asarray([0.0, 0.1, 0.2, 0.8])[count]
+    rho = schedules.follow_learning_rate(lr, 0.4, 0.8, rho_min=0.1, lr_min=0.2)
+    found = [float(rho(count)) for count in range(4)]
+    np.testing.assert_allclose(found, [0.0, 0.05, 0.1, 0.4], rtol=1e-6, atol=1e-7)
+    steep = schedules.follow_learning_rate(lr, 0.4, 0.8, rho_min=0.0, lr_min=0.2)
+    assert float(steep(0)) == 0.0
 
 
 @pytest.mark.parametrize("name", EXAMPLES)
@@ -554,6 +567,14 @@ def test_ends_are_exact_under_jit(make, end):
         (lambda: schedules.refined([1, 2], 1.0, smoothing=-0.1), "smoothing"),
         (lambda: schedules.refined([1, 2], 1.0, steps=1), "steps"),
         (lambda: schedules.refined([1, 2], 1.0, warmup_steps=2), "warmup_steps = 2"),
+        (
+            lambda: schedules.follow_learning_rate(lambda t: 1.0, -1.0, 1.0),
+            "rho_max",
+        ),
+        (
+            lambda: schedules.follow_learning_rate(lambda t: 1.0, 1.0, 1.0, lr_min=1.0),
+            "must be above lr_min",
+        ),
     ],
 )
 def test_errors(make, message):
