@@ -20,9 +20,10 @@ Families of plain functions
     rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
+    landscape       curvature, sharpness, barriers and planes of a loss
 """
 
-from optax_avg import rules, schedules, weights
+from optax_avg import landscape, rules, schedules, weights
 from optax_avg.averaging import (
     AverageState,
     average,
@@ -101,6 +102,7 @@ __all__ = [
     "gnp",
     "gradient_regularisation",
     "gsam",
+    "landscape",
     "look_sam",
     "lookahead",
     "lr_weighted_average",

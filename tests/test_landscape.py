@@ -1,0 +1,154 @@
+"""Curvature, sharpness and barriers against dense matrices and hand-made numbers."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_sharpness as ref
+from sharpness_cases import flat, loss_of, tree_of
+from test_sharpness import start
+
+from optax_avg import landscape
+
+KEY = jax.random.key(0)
+
+
+def problem(dtype=np.float32):
+    parts = ref.problem()
+    return loss_of(*parts), start().astype(dtype), ref.hessian(start(), *parts)
+
+
+def test_hessian_product_is_that_of_the_dense_hessian():
+    loss, x, dense = problem()
+    v = np.random.default_rng(3).normal(size=ref.SIZE).astype(np.float32)
+    found = landscape.hessian_product(loss, tree_of(x), tree_of(v))
+    np.testing.assert_allclose(flat(found), dense @ v, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("k", [1, 3, ref.SIZE])
+def test_top_eigenvalues_of_the_dense_hessian(k):
+    loss, x, dense = problem()
+    find = jax.jit(
+        lambda p: landscape.top_eigenvalues(loss, p, KEY, k=k, num_iters=ref.SIZE)
+    )
+    wanted = np.sort(np.linalg.eigvalsh(dense))[::-1][:k]
+    np.testing.assert_allclose(find(tree_of(x)), wanted, rtol=1e-4, atol=1e-4)
+
+
+def test_lanczos_goes_on_past_an_invariant_subspace():
+    """The identity exhausts its Krylov space at once."""
+    found = landscape.top_eigenvalues(lambda x: x @ x, jnp.ones(6), KEY, 6, 6)
+    np.testing.assert_allclose(found, 2.0, rtol=1e-5)
+
+
+def test_lanczos_on_a_large_diagonal():
+    """Converges to the top of a spectrum long before it has seen all of it."""
+    diagonal = jnp.concatenate([jnp.array([50.0, 40.0]), jnp.linspace(0, 10, 2000)])
+    found = landscape.top_eigenvalues(
+        lambda x: 0.5 * jnp.sum(diagonal * x**2), jnp.ones(2002), KEY, 2, 30
+    )
+    np.testing.assert_allclose(found, [50.0, 40.0], rtol=1e-4)
+
+
+def test_trace_within_its_error():
+    loss, x, dense = problem()
+    trace, error = jax.jit(
+        lambda p: landscape.hessian_trace(loss, p, KEY, num_samples=400)
+    )(tree_of(x))
+    assert abs(float(trace) - np.trace(dense)) < 4 * float(error)
+    off_diagonal = dense - np.diag(np.diag(dense))
+    wanted = np.sqrt(2 * np.sum(off_diagonal**2) / 400)
+    np.testing.assert_allclose(error, wanted, rtol=0.25)
+
+
+def test_sharpness_by_hand():
+    loss, x, _ = problem()
+    g = ref.gradient(x.astype(float), *ref.problem())
+    moved = tree_of((x + 0.25 * ref.unit(g)).astype(np.float32))
+    wanted = float(loss(moved) - loss(tree_of(x)))
+    found = landscape.sharpness(loss, tree_of(x), 0.25)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("num_steps", [1, 5])
+def test_gradient_norm_in_ball_of_a_quadratic(num_steps):
+    """Along an eigenvector by hand; elsewhere below the maximum over the circle."""
+    h = jnp.diag(jnp.array([4.0, 1.0]))
+    x = jnp.array([0.0, 1.0])
+    loss = lambda x: 0.5 * x @ h @ x
+    found = float(landscape.gradient_norm_in_ball(loss, x, 0.5, num_steps)) / 0.5
+    np.testing.assert_allclose(found, 1.5, rtol=1e-5)
+    tilted = jnp.array([0.1, 1.0])
+    few = landscape.gradient_norm_in_ball(loss, tilted, 0.5, 1)
+    many = landscape.gradient_norm_in_ball(loss, tilted, 0.5, num_steps)
+    grid = [
+        np.linalg.norm(h @ (tilted + 0.5 * np.array([np.cos(a), np.sin(a)])))
+        for a in np.linspace(0, 2 * np.pi, 3601)
+    ]
+    assert float(few) <= float(many) * (1 + 1e-6)
+    assert float(many) <= 0.5 * max(grid) * (1 + 1e-6)
+
+
+def test_barrier_moves_what_it_is_told():
+    a = {"w": jnp.array(-1.0), "b": jnp.array(0.0)}
+    b = {"w": jnp.array(1.0), "b": jnp.array(3.0)}
+    loss = lambda p: (p["w"] ** 2 - 1) ** 2 + p["b"]
+    whole = jax.jit(lambda: landscape.barrier(loss, a, b))()
+    np.testing.assert_allclose(whole.barrier, 1.0, rtol=1e-6)
+    np.testing.assert_allclose(whole.losses[-1], 3.0)
+    part = landscape.barrier(loss, a, b, where=lambda path, x: "b" in str(path))
+    np.testing.assert_allclose(part.barrier, 0.0, atol=1e-6)
+    np.testing.assert_allclose(part.losses, jnp.linspace(0, 3, 11), rtol=1e-5)
+    convex = landscape.barrier(lambda p: p["w"] ** 2, a, b)
+    np.testing.assert_allclose(convex.barrier, 0.8**2 - 1, rtol=1e-5)
+
+
+def test_plane_meets_its_models():
+    rng = np.random.default_rng(0)
+    models = [
+        {"w": jnp.asarray(rng.normal(size=(3, 2)), jnp.float32)} for _ in range(3)
+    ]
+    loss = lambda p: jnp.sum(jnp.sin(p["w"]))
+    seen = []
+    drawn = landscape.plane(
+        loss, models, num=5, margin=0.0, progress=lambda *at: seen.append(at)
+    )
+    assert seen == [(i + 1, 5) for i in range(5)]
+    np.testing.assert_allclose(drawn.models[0], 0)
+    distance = float(jnp.linalg.norm(models[1]["w"] - models[2]["w"]))
+    gap = np.linalg.norm(drawn.models[1] - drawn.models[2])
+    np.testing.assert_allclose(gap, distance, rtol=1e-5)
+    corner = jax.tree.map(jnp.zeros_like, models[0])
+    right = {"w": corner["w"].at[0, 0].set(2.0)}
+    top = {"w": corner["w"].at[2, 1].set(-3.0)}
+    drawn = landscape.plane(loss, [corner, right, top], num=3, margin=0.0)
+    found = drawn.losses[[0, 0, -1], [0, -1, 0]]
+    np.testing.assert_allclose(found, [0, np.sin(2), np.sin(-3)], atol=1e-6)
+    with pytest.raises(ValueError, match="on one line"):
+        landscape.plane(loss, [models[0], models[1], models[1]])
+
+
+def test_filter_normalised_directions():
+    params = {
+        "kernel": 3 * jax.random.normal(KEY, (3, 3, 2, 5)),
+        "bias": jnp.ones(5),
+    }
+    d = landscape.filter_normalised(jax.random.key(1), params)
+    size = lambda x: jnp.sqrt(jnp.sum(x**2, axis=(0, 1, 2)))
+    np.testing.assert_allclose(size(d["kernel"]), size(params["kernel"]), rtol=1e-5)
+    assert not d["bias"].any()
+    assert not np.allclose(d["kernel"], params["kernel"])
+
+
+def test_errors_name_the_leaf():
+    a, b = {"w": jnp.ones(2)}, {"w": jnp.ones(3)}
+    with pytest.raises(ValueError, match=r"params\['w'\]: \(2,\) and \(3,\)"):
+        landscape.barrier(lambda p: 0.0, a, b)
+    with pytest.raises(ValueError, match="differ in structure"):
+        landscape.barrier(lambda p: 0.0, a, {"v": jnp.ones(2)})
+    with pytest.raises(ValueError, match="k must lie between"):
+        landscape.top_eigenvalues(lambda p: 0.0, a, KEY, k=5)
+    with pytest.raises(ValueError, match="num_samples"):
+        landscape.hessian_trace(lambda p: 0.0, a, KEY, num_samples=1)
+    with pytest.raises(ValueError, match="three models"):
+        landscape.plane(lambda p: 0.0, [a, a])
