@@ -30,6 +30,9 @@ AVERAGING = "tests/test_averaging.py"
 WEIGHTS = "tests/test_weights.py"
 READOUT = "tests/test_readout.py"
 WRITE_BACK = "tests/test_write_back.py"
+SHARPNESS = "tests/test_sharpness.py"
+FORMS = "tests/test_sharpness_forms.py"
+LANDSCAPE = "tests/test_landscape.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -175,6 +178,85 @@ FAULTS = {
         "moved.append(rest.pop(0)[1])",
         "moved.append(rest.pop(0)[1] * 0)",
         f"{READOUT} -k migration_keeps_the_optimizer",
+    ),
+    "the mask comes after the norm": Fault(
+        "optax_avg/rules/offsets.py",
+        "n = _tree.norm(tg)",
+        "n = _tree.norm(grads)",
+        f"{SHARPNESS} -k 'reference and sam_mask'",
+    ),
+    "the metric is applied once": Fault(
+        "optax_avg/rules/offsets.py",
+        "_tree.over(lambda g, t: t * g, params, tg, t)",
+        "tg",
+        f"{SHARPNESS} -k 'reference and asam'",
+    ),
+    "the offset is divided by a zero norm": Fault(
+        "optax_avg/rules/offsets.py",
+        "jnp.where(n > 0, r / jnp.where(n > 0, n, 1), 0) * v",
+        "r / n * v",
+        f"{FORMS} -k zero_gradients",
+    ),
+    "gsam removes the wrong part": Fault(
+        "optax_avg/rules/combinations.py",
+        "_tree.project_out(g0, gd)",
+        "_tree.project_out(gd, g0)",
+        f"{SHARPNESS} -k 'reference and gsam'",
+    ),
+    "friendly sam uses the new mean": Fault(
+        "optax_avg/rules/combinations.py",
+        "(-sigma, state.rule_memory[1])",
+        "(-sigma, _ema(state.rule_memory, decay, g0)[1])",
+        f"{SHARPNESS} -k 'reference and friendly'",
+    ),
+    "momentum sam ascends": Fault(
+        "optax_avg/rules/combinations.py",
+        "return _tree.scale(-1, ascent(params, v, radius_at(rho, state)))",
+        "return ascent(params, v, radius_at(rho, state))",
+        f"{SHARPNESS} -k 'reference and momentum'",
+    ),
+    "gam mixes up its gradients": Fault(
+        "optax_avg/rules/combinations.py",
+        "plus = _linear((alpha, g1), (1 - alpha, g3))",
+        "plus = _linear((alpha, g3), (1 - alpha, g1))",
+        f"{SHARPNESS} -k 'reference and gam'",
+    ),
+    "a NaN stays in memory": Fault(
+        "optax_avg/sharpness.py",
+        "jnp.where(finite, new, old)",
+        "jnp.where(finite | True, new, old)",
+        f"{FORMS} -k does_not_stay",
+    ),
+    "devices share the gradients of replicated parameters": Fault(
+        "optax_avg/sharpness.py",
+        "x = jax.tree.map(lambda leaf: _tree.vary(leaf, axes), x)",
+        "pass",
+        f"{FORMS} -k m_sharpness",
+    ),
+    "every step takes all gradients": Fault(
+        "optax_avg/sharpness.py",
+        "return lax.cond(rule.due(state), full, skip, g)",
+        "return jax.tree.map("
+        "lambda a, b: jnp.where(rule.due(state), a, b), full(g), skip(g))",
+        f"{FORMS} -k evaluations_per_step",
+    ),
+    "the clean copy is not kept": Fault(
+        "optax_avg/multi_call.py",
+        "return displaced(state.clean_params, offset), state._replace(",
+        "return displaced(params, offset), state._replace(",
+        f"{SHARPNESS} -k 'three_forms and gam'",
+    ),
+    "lanczos forgets what it has seen": Fault(
+        "optax_avg/landscape.py",
+        "w = w - basis.T @ (basis @ w)",
+        "w = w - 0 * basis.T @ (basis @ w)",
+        f"{LANDSCAPE} -k eigenvalues",
+    ),
+    "the barrier has no line to stand on": Fault(
+        "optax_avg/landscape.py",
+        "line = (1 - t) * losses[0] + t * losses[-1]",
+        "line = 0 * losses",
+        f"{LANDSCAPE} -k barrier",
     ),
 }
 
