@@ -13,7 +13,8 @@ Gradients at perturbed parameters
     sharpness_aware             a drop-in for value_and_grad, from a rule
     sam, gam, ...               a rule as the first link of a chain
     multi_call, eval_params     for trainers that compute one gradient a call
-    as_link, SharpnessRule, RuleState, MultiCallState
+    decoupled_wsam              adds the sharpness after the optimizer
+    as_link, SharpnessRule, RuleState, MultiCallState, DecoupledState
     trajectory_loss             MESA's, with an average as the teacher
 
 Families of plain functions
@@ -35,10 +36,12 @@ from optax_avg.averaging import (
     tail_average,
 )
 from optax_avg.links import (
+    DecoupledState,
     amp,
     asam,
     awp,
     cr_sam,
+    decoupled_wsam,
     dnsam,
     esam,
     fisher_sam,
@@ -76,6 +79,7 @@ __version__ = "0.1.0"
 __all__ = [
     "AverageState",
     "BemaState",
+    "DecoupledState",
     "MultiCallState",
     "RuleState",
     "SharpnessAware",
@@ -90,6 +94,7 @@ __all__ = [
     "awp",
     "bema",
     "cr_sam",
+    "decoupled_wsam",
     "dnsam",
     "ema_params",
     "esam",

@@ -15,13 +15,15 @@ import optax_avg as oa
 class Case(NamedTuple):
     """A factory, its arguments, and those that ``inject_hyperparams`` must leave.
 
-    ``place`` is where it stands in a chain: "first", "last", or "alone".
+    ``place`` is where it stands in a chain: "first", "last", or "alone"; ``calls``
+    of ``update`` make one optimizer step.
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
     kwargs: Mapping[str, Any] = MappingProxyType({})
     static: tuple[str, ...] = ()
     place: str = "last"
+    calls: int = 1
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.kwargs)
@@ -104,7 +106,15 @@ LINKS = {
 LINKS = {name: case._replace(place="first") for name, case in LINKS.items()}
 CALLS = {
     "multi_call": Case(
-        lambda: oa.multi_call(oa.rules.sam(), optax.sgd(0.1)), place="alone"
+        lambda: oa.multi_call(oa.rules.sam(), optax.sgd(0.1)),
+        place="alone",
+        calls=2,
+    ),
+    "decoupled_wsam": Case(
+        oa.decoupled_wsam,
+        {"optimizer": optax.sgd(0.1), "learning_rate": 0.1, "gamma": 0.5},
+        ("optimizer",),
+        place="alone",
     ),
 }
 CASES = AVERAGES | LINKS | CALLS

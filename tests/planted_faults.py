@@ -247,16 +247,34 @@ FAULTS = {
         f"{SHARPNESS} -k 'three_forms and gam'",
     ),
     "lanczos forgets what it has seen": Fault(
-        "optax_avg/landscape.py",
+        "optax_avg/landscape/curvature.py",
         "w = w - basis.T @ (basis @ w)",
         "w = w - 0 * basis.T @ (basis @ w)",
         f"{LANDSCAPE} -k eigenvalues",
     ),
     "the barrier has no line to stand on": Fault(
-        "optax_avg/landscape.py",
+        "optax_avg/landscape/surface.py",
         "line = (1 - t) * losses[0] + t * losses[-1]",
         "line = 0 * losses",
         f"{LANDSCAPE} -k barrier",
+    ),
+    "hutch++ samples what the basis has seen": Fault(
+        "optax_avg/landscape/curvature.py",
+        "z = z - basis @ (basis.T @ z)",
+        "z = z - 0 * basis @ (basis.T @ z)",
+        f"{LANDSCAPE} -k hutch",
+    ),
+    "the loop keeps the first gradient": Fault(
+        "optax_avg/sharpness.py",
+        "jnp.where(i == j, new, old)",
+        "jnp.where(i == j + 1, new, old)",
+        f"{FORMS} -k evaluations_in_a_loop",
+    ),
+    "decoupled sharpness has the wrong sign": Fault(
+        "optax_avg/links.py",
+        "_tree.wide(step) - lr",
+        "_tree.wide(step) + lr",
+        f"{SHARPNESS} -k decoupled",
     ),
 }
 

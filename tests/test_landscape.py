@@ -1,5 +1,7 @@
 """Curvature, sharpness and barriers against dense matrices and hand-made numbers."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -152,3 +154,94 @@ def test_errors_name_the_leaf():
         landscape.hessian_trace(lambda p: 0.0, a, KEY, num_samples=1)
     with pytest.raises(ValueError, match="three models"):
         landscape.plane(lambda p: 0.0, [a, a])
+
+
+@pytest.mark.parametrize("sketch", [4, ref.SIZE + 3])
+def test_hutch_plus_plus_on_the_dense_hessian(sketch):
+    """Exact once the sketch spans all; below, the part outside the basis is sampled."""
+    loss, x, dense = problem()
+    trace, error = landscape.hessian_trace(
+        loss, tree_of(x), KEY, num_samples=200, sketch=sketch
+    )
+    if sketch > ref.SIZE:
+        assert float(error) < 1e-4
+    np.testing.assert_allclose(trace, np.trace(dense), atol=4 * float(error) + 1e-3)
+
+
+def test_hutch_plus_plus_beats_hutchinson_on_a_decaying_spectrum():
+    """The same products: error of 64 random rotations of the spectrum 1/i^2."""
+    size, spectrum = 64, 1.0 / np.arange(1, 65) ** 2
+    rotation = np.linalg.qr(np.random.default_rng(0).normal(size=(size, size)))[0]
+    h = jnp.asarray(rotation * spectrum @ rotation.T, jnp.float32)
+    loss = lambda x: 0.5 * x @ h @ x
+
+    def error(num_samples, sketch):
+        find = lambda key: landscape.hessian_trace(
+            loss, jnp.ones(size), key, num_samples, sketch=sketch
+        )[0]
+        found = jax.vmap(find)(jax.random.split(KEY, 64))
+        return np.sqrt(np.mean((np.asarray(found) - spectrum.sum()) ** 2))
+
+    assert error(10, 10) < 0.25 * error(30, 0)
+
+
+def test_m_sharpness_is_the_mean_over_groups():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(12, 3)), jnp.float32)
+    loss = lambda w, x: jnp.mean(jnp.tanh(x @ w) ** 2)
+    w = jnp.array([0.5, -1.0, 0.25])
+    groups = [
+        float(landscape.sharpness(lambda w, i=i: loss(w, x[i : i + 4]), w, 0.1))
+        for i in (0, 4, 8)
+    ]
+    found = jax.jit(lambda w: landscape.m_sharpness(loss, w, x, 4, 0.1))(w)
+    np.testing.assert_allclose(found, np.mean(groups), rtol=1e-4)
+    with pytest.raises(ValueError, match="divide the 12 examples"):
+        landscape.m_sharpness(loss, w, x, 5)
+
+
+def test_slices_by_hand():
+    loss = lambda p: jnp.sum(p["a"] ** 2) + p["b"]
+    x = {"a": jnp.array([1.0, 2.0]), "b": jnp.array(3.0)}
+    d = {"a": jnp.array([1.0, 0.0]), "b": jnp.array(1.0)}
+    e = {"a": jnp.array([0.0, 1.0]), "b": jnp.array(0.0)}
+    line = landscape.slice_1d(loss, x, d, radius=2.0, num=5)
+    wanted = [(1 + t) ** 2 + 4 + 3 + t for t in np.linspace(-2, 2, 5)]
+    np.testing.assert_allclose(line.losses, wanted, rtol=1e-6)
+    grid = landscape.slice_2d(loss, x, (d, e), radius=2.0, num=5)
+    np.testing.assert_allclose(grid.losses[2], wanted, rtol=1e-6)
+    np.testing.assert_allclose(
+        grid.losses[:, 2], [1 + (2 + t) ** 2 + 3 for t in grid.v], rtol=1e-6
+    )
+    with pytest.raises(ValueError, match="structure"):
+        landscape.slice_1d(loss, x, d["a"])
+
+
+def test_progress_reaches_the_end():
+    """Every long function reports all of its work, under jit too."""
+    x, key = jnp.array([1.0, 2.0, 3.0]), KEY
+    loss = lambda x: jnp.sum(x**4)
+    models = [x, x + jnp.array([1.0, 0, 0]), x + jnp.array([0, 1.0, 0])]
+    calls = {
+        "eigenvalues": lambda p: landscape.top_eigenvalues(loss, x, key, progress=p),
+        "trace": lambda p: landscape.hessian_trace(loss, x, key, 5, progress=p),
+        "m": lambda p: landscape.m_sharpness(
+            lambda x, y: loss(x * y[0]), x, jnp.ones((4, 3)), 2, progress=p
+        ),
+        "barrier": lambda p: landscape.barrier(loss, x, 2 * x, 7, progress=p),
+        "slice": lambda p: landscape.slice_1d(loss, x, x, num=7, progress=p),
+    }
+    totals = {"eigenvalues": 3, "trace": 5, "m": 2, "barrier": 7, "slice": 7}
+    for name, call in calls.items():
+        seen = []
+        report = functools.partial(lambda seen, *done: seen.append(done), seen)
+        jax.block_until_ready(jax.jit(functools.partial(call, report))())
+        jax.effects_barrier()
+        n = totals[name]
+        assert sorted(seen) == [(i, n) for i in range(1, n + 1)], name
+    for call in (
+        lambda p: landscape.plane(loss, models, num=4, progress=p),
+        lambda p: landscape.slice_2d(loss, x, (x, x), num=4, progress=p),
+    ):
+        seen = []
+        call(functools.partial(lambda seen, *done: seen.append(done), seen))
+        assert seen == [(i, 4) for i in range(1, 5)]

@@ -251,3 +251,34 @@ def test_optax_contrib_sam_in_opaque_mode():
         other = optax.apply_updates(other, updates)
     ours, _ = by_wrapper(rules.sam(0.25), loss, params)
     np.testing.assert_allclose(flat(ours), flat(other), rtol=2e-5)
+
+
+def test_decoupled_wsam_is_wsam_under_plain_sgd():
+    loss = loss_of(*ref.problem())
+    grad_fn, x = jax.grad(loss), tree_of(start().astype(np.float32))
+    coupled = optax.chain(oa.wsam(0.25, 0.75), optax.sgd(0.125))
+    decoupled = oa.decoupled_wsam(optax.sgd(0.125), 0.125, 0.25, 0.75)
+    found = [
+        tx.update(grad_fn(x), tx.init(x), x, grad_fn=grad_fn)[0]
+        for tx in (coupled, decoupled)
+    ]
+    np.testing.assert_allclose(*map(flat, found), rtol=1e-4, atol=1e-6)
+
+
+def test_decoupled_wsam_adds_the_sharpness_after_adam():
+    """Algorithm 1 by hand: Adam sees g0 alone, each step's rate scales the rest."""
+    parts = ref.problem()
+    grad_fn, x = jax.grad(loss_of(*parts)), tree_of(start().astype(np.float32))
+    rate = lambda step: 0.125 / (1 + step)
+    adam = optax.adam(rate)
+    tx = oa.decoupled_wsam(adam, rate, 0.25, 0.75)
+    state, adam_state = tx.init(x), adam.init(x)
+    for t in range(3):
+        at = flat(x).astype(float)
+        g0 = ref.gradient(at, *parts)
+        gd = ref.gradient(at + 0.25 * ref.unit(g0), *parts)
+        plain, adam_state = adam.update(grad_fn(x), adam_state, x)
+        wanted = flat(plain) - 0.125 / (1 + t) * 3.0 * (gd - g0)
+        updates, state = tx.update(grad_fn(x), state, x, grad_fn=grad_fn)
+        np.testing.assert_allclose(flat(updates), wanted, rtol=1e-4, atol=1e-5)
+        x = optax.apply_updates(x, updates)

@@ -95,8 +95,7 @@ def gnp(r: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
 def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
     """Weighted SAM: ``(1 - a) g0 + a gd`` with ``a = gamma/(1 - gamma)``.
 
-    This is the coupled form. For the decoupled one let the optimizer see ``g0`` and add
-    ``-lr a (gd - g0)`` after it.
+    This is the coupled form; see :func:`optax_avg.decoupled_wsam` for the other.
 
     Args:
       rho: radius.

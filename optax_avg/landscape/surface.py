@@ -1,0 +1,352 @@
+"""Losses along segments, on slices and on planes.
+
+L((1 - t) a + t b),    L(x + t d),    L(x + u d1 + v d2)
+"""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from optax_avg import _tree
+from optax_avg.landscape._along import Loss, Progress, moved, report
+
+
+class Segment(NamedTuple):
+    """Losses along a straight line.
+
+    Attributes:
+      t: shape (num,), from 0 at the first model to 1 at the second.
+      losses: shape (num,).
+      barrier: highest loss above the straight line between the two end losses.
+    """
+
+    t: jax.Array
+    losses: jax.Array
+    barrier: jax.Array
+
+
+class Slice(NamedTuple):
+    """Losses along a direction.
+
+    Attributes:
+      t: shape (num,), steps from ``-radius`` to ``radius``.
+      losses: shape (num,).
+    """
+
+    t: jax.Array
+    losses: jax.Array
+
+
+class Plane(NamedTuple):
+    """Losses on a plane.
+
+    Attributes:
+      u: shape (num,), first coordinates.
+      v: shape (num,), second coordinates.
+      losses: shape (num, num), ``losses[i, j]`` at ``(u[j], v[i])``.
+      models: shape (count, 2), coordinates of the models that the plane was made from.
+    """
+
+    u: np.ndarray
+    v: np.ndarray
+    losses: np.ndarray
+    models: np.ndarray
+
+
+def barrier(
+    loss: Loss,
+    a: Any,
+    b: Any,
+    num: int = 11,
+    where: _tree.Where | None = None,
+    progress: Progress | None = None,
+) -> Segment:
+    """Losses on the segment from ``a`` to ``b`` and the barrier between them.
+
+    ``max_t L((1-t) a + t b) - ((1-t) L(a) + t L(b))``.
+
+    Args:
+      loss: ``params -> scalar``.
+      a: a model.
+      b: another of the same structure.
+      num: points, the ends included; at least 3.
+      where: leaves to move, a tree of bools or ``(key_path, leaf) -> bool``; the others
+        stay those of ``a``.
+      progress: called with the points done and their number.
+
+    Returns:
+      A :class:`Segment`; a negative barrier means that the middle is lower.
+
+    Raises:
+      ValueError: If ``num`` is below 3 or the models differ in structure or shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_avg import landscape
+      >>> double_well = lambda x: (x**2 - 1) ** 2
+      >>> found = landscape.barrier(double_well, jnp.array(-1.0), jnp.array(1.0))
+      >>> float(found.barrier)
+      1.0
+
+    References:
+      Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+      2020, 1912.05671.
+    """
+    if num < 3:
+        raise ValueError(f"num must be at least 3, got {num}.")
+    _check_alike(a, b)
+    moving = _tree.select(a, where)
+    end = jax.tree.map(
+        lambda keep, x, y: x if _tree.is_masked(keep) else y,
+        moving,
+        a,
+        b,
+        is_leaf=_tree.is_masked,
+    )
+    t = jnp.linspace(0, 1, num)
+    losses = _losses(lambda s: loss(_between(a, end, s)), t, progress)
+    line = (1 - t) * losses[0] + t * losses[-1]
+    return Segment(t, losses, jnp.max((losses - line)[1:-1]))
+
+
+def plane(
+    loss: Loss,
+    models: Sequence[Any],
+    num: int = 21,
+    margin: float = 0.2,
+    progress: Progress | None = None,
+) -> Plane:
+    """Losses on the plane through three models, as the papers of SWA draw it.
+
+    ``u`` points from the first model to the second, ``v`` is the orthogonal part of the
+    way to the third; coordinates are in units of length of the parameters. Compiles
+    one row and calls it for each: not to be jitted itself.
+
+    Args:
+      loss: ``params -> scalar``.
+      models: three trees of one structure, not on one line.
+      num: points along each axis.
+      margin: beyond the models, as a share of their extent.
+      progress: called with the rows done and the number of rows.
+
+    Returns:
+      A :class:`Plane` of NumPy arrays.
+
+    Raises:
+      ValueError: If there are not three models, they differ in structure or shape, or
+        stand on one line.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_avg import landscape
+      >>> corners = [jnp.array(x) for x in ([0.0, 0.0], [1.0, 0.0], [0.0, 1.0])]
+      >>> drawn = landscape.plane(lambda x: x @ x, corners, num=3, margin=0.0)
+      >>> drawn.losses.tolist()
+      [[0.0, 0.25, 1.0], [0.25, 0.5, 1.25], [1.0, 1.25, 2.0]]
+
+    References:
+      Garipov et al., "Loss Surfaces, Mode Connectivity, and Fast Ensembling of DNNs",
+      2018, 1802.10026.
+    """
+    if len(models) != 3:
+        raise ValueError(f"plane needs three models, got {len(models)}.")
+    origin, second, third = models
+    for other in (second, third):
+        _check_alike(origin, other)
+    to = lambda x: jax.tree.map(lambda x, o: _tree.wide(x) - _tree.wide(o), x, origin)
+    first, other = to(second), to(third)
+    width = float(_tree.norm(first))
+    e1 = _tree.unit(first)
+    rest = _tree.project_out(other, first)
+    height = float(_tree.norm(rest))
+    if not width or height <= 1e-6 * float(_tree.norm(other)):
+        raise ValueError("the three models stand on one line; see landscape.barrier.")
+    e2 = _tree.unit(rest)
+    places = np.array([[0, 0], [width, 0], [float(_tree.dot(other, e1)), height]])
+    low, high = places.min(axis=0), places.max(axis=0)
+    pad = margin * (high - low)
+    u, v = np.linspace(low - pad, high + pad, num).T
+
+    return Plane(u, v, _grid(loss, origin, (e1, e2), (u, v), progress), places)
+
+
+def slice_1d(
+    loss: Loss,
+    params: Any,
+    direction: Any,
+    radius: float = 1.0,
+    num: int = 41,
+    progress: Progress | None = None,
+) -> Slice:
+    """Losses along a direction, ``L(x + t d)`` for ``|t| <= radius``.
+
+    Args:
+      loss: ``params -> scalar``.
+      params: ``x``.
+      direction: ``d``, see :func:`filter_normalised`.
+      radius: largest ``t``.
+      num: points; odd, so that ``x`` is one of them.
+      progress: called with the points done and their number.
+
+    Returns:
+      A :class:`Slice`.
+
+    Raises:
+      ValueError: If the direction differs from ``params`` in structure or shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_avg import landscape
+      >>> x, d = jnp.array(1.0), jnp.array(2.0)
+      >>> landscape.slice_1d(lambda x: x**2, x, d, num=3).losses.tolist()
+      [1.0, 1.0, 9.0]
+
+    References:
+      Li et al., "Visualizing the Loss Landscape of Neural Nets", 2018, 1712.09913.
+    """
+    _check_alike(params, direction)
+    t = jnp.linspace(-radius, radius, num)
+    return Slice(t, _losses(lambda s: loss(moved(params, s, direction)), t, progress))
+
+
+def slice_2d(
+    loss: Loss,
+    params: Any,
+    directions: tuple[Any, Any],
+    radius: float = 1.0,
+    num: int = 21,
+    progress: Progress | None = None,
+) -> Plane:
+    """Losses on a square around a model, ``L(x + u d1 + v d2)``.
+
+    Compiles one row and calls it for each: not to be jitted itself.
+
+    Args:
+      loss: ``params -> scalar``.
+      params: ``x``.
+      directions: ``d1`` and ``d2``, see :func:`filter_normalised`.
+      radius: largest ``u`` and ``v``.
+      num: points along each axis; odd, so that ``x`` is one of them.
+      progress: called with the rows done and the number of rows.
+
+    Returns:
+      A :class:`Plane` of NumPy arrays; the one model stands at (0, 0).
+
+    Raises:
+      ValueError: If a direction differs from ``params`` in structure or shape.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from optax_avg import landscape
+      >>> axes = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+      >>> drawn = landscape.slice_2d(lambda x: x @ x, jnp.zeros(2), axes, num=3)
+      >>> drawn.losses.tolist()
+      [[2.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 2.0]]
+
+    References:
+      Li et al., 2018, 1712.09913.
+    """
+    for direction in directions:
+        _check_alike(params, direction)
+    t = np.linspace(-radius, radius, num)
+    losses = _grid(loss, params, directions, (t, t), progress)
+    return Plane(t, t, losses, np.zeros((1, 2)))
+
+
+def filter_normalised(key: jax.Array, params: Any) -> Any:
+    """A random direction with the norm of every filter of the parameters.
+
+    A filter is a slice along the last axis (the output channels of a Flax kernel) of a
+    leaf with two or more dimensions; other leaves get no direction.
+
+    Args:
+      key: of the direction.
+      params: the model.
+
+    Returns:
+      A tree like ``params``, for :func:`slice_1d` and :func:`slice_2d`.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> from optax_avg import landscape
+      >>> d = landscape.filter_normalised(jax.random.key(0), jnp.ones((4, 3)))
+      >>> jnp.linalg.norm(d, axis=0).round(3).tolist()
+      [2.0, 2.0, 2.0]
+
+    References:
+      Li et al., "Visualizing the Loss Landscape of Neural Nets", 2018, 1712.09913.
+    """
+    leaves, structure = jax.tree.flatten(params)
+
+    def one(i, x):
+        if x.ndim < 2:
+            return jnp.zeros_like(x)
+        d = jax.random.normal(jax.random.fold_in(key, i), x.shape, _tree.wide(x).dtype)
+        axes = tuple(range(x.ndim - 1))
+        size = lambda w: jnp.sqrt(jnp.sum(_tree.wide(w) ** 2, axis=axes, keepdims=True))
+        return (d / size(d) * size(x)).astype(x.dtype)
+
+    return structure.unflatten([one(i, x) for i, x in enumerate(leaves)])
+
+
+def _losses(at: Loss, t: jax.Array, progress: Progress | None) -> jax.Array:
+    """The loss at every point of a line."""
+
+    def one(numbered):
+        i, s = numbered
+        value = at(s)
+        report(progress, i + 1, t.size)
+        return value
+
+    return lax.map(one, (jnp.arange(t.size), t))
+
+
+def _grid(
+    loss: Loss,
+    origin: Any,
+    directions: tuple[Any, Any],
+    axes: tuple[np.ndarray, np.ndarray],
+    progress: Progress | None,
+) -> np.ndarray:
+    """The loss at every point of a grid, row by row."""
+    first, second = directions
+    u, v = (jnp.asarray(axis, jnp.float32) for axis in axes)
+
+    @jax.jit
+    def row(y):
+        start = moved(jax.tree.map(_tree.wide, origin), y, second)
+        to = lambda x: jax.tree.map(
+            lambda s, d, o: (s + x * d).astype(o.dtype), start, first, origin
+        )
+        return _losses(lambda x: loss(to(x)), u, None)
+
+    rows = []
+    for i, y in enumerate(v):
+        rows.append(np.asarray(row(y)))
+        if progress is not None:
+            progress(i + 1, len(v))
+    return np.stack(rows)
+
+
+def _between(a: Any, b: Any, t: Any) -> Any:
+    return jax.tree.map(
+        lambda x, y: ((1 - t) * _tree.wide(x) + t * _tree.wide(y)).astype(x.dtype), a, b
+    )
+
+
+def _check_alike(a: Any, b: Any) -> None:
+    """Raises unless two models have one structure and the same shapes."""
+    if jax.tree.structure(a) != jax.tree.structure(b):
+        raise ValueError("the models differ in structure.")
+    for (path, x), y in zip(
+        jax.tree.flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
+    ):
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"the models differ in shape at params{jax.tree_util.keystr(path)}: "
+                f"{jnp.shape(x)} and {jnp.shape(y)}."
+            )
