@@ -86,6 +86,23 @@ def print_table(
     Console(width=None if Console().is_terminal else 100).print(table)
 
 
+def print_measures(title: str, found: Mapping[str, Mapping[str, np.ndarray]]) -> None:
+    """One row a method, one column a measure: mean and spread over seeds."""
+    table = Table(title=title)
+    table.add_column("method")
+    for measure in next(iter(found.values())):
+        table.add_column(measure, justify="right")
+    for name, values in found.items():
+        cells = [
+            ""
+            if np.isnan(v).all()
+            else f"{v.mean():.3g}" + (f" ± {spread(v):.1g}" if len(v) > 1 else "")
+            for v in values.values()
+        ]
+        table.add_row(name, *cells)
+    Console(width=None if Console().is_terminal else 140).print(table)
+
+
 def with_spread(mean: float, std: float, sign: str = "") -> str:
     return f"{mean:{sign}.4f}" + ("" if math.isnan(std) else f" ± {std:.4f}")
 

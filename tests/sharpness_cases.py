@@ -63,12 +63,12 @@ RULES = {
     "every_k": (rules.every_k(rules.sam(0.25), 3), ref.every_k(0.25, 3)),
     "momentum_sam": (rules.momentum_sam(0.25, 0.75), ref.momentum_sam(0.25, 0.75)),
     "gam": (
-        rules.gam(0.25, 0.125, 0.5, 0.75, 0.25),
-        ref.gam(0.25, 0.125, 0.5, 0.75, 0.25),
+        rules.gam(0.25, 0.125, 0.375, 0.75, 0.25),
+        ref.gam(0.25, 0.125, 0.375, 0.75, 0.25),
     ),
     "gam_reference": (
-        rules.gam(0.25, 0.125, 0.5, 0.75, 0.25, "reference"),
-        ref.gam(0.25, 0.125, 0.5, 0.75, 0.25, "reference"),
+        rules.gam(0.25, 0.125, 0.375, 0.75, 0.25, "reference"),
+        ref.gam(0.25, 0.125, 0.375, 0.75, 0.25, "reference"),
     ),
 }
 PRODUCTS = {

@@ -25,6 +25,7 @@ def draw_plane(
     labels: Sequence[str] = (),
     ax: Axes | None = None,
     *,
+    title: str = "loss",
     num_levels: int = 12,
     ceiling: float | None = None,
 ) -> Axes:
@@ -34,6 +35,7 @@ def draw_plane(
       plane: from :func:`optax_avg.landscape.plane` or ``slice_2d``.
       labels: names of its models.
       ax: to draw into; by default a new figure.
+      title: what the colours show.
       num_levels: contours.
       ceiling: highest level; by default the 95th percentile of the losses.
 
@@ -76,7 +78,7 @@ def draw_plane(
         cmap="viridis_r",
         extend="max",
     )
-    ax.figure.colorbar(shades, ax=ax, label="loss", format="%.3g")
+    ax.figure.colorbar(shades, ax=ax, label=title, format="%.3g")
     for i, (x, y) in enumerate(plane.models):
         ax.plot(x, y, "o", color="white", markeredgecolor="black", zorder=3)
         if i < len(labels):
