@@ -211,13 +211,12 @@ def norm(tree: Any) -> jax.Array:
         return jnp.zeros([])
     square = _sum_of_squares(leaves)
     info = jnp.finfo(square.dtype)
+    # A power of two that brings squares out of reach into the middle of the range.
+    far = 2.0 ** round(0.7 * float(info.maxexp))
+    factor = jnp.where(square < 1, far, 1 / far)
 
     def scaled(leaves):
-        largest = jnp.max(jnp.stack([jnp.max(jnp.abs(x), initial=0) for x in leaves]))
-        divisor = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
-        ratio = _sum_of_squares([x / divisor for x in leaves])
-        # The largest may have lost a NaN that the sum has kept.
-        return jnp.where(jnp.isnan(square), square, divisor * jnp.sqrt(ratio))
+        return jnp.sqrt(_sum_of_squares([x * factor for x in leaves])) / factor
 
     safe = (square > info.tiny / info.eps) & (square < info.max)
     return lax.cond(safe, lambda _: jnp.sqrt(square), scaled, leaves)

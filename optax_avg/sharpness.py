@@ -9,7 +9,6 @@
 are in :mod:`optax_avg.rules`.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Protocol
 
@@ -120,36 +119,6 @@ def evaluate(
     return grads
 
 
-def evaluate_in_loop(
-    rule: SharpnessRule,
-    grad_at: Callable[[Any], Any],
-    params: Any,
-    state: RuleState,
-    g0: Any,
-) -> list[Any]:
-    """All gradients of a step, those after ``g_0`` from one compiled evaluation."""
-
-    def place(j, grads):
-        offset = rule.probe(j, params, grads[:j], state)
-        # All branches of the switch must vary over the same axes.
-        return jax.tree.map(
-            lambda x, g: x if g is None else _tree.vary(x, _tree.varying_axes(g)),
-            displaced(params, offset),
-            g0,
-        )
-
-    def body(i, grads):
-        branches = [functools.partial(place, j) for j in range(1, rule.num_evals)]
-        g = widened(grad_at(lax.switch(i - 1, branches, grads)), params)
-        return [
-            jax.tree.map(lambda new, old, j=j: jnp.where(i == j, new, old), g, old)
-            for j, old in enumerate(grads)
-        ]
-
-    # Any values do: no probe looks at a gradient before it is there.
-    return lax.fori_loop(1, rule.num_evals, body, [g0] * rule.num_evals)
-
-
 def advanced(state: RuleState, memory: Any, grads: Grads) -> RuleState:
     """The next state; memory keeps its value where a gradient is not finite."""
     step: Any = optax.safe_increment(state.rule_step)
@@ -190,7 +159,6 @@ def sharpness_aware(
     ascent_fn: Callable[..., tuple[Any, Any]] | None = None,
     axis_name: str | Sequence[str] | None = None,
     perturbation: str | Sequence[str] = "local",
-    unroll: bool = True,
 ) -> SharpnessAware:
     """Makes a drop-in for ``jax.value_and_grad`` whose gradient follows a rule.
 
@@ -208,10 +176,6 @@ def sharpness_aware(
       perturbation: ``"local"``: every device ascends along its own gradient
         (m-sharpness); ``"global"``: along the average over all axes; or the axes over
         which the ascent is averaged.
-      unroll: False: evaluations after the first are one compiled loop, which saves
-        compile time of rules with three or more. XLA's CPU backend runs gradients of
-        convolutions several times slower in a loop. Rules with Hessian-vector
-        products are unrolled all the same.
 
     Returns:
       A function with an attribute ``init``: ``state = sharp.init(params)``; ``out,
@@ -220,7 +184,7 @@ def sharpness_aware(
 
     Raises:
       ValueError: If ``perturbation`` names no axis, or ``ascent_fn`` is given to a rule
-        of one evaluation or with ``unroll=False``.
+        of one evaluation.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_avg as oa
@@ -246,10 +210,6 @@ def sharpness_aware(
         )
     if ascent_fn is not None and rule.num_evals < 2:
         raise ValueError("this rule has one evaluation and takes no ascent_fn.")
-    if ascent_fn is not None and not unroll:
-        raise ValueError("a loop evaluates one function; with ascent_fn unroll.")
-    only_gradients = rule.direction is SharpnessRule._field_defaults["direction"]
-    looped = not unroll and only_gradients and rule.num_evals > 2
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
 
     def sharp(params, state, *args, **kwargs):
@@ -264,12 +224,7 @@ def sharpness_aware(
 
         def full(g):
             grad_at = lambda i, x: out_and_grads(i, x)[1]
-            g0 = widened(g, params)
-            if looped:
-                again = functools.partial(grad_at, rule.num_ascents)
-                grads = evaluate_in_loop(rule, again, params, state, g0)
-            else:
-                grads = evaluate(rule, grad_at, params, state, [g0])
+            grads = evaluate(rule, grad_at, params, state, [widened(g, params)])
             gradient, memory = rule.combine(params, grads, state)
             if rest_axes:
                 gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)

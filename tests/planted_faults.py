@@ -264,12 +264,6 @@ FAULTS = {
         "z = z - 0 * basis @ (basis.T @ z)",
         f"{LANDSCAPE} -k hutch",
     ),
-    "the loop keeps the first gradient": Fault(
-        "optax_avg/sharpness.py",
-        "jnp.where(i == j, new, old)",
-        "jnp.where(i == j + 1, new, old)",
-        f"{FORMS} -k evaluations_in_a_loop",
-    ),
     "decoupled sharpness has the wrong sign": Fault(
         "optax_avg/links.py",
         "_tree.wide(step) - lr",

@@ -2,7 +2,6 @@
 
 import functools
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -399,47 +398,3 @@ def test_multi_call_keeps_clean_parameters_through_donation(k):
         )
         <= 0.3
     )
-
-
-MANY = [name for name in ALL if ALL[name].num_evals > 2]
-
-
-@pytest.mark.parametrize("name", MANY)
-@pytest.mark.parametrize("mapped", [None, True, False])
-def test_evaluations_in_a_loop(name, mapped):
-    """``unroll=False`` gives the same, alone and in shard_map with and without vma."""
-    fn = jax.value_and_grad(lambda p, x, y: loss(p["norm_weight"], x, y) + p["b"] ** 2)
-    params = {"norm_weight": jnp.asarray(W), "b": jnp.array(0.5), "none": None}
-    results = []
-    for unroll in (True, False):
-        sharp = oa.sharpness_aware(
-            fn, ALL[name], axis_name=None if mapped is None else "d", unroll=unroll
-        )
-        step = lambda p, x, y, sharp=sharp: sharp(p, sharp.init(p), x, y)
-        if mapped is not None:
-            mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-            step = shard_map(
-                step,
-                mesh=mesh,
-                in_specs=(P(), P("d"), P("d")),
-                out_specs=P(),
-                check_vma=mapped,
-            )
-        results.append(jax.jit(step)(params, X, Y))
-    chex.assert_trees_all_close(*results, rtol=1e-5, atol=1e-6)
-
-
-def test_a_loop_compiles_two_gradients_of_four():
-    calls = []
-
-    def fn(w):
-        calls.append(1)
-        return jax.value_and_grad(loss)(w, X, Y)
-
-    for unroll, wanted in ((True, 4), (False, 2)):
-        sharp = oa.sharpness_aware(fn, rules.gam(), unroll=unroll)
-        calls.clear()
-        jax.make_jaxpr(sharp)(W, sharp.init(W))
-        assert len(calls) == wanted
-    with pytest.raises(ValueError, match="with ascent_fn unroll"):
-        oa.sharpness_aware(fn, rules.gam(), ascent_fn=fn, unroll=False)
