@@ -4,6 +4,7 @@ import gzip
 import math
 import struct
 import zlib
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -26,6 +27,24 @@ class Images(NamedTuple):
     train_y: np.ndarray
     test_x: np.ndarray
     test_y: np.ndarray
+
+
+def flat_digits(seed: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Digits as rows of 64: images and labels of one half, then of the other."""
+    x, y = load_digits(return_X_y=True)
+    x = (x / 16).astype(np.float32)
+    parts = train_test_split(x, y, test_size=0.5, random_state=seed, stratify=y)
+    return parts[0], parts[2], parts[1], parts[3]
+
+
+def batches(
+    x: np.ndarray, y: np.ndarray, size: int, rng: np.random.Generator
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """One epoch in random order."""
+    order = rng.permutation(len(x))
+    for first in range(0, len(x) - size + 1, size):
+        rows = order[first : first + size]
+        yield x[rows], y[rows]
 
 
 def read_idx(path: Path) -> np.ndarray:

@@ -18,6 +18,7 @@ import flax
 import jax
 import numpy as np
 import optax
+from _data import Images, load_images
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
@@ -165,6 +166,30 @@ def check_writable(folder: Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryFile(dir=folder):
         pass
+
+
+def parse_with_images(
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None
+) -> tuple[argparse.Namespace, Images]:
+    """Adds --data, reads the images; whatever is wrong ends the program now."""
+    parser.add_argument(
+        "--data", type=Path, help="a folder of IDX files; default: digits"
+    )
+    args = parser.parse_args(argv)
+    try:
+        images = load_images(args.data)
+    except (OSError, ValueError) as error:
+        fail(parser, f"cannot read the images: {error}")
+    if args.batch_size > len(images.train_y):
+        fail(
+            parser,
+            f"--batch-size {args.batch_size}: only {len(images.train_y)} images",
+        )
+    try:
+        check_writable(args.out)
+    except OSError as error:
+        fail(parser, f"cannot write to --out {args.out}: {error}")
+    return args, images
 
 
 def fail(parser: argparse.ArgumentParser, message: str) -> NoReturn:

@@ -22,15 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _data import Images, load_images
+from _data import Images
 from _report import (
     candidates,
-    check_writable,
     draw,
-    fail,
     interruptible,
     legend_above,
     minus_live,
+    parse_with_images,
     positive,
     print_table,
     stack,
@@ -204,28 +203,13 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
     count, rate = positive(int), positive(float)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="a folder of IDX files; default: digits")
     add("--out", type=Path, default=Path("out/digits"), help="for the results")
     add("--seeds", type=count, default=3, help="runs, with seeds 0, 1, ...")
     add("--epochs", type=count, default=40, help="SWA and LAWA need 3 to differ")
     add("--learning-rate", type=rate, default=0.05)
     add("--schedule", choices=["constant", "swa"], default="constant")
     add("--batch-size", type=count, default=16)
-    args = parser.parse_args(argv)
-    try:
-        images = load_images(args.data)
-    except (OSError, ValueError) as error:
-        fail(parser, f"cannot read the images: {error}")
-    if args.batch_size > len(images.train_y):
-        fail(
-            parser,
-            f"--batch-size {args.batch_size}: only {len(images.train_y)} images",
-        )
-    try:
-        check_writable(args.out)
-    except OSError as error:
-        fail(parser, f"cannot write to --out {args.out}: {error}")
-    return args, images
+    return parse_with_images(parser, argv)
 
 
 @interruptible

@@ -22,11 +22,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from _data import Images, load_images
+from _data import Images
 from _report import (
-    check_writable,
     fail,
     interruptible,
+    parse_with_images,
     positive,
     print_measures,
     write_json,
@@ -256,7 +256,6 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
     count, rate = positive(int), positive(float)
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     add = parser.add_argument
-    add("--data", type=Path, help="a folder of IDX files; default: digits")
     add("--out", type=Path, default=Path("out/sharpness"), help="for the results")
     add("--seeds", type=count, default=5, help="runs, with seeds 0, 1, ...")
     add("--epochs", type=count, default=60)
@@ -265,22 +264,9 @@ def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
     add("--width", type=count, default=128, help="of the hidden layers")
     add("--rho", type=rate, default=0.1, help="radius of the measured sharpness")
     add("--wrong-labels", type=rate, default=0.2, help="share, in the second half")
-    args = parser.parse_args(argv)
-    try:
-        images = load_images(args.data)
-    except (OSError, ValueError) as error:
-        fail(parser, f"cannot read the images: {error}")
-    if args.batch_size > len(images.train_y):
-        fail(
-            parser,
-            f"--batch-size {args.batch_size}: only {len(images.train_y)} images",
-        )
+    args, images = parse_with_images(parser, argv)
     if args.wrong_labels >= 1:
         fail(parser, f"--wrong-labels {args.wrong_labels}: must be below 1")
-    try:
-        check_writable(args.out)
-    except OSError as error:
-        fail(parser, f"cannot write to --out {args.out}: {error}")
     return args, images
 
 

@@ -16,11 +16,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from _data import batches, flat_digits
 from flax import linen as nn
 from flax.training import train_state
-from linen_loop import batches
-from sklearn.datasets import load_digits
-from sklearn.model_selection import train_test_split
 
 import optax_avg as oa
 
@@ -107,14 +105,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
 
-    images, labels = load_digits(return_X_y=True)
-    x_train, x_test, y_train, y_test = train_test_split(
-        (images / 16).astype(np.float32),
-        labels,
-        test_size=0.5,
-        random_state=args.seed,
-        stratify=labels,
-    )
+    x_train, y_train, x_test, y_test = flat_digits(args.seed)
     rng, key = np.random.default_rng(args.seed), jax.random.key(args.seed)
     sharp = make_gradient(args.rho)
     state = create_state(args.seed, args.learning_rate, sharp)

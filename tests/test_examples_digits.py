@@ -86,9 +86,9 @@ def test_swa_schedule_on_idx_files(digits, tmp_path):
 
 
 @pytest.mark.parametrize("compress", [False, True])
-def test_idx_round_trip(digits, tmp_path, compress):
+def test_idx_round_trip(load_example, tmp_path, compress):
     images, labels = write_folder(tmp_path, compress)
-    read = digits.load_images(tmp_path)
+    read = load_example("_data").load_images(tmp_path)
     np.testing.assert_allclose(read.train_x[..., 0], images / 255, rtol=1e-6)
     np.testing.assert_array_equal(read.test_y, labels)
 

@@ -12,7 +12,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from optax_avg import _tree
-from optax_avg.landscape._along import Loss, Progress, moved, report
+from optax_avg.landscape._along import Loss, Progress, mapped, moved, report
 
 
 def hessian_product(loss: Loss, params: Any, v: Any) -> Any:
@@ -182,17 +182,13 @@ def hessian_trace(
         basis = jnp.linalg.qr(seen.T)[0]
         inside = lax.map(lambda q: q @ product(q), basis.T).sum()
 
-    def sample(numbered):
-        i, key = numbered
+    def sample(key):
         z = signs(key)
         if basis is not None:
             z = z - basis @ (basis.T @ z)
-        value = z @ product(z)
-        report(progress, i + 1, num_samples)
-        return value
+        return z @ product(z)
 
-    keys = jax.random.split(of_samples, num_samples)
-    values = lax.map(sample, (jnp.arange(num_samples), keys))
+    values = mapped(sample, jax.random.split(of_samples, num_samples), progress)
     return inside + values.mean(), values.std(ddof=1) / num_samples**0.5
 
 
@@ -261,16 +257,11 @@ def m_sharpness(
     count = len(jax.tree.leaves(examples)[0])
     if m < 1 or count % m:
         raise ValueError(f"m must divide the {count} examples, got {m}.")
-    total = count // m
-    groups = jax.tree.map(lambda a: jnp.reshape(a, (total, m, *a.shape[1:])), examples)
-
-    def one(numbered):
-        i, group = numbered
-        value = sharpness(lambda x: loss(x, group), params, rho)
-        report(progress, i + 1, total)
-        return value
-
-    return lax.map(one, (jnp.arange(total), groups)).mean()
+    groups = jax.tree.map(
+        lambda a: jnp.reshape(a, (count // m, m, *a.shape[1:])), examples
+    )
+    of_group = lambda group: sharpness(lambda x: loss(x, group), params, rho)
+    return mapped(of_group, groups, progress).mean()
 
 
 def gradient_norm_in_ball(

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 
 from optax_avg import _tree
-from optax_avg.landscape._along import Loss, Progress, moved, report
+from optax_avg.landscape._along import Loss, Progress, mapped, moved
 
 
 class Segment(NamedTuple):
@@ -108,7 +108,7 @@ def barrier(
         is_leaf=_tree.is_masked,
     )
     t = jnp.linspace(0, 1, num)
-    losses = _losses(lambda s: loss(_between(a, end, s)), t, progress)
+    losses = mapped(lambda s: loss(_between(a, end, s)), t, progress)
     line = (1 - t) * losses[0] + t * losses[-1]
     return Segment(t, losses, jnp.max((losses - line)[1:-1]))
 
@@ -210,7 +210,7 @@ def slice_1d(
     """
     _check_alike(params, direction)
     t = jnp.linspace(-radius, radius, num)
-    return Slice(t, _losses(lambda s: loss(moved(params, s, direction)), t, progress))
+    return Slice(t, mapped(lambda s: loss(moved(params, s, direction)), t, progress))
 
 
 def slice_2d(
@@ -293,18 +293,6 @@ def filter_normalised(key: jax.Array, params: Any) -> Any:
     return structure.unflatten([one(i, x) for i, x in enumerate(leaves)])
 
 
-def _losses(at: Loss, t: jax.Array, progress: Progress | None) -> jax.Array:
-    """The loss at every point of a line."""
-
-    def one(numbered):
-        i, s = numbered
-        value = at(s)
-        report(progress, i + 1, t.size)
-        return value
-
-    return lax.map(one, (jnp.arange(t.size), t))
-
-
 def _grid(
     loss: Loss,
     origin: Any,
@@ -322,7 +310,7 @@ def _grid(
         to = lambda x: jax.tree.map(
             lambda s, d, o: (s + x * d).astype(o.dtype), start, first, origin
         )
-        return _losses(lambda x: loss(to(x)), u, None)
+        return lax.map(lambda x: loss(to(x)), u)
 
     rows = []
     for i, y in enumerate(v):

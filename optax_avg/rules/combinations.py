@@ -314,6 +314,10 @@ def friendly_sam(
 def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
     """The rule at every ``k``-th step, from the first; the plain gradient elsewhere.
 
+    The other evaluations stand under ``lax.cond``, in which XLA's CPU backend runs
+    gradients of convolutions an order of magnitude slower; there take
+    :func:`optax_avg.multi_call`, which has every gradient outside of it.
+
     Args:
       rule: any rule with a clean evaluation.
       k: at least 1.
