@@ -17,6 +17,10 @@ Gradients at perturbed parameters
     as_link, SharpnessRule, RuleState, MultiCallState, DecoupledState
     trajectory_loss             MESA's, with an average as the teacher
 
+Robust locations of gradients over iterations
+    track_location, vclip, cclip, clipped_ema, adaptive_radius
+    LocationState, AdaptiveRadius
+
 Families of plain functions
     rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
@@ -60,6 +64,15 @@ from optax_avg.links import (
     vasso,
     wsam,
 )
+from optax_avg.location import (
+    AdaptiveRadius,
+    LocationState,
+    adaptive_radius,
+    cclip,
+    clipped_ema,
+    track_location,
+    vclip,
+)
 from optax_avg.migration import migrate_state
 from optax_avg.multi_call import MultiCallState, eval_params, multi_call
 from optax_avg.readout import average_names, averaged_params
@@ -77,14 +90,17 @@ from optax_avg.write_back import lookahead, switch_ema, write_back
 __version__ = "0.1.0"
 
 __all__ = [
+    "AdaptiveRadius",
     "AverageState",
     "BemaState",
     "DecoupledState",
+    "LocationState",
     "MultiCallState",
     "RuleState",
     "SharpnessAware",
     "SharpnessRule",
     "WindowState",
+    "adaptive_radius",
     "amp",
     "as_link",
     "asam",
@@ -93,6 +109,8 @@ __all__ = [
     "averaged_params",
     "awp",
     "bema",
+    "cclip",
+    "clipped_ema",
     "cr_sam",
     "decoupled_wsam",
     "dnsam",
@@ -124,9 +142,11 @@ __all__ = [
     "swa",
     "switch_ema",
     "tail_average",
+    "track_location",
     "trajectory_loss",
     "usam",
     "vasso",
+    "vclip",
     "weights",
     "window_average",
     "write_back",

@@ -16,7 +16,7 @@ class Case(NamedTuple):
     """A factory, its arguments, and those that ``inject_hyperparams`` must leave.
 
     ``place`` is where it stands in a chain: "first", "last", or "alone"; ``calls``
-    of ``update`` make one optimizer step.
+    of ``update`` make one optimizer step, which ``counter`` in the state counts.
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
@@ -24,6 +24,8 @@ class Case(NamedTuple):
     static: tuple[str, ...] = ()
     place: str = "last"
     calls: int = 1
+    counter: str = "step"
+    needs_params: bool = True
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.kwargs)
@@ -103,21 +105,43 @@ LINKS = {
     "vasso": Case(oa.vasso),
     "wsam": Case(oa.wsam),
 }
-LINKS = {name: case._replace(place="first") for name, case in LINKS.items()}
+LINKS = {
+    name: case._replace(place="first", counter="rule_step")
+    for name, case in LINKS.items()
+}
+LOCATIONS = {
+    "track_location": Case(
+        oa.track_location, {"distance": "linf", "tau": 0.5}, ("distance",)
+    ),
+    "track_location_spectral": Case(
+        oa.track_location,
+        {"distance": "spectral", "tau": oa.adaptive_radius()},
+        ("distance", "tau"),
+    ),
+    "vclip": Case(oa.vclip, {"tau": oa.adaptive_radius()}, ("tau",)),
+    "cclip": Case(oa.cclip, {"tau": 0.05}),
+    "clipped_ema": Case(oa.clipped_ema, {"decay": 0.9, "max_norm": 0.5}),
+}
+LOCATIONS = {
+    name: case._replace(place="first", counter="location_step", needs_params=False)
+    for name, case in LOCATIONS.items()
+}
 CALLS = {
     "multi_call": Case(
         lambda: oa.multi_call(oa.rules.sam(), optax.sgd(0.1)),
         place="alone",
         calls=2,
+        counter="rule_step",
     ),
     "decoupled_wsam": Case(
         oa.decoupled_wsam,
         {"optimizer": optax.sgd(0.1), "learning_rate": 0.1, "gamma": 0.5},
         ("optimizer",),
         place="alone",
+        counter="rule_step",
     ),
 }
-CASES = AVERAGES | LINKS | CALLS
+CASES = AVERAGES | LINKS | CALLS | LOCATIONS
 
 
 def params_of(dtype: Any) -> dict[str, Any]:

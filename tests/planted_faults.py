@@ -33,6 +33,7 @@ WRITE_BACK = "tests/test_write_back.py"
 SHARPNESS = "tests/test_sharpness.py"
 FORMS = "tests/test_sharpness_forms.py"
 LANDSCAPE = "tests/test_landscape.py"
+LOCATION = "tests/test_location.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -263,6 +264,30 @@ FAULTS = {
         "z = z - basis @ (basis.T @ z)",
         "z = z - 0 * basis @ (basis.T @ z)",
         f"{LANDSCAPE} -k hutch",
+    ),
+    "a bad sample moves the location": Fault(
+        "optax_avg/location.py",
+        "new[i] = jnp.where(finite, old[i] + taken, old[i])",
+        "new[i] = old[i] + taken",
+        f"{LOCATION} -k bad_samples",
+    ),
+    "huber forgets its share": Fault(
+        "optax_avg/_proximal.py",
+        "found._replace(leaves=[share(tau) * d for d in found.leaves])",
+        "found",
+        f"{LOCATION} -k 'reference and huber'",
+    ),
+    "newton stops after one step": Fault(
+        "optax_avg/_proximal.py",
+        "lambda pair: pair[1] > pair[0], ascend",
+        "lambda pair: pair[1] < pair[0], ascend",
+        f"{LOCATION} -k 'reference and linf'",
+    ),
+    "the radius moves the wrong way": Fault(
+        "optax_avg/location.py",
+        "jnp.exp(-tau.rate",
+        "jnp.exp(tau.rate",
+        f"{LOCATION} -k adaptive",
     ),
     "decoupled sharpness has the wrong sign": Fault(
         "optax_avg/links.py",

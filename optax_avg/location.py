@@ -1,0 +1,393 @@
+"""Locations of gradients over iterations: clipping as an estimator of the median.
+
+    m <- m + Proj_{tau B*}(g - m)
+
+is the stochastic proximal point step towards the minimiser of ``E D(m - g)``: the mean
+for the squared l2 norm, a median for the l2 norm. With ``m = 0`` at every step it is
+ordinary clipping. A constant ``tau`` finds a location between the two: the median as
+``tau`` goes to 0, the mean as it grows.
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+
+from optax_avg import _proximal, _tree
+
+INFINITY = float("inf")
+
+
+class AdaptiveRadius(NamedTuple):
+    """A radius that follows a quantile, see :func:`adaptive_radius`.
+
+    Attributes:
+      quantile: of the sizes of ``g - m``.
+      rate: of the geometric updates.
+      init: first radius, None for the first size that is seen.
+    """
+
+    quantile: Any
+    rate: Any
+    init: Any
+
+
+class LocationState(NamedTuple):
+    """State of :func:`track_location`.
+
+    Attributes:
+      location_step: int32, samples that counted; schedules are called with it.
+      location: ``m`` in float32 or wider, ``()`` where it is reset at every step.
+      location_radius: shape (groups,), adaptive radii (0: not yet known), or ``()``.
+      accepted: int32, samples within the radius.
+      clipped: int32, samples that were cut.
+      rejected: int32, samples that were not finite.
+    """
+
+    location_step: jax.Array
+    location: Any
+    location_radius: Any
+    accepted: jax.Array
+    clipped: jax.Array
+    rejected: jax.Array
+
+
+def adaptive_radius(
+    quantile: float = 0.5, rate: float = 0.2, init: float | None = None
+) -> AdaptiveRadius:
+    """A radius that follows a quantile of the sizes of ``g - m``, whatever their scale.
+
+    ``tau <- tau exp(-rate (1[size <= tau] - quantile))``; for element-wise distances
+    the share of elements stands in place of the indicator.
+
+    Args:
+      quantile: in [0, 1]; 0.5 clips every other sample.
+      rate: of the updates; a factor of 10^4 takes ``ln(10^4)/(rate quantile)`` steps
+        upwards.
+      init: first radius; by default the first size that is seen.
+
+    Returns:
+      For the argument ``tau`` of :func:`track_location`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax_avg as oa
+      >>> tx = oa.vclip(oa.adaptive_radius(quantile=0.9))
+
+    References:
+      Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021,
+      1905.03871.
+    """
+    quantile = _tree.within("quantile", quantile, 0, 1)
+    rate = _tree.within("rate", rate, 0, INFINITY, open_low=True)
+    if init is not None:
+        init = _tree.within("init", init, 0, INFINITY, open_low=True)
+    return AdaptiveRadius(quantile, rate, init)
+
+
+def track_location(
+    distance: str,
+    tau: Any,
+    *,
+    mu: float = 1.0,
+    quantile: float = 0.5,
+    scope: Any = "global",
+    init: str = "first",
+    reset: bool = False,
+) -> optax.GradientTransformationExtraArgs:
+    """Replaces the gradient by a robust location of the gradients so far.
+
+    With ``delta = g - m`` the step of ``m`` is, by distance,
+
+    ==================== ==========================================================
+    "mean"               ``tau/(1 + tau) delta``, an EMA of decay ``1/(1 + tau)``
+    "l2"                 ``min(1, tau/|delta|) delta``
+    "l1"                 ``clip(delta, -tau, tau)``
+    "linf"               projection of ``delta`` onto the l1 ball of radius ``tau``
+    "huber"              ``tau mu/max(|delta|, mu (1 + tau)) delta``
+    "huber_elementwise"  ``tau/(1 + tau) clip(delta, -mu (1 + tau), mu (1 + tau))``
+    "pinball"            ``clip(delta, -tau (1 - quantile), tau quantile)``
+    "spectral"           ``U min(S, tau) V'`` of each matrix ``delta = U S V'``
+    ==================== ==========================================================
+
+    A sample that is not finite changes nothing but a counter.
+
+    Args:
+      distance: one of the above.
+      tau: a float (infinity: ``m`` is the gradient), a schedule of the samples so far,
+        or an :func:`adaptive_radius`.
+      mu: width of the quadratic part of Huber's function.
+      quantile: of the pinball distance; ``m`` goes to this quantile of each element.
+      scope: of norms and adaptive radii: ``"global"``, ``"leaf"``, or a tree of labels
+        like a prefix of the gradients, one group a label.
+      init: ``"first"``: ``m`` starts at the first finite gradient; ``"zeros"``.
+      reset: ``m = 0`` at every step, ordinary clipping; needs ``init="zeros"``.
+
+    Returns:
+      A transformation with the state :class:`LocationState`; it stands before the
+      optimizer.
+
+    Raises:
+      ValueError: If an argument is out of range or a name unknown.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(oa.track_location("l1", 0.5), optax.sgd(0.1))
+      >>> x = jnp.zeros(2)
+      >>> state = tx.init(x)
+      >>> for g in (jnp.array([1.0, 1.0]), jnp.array([9.0, 1.25])):
+      ...     updates, state = tx.update(g, state, x)
+      >>> state[0].location.tolist()
+      [1.5, 1.25]
+
+    References:
+      Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
+      2024, 2402.12828.
+    """
+    steps = {
+        "mean": _proximal.mean,
+        "l2": _proximal.l2,
+        "l1": lambda delta, r: _proximal.interval(delta, -r, r),
+        "linf": _proximal.linf,
+        "huber": lambda delta, r: _proximal.huber(delta, r, mu),
+        "huber_elementwise": lambda delta, r: _proximal.huber_elementwise(delta, r, mu),
+        "pinball": lambda delta, r: _proximal.interval(
+            delta, -r * (1 - quantile), r * quantile
+        ),
+        "spectral": _proximal.spectral,
+    }
+    if distance not in steps:
+        raise ValueError(f"distance must be one of {[*steps]}, got {distance!r}.")
+    if init not in ("first", "zeros"):
+        raise ValueError(f"init must be 'first' or 'zeros', got {init!r}.")
+    if reset and init != "zeros":
+        raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
+    if isinstance(scope, str) and scope not in ("global", "leaf"):
+        raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
+    mu = _tree.within("mu", mu, 0, INFINITY, open_low=True)
+    quantile = _tree.within(
+        "quantile", quantile, 0, 1, open_low=True, closed_high=False
+    )
+    if isinstance(tau, AdaptiveRadius) and distance in (
+        "mean",
+        "huber",
+        "huber_elementwise",
+    ):
+        raise ValueError(
+            f"tau of {distance!r} is a step, not a radius; pass a float or a schedule."
+        )
+    if not (isinstance(tau, AdaptiveRadius) or callable(tau)):
+        tau = _tree.within("tau", tau, 0, INFINITY)
+
+    proximal = steps[distance]
+
+    def init_fn(params: Any) -> LocationState:
+        m, radius = _zeros(params), ()
+        if isinstance(tau, AdaptiveRadius):
+            radius = jnp.full(len(_groups(scope, m)), tau.init or 0.0, jnp.float32)
+        count = lambda: jnp.zeros([], jnp.int32)
+        return LocationState(
+            count(), () if reset else m, radius, count(), count(), count()
+        )
+
+    def update_fn(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        leaves, structure = jax.tree.flatten(updates, is_leaf=_is_absent)
+        tree = _zeros(updates) if reset else state.location
+        old, _ = jax.tree.flatten(tree, is_leaf=_is_absent)
+        if len(old) != len(leaves):
+            raise ValueError(
+                f"{len(leaves)} gradients for a location of {len(old)} leaves; pass "
+                "gradients like the parameters of init."
+            )
+        delta = {
+            i: _tree.wide(g) - m
+            for i, (g, m) in enumerate(zip(leaves, old, strict=True))
+            if not (_is_absent(g) or _is_absent(m))
+        }
+        finite = _tree.all_finite(list(delta.values()))
+        first = (state.location_step == 0) & (init == "first")
+        groups = _groups(scope, tree)
+        radii = _radii(tau, state, len(groups))
+        step, inside, sizes = _by_group(proximal, groups, delta, radii)
+        cut = jnp.any(inside < 1) & ~first
+        new = list(old)
+        for i, d in delta.items():
+            taken = jnp.where(first, d, step[i])
+            new[i] = jnp.where(finite, old[i] + taken, old[i])
+            leaves[i] = new[i].astype(leaves[i].dtype)
+        radius = state.location_radius
+        if isinstance(tau, AdaptiveRadius):
+            followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
+            followed = jnp.where(jnp.isfinite(radii), followed, sizes)
+            # The first gradient says nothing about distances to a location.
+            radius = jnp.where(finite & ~first, followed, radius)
+        located = jax.tree.structure(tree, is_leaf=_is_absent).unflatten(new)
+        return structure.unflatten(leaves), LocationState(
+            location_step=_count(finite, state.location_step),
+            location=() if reset else located,
+            location_radius=radius,
+            accepted=_count(finite & ~cut, state.accepted),
+            clipped=_count(finite & cut, state.clipped),
+            rejected=_count(~finite, state.rejected),
+        )
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def vclip(
+    tau: Any, *, scope: Any = "global", init: str = "first"
+) -> optax.GradientTransformationExtraArgs:
+    """VClip: ``m <- m + min(1, tau/|g - m|) (g - m)``, a median of gradient vectors.
+
+    Args:
+      tau: a float, a schedule, or an :func:`adaptive_radius`.
+      scope: of the norm, see :func:`track_location`.
+      init: ``"first"`` or ``"zeros"``.
+
+    Returns:
+      A transformation with the state :class:`LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optax_avg as oa
+      >>> tx = optax.chain(oa.vclip(oa.adaptive_radius(0.5)), optax.sgd(0.1))
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    return track_location("l2", tau, scope=scope, init=init)
+
+
+def cclip(
+    tau: Any, *, scope: Any = "global", init: str = "first"
+) -> optax.GradientTransformationExtraArgs:
+    """CClip: ``m <- m + clip(g - m, -tau, tau)``, a median element by element.
+
+    Args:
+      tau: a float, a schedule, or an :func:`adaptive_radius`.
+      scope: of an adaptive radius, see :func:`track_location`.
+      init: ``"first"`` or ``"zeros"``.
+
+    Returns:
+      A transformation with the state :class:`LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optax_avg as oa
+      >>> tx = optax.chain(oa.cclip(0.01), optax.sgd(0.1))
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    return track_location("l1", tau, scope=scope, init=init)
+
+
+def clipped_ema(
+    decay: float, max_norm: float, *, scope: Any = "global", init: str = "first"
+) -> optax.GradientTransformationExtraArgs:
+    """``m <- m + (1 - decay) min(1, max_norm/|g - m|) (g - m)``, a Huber location.
+
+    The EMA of gradients whose distance to it is clipped: ``"huber"`` with ``tau = (1 -
+    decay)/decay`` and ``mu = decay max_norm``.
+
+    Args:
+      decay: of the EMA, in (0, 1).
+      max_norm: largest distance that counts in full; positive.
+      scope: of the norm, see :func:`track_location`.
+      init: ``"first"`` or ``"zeros"``.
+
+    Returns:
+      A transformation with the state :class:`LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import optax, optax_avg as oa
+      >>> tx = optax.chain(oa.clipped_ema(0.9, max_norm=1.0), optax.sgd(0.1))
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    decay = _tree.within("decay", decay, 0, 1, open_low=True, closed_high=False)
+    max_norm = _tree.within("max_norm", max_norm, 0, INFINITY, open_low=True)
+    return track_location(
+        "huber", (1 - decay) / decay, mu=decay * max_norm, scope=scope, init=init
+    )
+
+
+def _is_absent(x: Any) -> bool:
+    return x is None or _tree.is_masked(x)
+
+
+def _count(counts: jax.Array, counter: jax.Array) -> jax.Array:
+    """One more where the condition holds."""
+    return jnp.where(counts, optax.safe_increment(counter), counter)
+
+
+def _zeros(tree: Any) -> Any:
+    """Zeros in float32 or wider for float leaves, ``MaskedNode`` for the others."""
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(_tree.wide(jnp.asarray(x))), _tree.select(tree, None)
+    )
+
+
+def _groups(scope: Any, tree: Any) -> list[list[int]]:
+    """Positions of the leaves of each group among all, absent ones counted."""
+    leaves = jax.tree.leaves(tree, is_leaf=_is_absent)
+    labels: list[Any] = [0] * len(leaves)
+    if scope == "leaf":
+        labels = list(range(len(leaves)))
+    elif not isinstance(scope, str):
+        spread = jax.tree.map(
+            lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=_is_absent),
+            scope,
+            tree,
+        )
+        labels = jax.tree.leaves(spread)
+    groups: dict[Any, list[int]] = {}
+    for i, (label, leaf) in enumerate(zip(labels, leaves, strict=True)):
+        if not _is_absent(leaf):
+            groups.setdefault(label, []).append(i)
+    return list(groups.values())
+
+
+def _radii(tau: Any, state: LocationState, count: int) -> jax.Array:
+    """The radius of each group; infinite while an adaptive one is not yet known."""
+    if isinstance(tau, AdaptiveRadius):
+        known = state.location_radius > 0
+        return jnp.where(known, state.location_radius, INFINITY)
+    now = tau(state.location_step) if callable(tau) else tau
+    return jnp.full(count, jnp.asarray(now, jnp.float32))
+
+
+def _by_group(
+    proximal: Callable[[Any, Any], _proximal.Step],
+    groups: list[list[int]],
+    delta: dict[int, jax.Array],
+    radii: jax.Array,
+) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
+    """Steps by position, and shares inside and sizes by group."""
+    step, inside, sizes = {}, [jnp.ones(0)], [jnp.ones(0)]
+    for group, radius in zip(groups, radii, strict=True):
+        members = [i for i in group if i in delta]
+        if not members:  # no gradient today
+            inside.append(jnp.ones(1))
+            sizes.append(jnp.zeros(1))
+            continue
+        found = proximal([delta[i] for i in members], radius)
+        step |= dict(zip(members, found.leaves, strict=True))
+        inside.append(found.inside[None])
+        sizes.append(found.size[None])
+    return step, jnp.concatenate(inside), jnp.concatenate(sizes)
