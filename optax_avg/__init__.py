@@ -21,6 +21,12 @@ Robust locations of gradients over iterations
     track_location, vclip, cclip, clipped_ema, adaptive_radius
     LocationState, AdaptiveRadius
 
+Clips that follow the norms seen so far
+    clip_by_zscore, clip_by_percentile, clip_by_quantile, clip_by_coordinate_quantile,
+    clip_by_ema_norm, clip_redescending
+    scale_by_clipped_adagrad_norm, scale_by_induced_metric
+    their state     ClipState
+
 Families of plain functions
     rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
@@ -38,6 +44,17 @@ from optax_avg.averaging import (
     power_ema,
     swa,
     tail_average,
+)
+from optax_avg.clipping import (
+    ClipState,
+    clip_by_coordinate_quantile,
+    clip_by_ema_norm,
+    clip_by_percentile,
+    clip_by_quantile,
+    clip_by_zscore,
+    clip_redescending,
+    scale_by_clipped_adagrad_norm,
+    scale_by_induced_metric,
 )
 from optax_avg.links import (
     DecoupledState,
@@ -93,6 +110,7 @@ __all__ = [
     "AdaptiveRadius",
     "AverageState",
     "BemaState",
+    "ClipState",
     "DecoupledState",
     "LocationState",
     "MultiCallState",
@@ -110,6 +128,12 @@ __all__ = [
     "awp",
     "bema",
     "cclip",
+    "clip_by_coordinate_quantile",
+    "clip_by_ema_norm",
+    "clip_by_percentile",
+    "clip_by_quantile",
+    "clip_by_zscore",
+    "clip_redescending",
     "clipped_ema",
     "cr_sam",
     "decoupled_wsam",
@@ -137,6 +161,8 @@ __all__ = [
     "rules",
     "sam",
     "sam_on",
+    "scale_by_clipped_adagrad_norm",
+    "scale_by_induced_metric",
     "schedules",
     "sharpness_aware",
     "swa",

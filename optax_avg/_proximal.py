@@ -129,3 +129,26 @@ def _huber(norm: Callable[[Leaves, Any], Step]) -> Callable[..., Step]:
 
 huber = _huber(l2)
 huber_elementwise = _huber(lambda delta, radius: interval(delta, -radius, radius))
+
+
+def step_of(distance: str, mu: Any, quantile: Any) -> Callable[[Leaves, Any], Step]:
+    """The step of a distance by its name.
+
+    Raises:
+      ValueError: If there is no such distance.
+    """
+    steps = {
+        "mean": mean,
+        "l2": l2,
+        "l1": lambda delta, tau: interval(delta, -tau, tau),
+        "linf": linf,
+        "huber": lambda delta, tau: huber(delta, tau, mu),
+        "huber_elementwise": lambda delta, tau: huber_elementwise(delta, tau, mu),
+        "pinball": lambda delta, tau: interval(
+            delta, -tau * (1 - quantile), tau * quantile
+        ),
+        "spectral": spectral,
+    }
+    if distance not in steps:
+        raise ValueError(f"distance must be one of {[*steps]}, got {distance!r}.")
+    return steps[distance]

@@ -19,6 +19,11 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def is_absent(node: Any) -> bool:
+    """Whether there is no array: None, or left out."""
+    return node is None or is_masked(node)
+
+
 def is_float(leaf: Any) -> bool:
     """Whether a leaf can be averaged: real or complex floating point."""
     dtype = getattr(leaf, "dtype", None)
@@ -127,6 +132,11 @@ def widen(x: jax.Array) -> jax.Array:
     if float32_or_wider(x.dtype) == x.dtype:
         return x
     return wide(lax.optimization_barrier(x))
+
+
+def count_if(condition: jax.Array, counter: jax.Array) -> jax.Array:
+    """One more where the condition holds; never overflows."""
+    return jnp.where(condition, optax.safe_increment(counter), counter)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -260,11 +270,16 @@ def project_out(v: Any, w: Any) -> Any:
 
 def check_every(every: Any, start: Any) -> None:
     """Raises unless ``every >= 1`` and ``start >= 0``; arrays are not checked."""
-    for name, value, low in (("every", every, 1), ("start", start, 0)):
-        if isinstance(value, jax.Array):  # traced ones too
-            continue
-        if isinstance(value, bool) or not isinstance(value, int) or value < low:
-            raise ValueError(f"{name} must be an integer >= {low}, got {value!r}.")
+    check_integer("every", every, 1)
+    check_integer("start", start, 0)
+
+
+def check_integer(name: str, value: Any, low: int) -> None:
+    """Raises unless ``value`` is an integer from ``low`` on; arrays are not checked."""
+    if isinstance(value, jax.Array):  # traced ones too
+        return
+    if isinstance(value, bool) or not isinstance(value, int) or value < low:
+        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}.")
 
 
 def within(

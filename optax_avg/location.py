@@ -148,42 +148,13 @@ def track_location(
       Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
       2024, 2402.12828.
     """
-    steps = {
-        "mean": _proximal.mean,
-        "l2": _proximal.l2,
-        "l1": lambda delta, r: _proximal.interval(delta, -r, r),
-        "linf": _proximal.linf,
-        "huber": lambda delta, r: _proximal.huber(delta, r, mu),
-        "huber_elementwise": lambda delta, r: _proximal.huber_elementwise(delta, r, mu),
-        "pinball": lambda delta, r: _proximal.interval(
-            delta, -r * (1 - quantile), r * quantile
-        ),
-        "spectral": _proximal.spectral,
-    }
-    if distance not in steps:
-        raise ValueError(f"distance must be one of {[*steps]}, got {distance!r}.")
-    if init not in ("first", "zeros"):
-        raise ValueError(f"init must be 'first' or 'zeros', got {init!r}.")
-    if reset and init != "zeros":
-        raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
-    if isinstance(scope, str) and scope not in ("global", "leaf"):
-        raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
     mu = _tree.within("mu", mu, 0, INFINITY, open_low=True)
     quantile = _tree.within(
         "quantile", quantile, 0, 1, open_low=True, closed_high=False
     )
-    if isinstance(tau, AdaptiveRadius) and distance in (
-        "mean",
-        "huber",
-        "huber_elementwise",
-    ):
-        raise ValueError(
-            f"tau of {distance!r} is a step, not a radius; pass a float or a schedule."
-        )
-    if not (isinstance(tau, AdaptiveRadius) or callable(tau)):
-        tau = _tree.within("tau", tau, 0, INFINITY)
-
-    proximal = steps[distance]
+    tau = _checked_radius(distance, tau)
+    _check_choices(scope, init, reset)
+    proximal = _proximal.step_of(distance, mu, quantile)
 
     def init_fn(params: Any) -> LocationState:
         m, radius = _zeros(params), ()
@@ -198,9 +169,9 @@ def track_location(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_is_absent)
+        leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
         tree = _zeros(updates) if reset else state.location
-        old, _ = jax.tree.flatten(tree, is_leaf=_is_absent)
+        old, _ = jax.tree.flatten(tree, is_leaf=_tree.is_absent)
         if len(old) != len(leaves):
             raise ValueError(
                 f"{len(leaves)} gradients for a location of {len(old)} leaves; pass "
@@ -209,7 +180,7 @@ def track_location(
         delta = {
             i: _tree.wide(g) - m
             for i, (g, m) in enumerate(zip(leaves, old, strict=True))
-            if not (_is_absent(g) or _is_absent(m))
+            if not (_tree.is_absent(g) or _tree.is_absent(m))
         }
         finite = _tree.all_finite(list(delta.values()))
         first = (state.location_step == 0) & (init == "first")
@@ -228,17 +199,38 @@ def track_location(
             followed = jnp.where(jnp.isfinite(radii), followed, sizes)
             # The first gradient says nothing about distances to a location.
             radius = jnp.where(finite & ~first, followed, radius)
-        located = jax.tree.structure(tree, is_leaf=_is_absent).unflatten(new)
+        located = jax.tree.structure(tree, is_leaf=_tree.is_absent).unflatten(new)
         return structure.unflatten(leaves), LocationState(
-            location_step=_count(finite, state.location_step),
+            location_step=_tree.count_if(finite, state.location_step),
             location=() if reset else located,
             location_radius=radius,
-            accepted=_count(finite & ~cut, state.accepted),
-            clipped=_count(finite & cut, state.clipped),
-            rejected=_count(~finite, state.rejected),
+            accepted=_tree.count_if(finite & ~cut, state.accepted),
+            clipped=_tree.count_if(finite & cut, state.clipped),
+            rejected=_tree.count_if(~finite, state.rejected),
         )
 
     return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
+def _checked_radius(distance: str, tau: Any) -> Any:
+    """``tau`` as it is used; raises where it does not fit the distance."""
+    if isinstance(tau, AdaptiveRadius):
+        if distance in ("mean", "huber", "huber_elementwise"):
+            raise ValueError(
+                f"tau of {distance!r} is a step, not a radius; pass a float or a "
+                "schedule."
+            )
+        return tau
+    return tau if callable(tau) else _tree.within("tau", tau, 0, INFINITY)
+
+
+def _check_choices(scope: Any, init: str, reset: bool) -> None:
+    if init not in ("first", "zeros"):
+        raise ValueError(f"init must be 'first' or 'zeros', got {init!r}.")
+    if reset and init != "zeros":
+        raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
+    if isinstance(scope, str) and scope not in ("global", "leaf"):
+        raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
 
 
 def vclip(
@@ -327,15 +319,6 @@ def clipped_ema(
     )
 
 
-def _is_absent(x: Any) -> bool:
-    return x is None or _tree.is_masked(x)
-
-
-def _count(counts: jax.Array, counter: jax.Array) -> jax.Array:
-    """One more where the condition holds."""
-    return jnp.where(counts, optax.safe_increment(counter), counter)
-
-
 def _zeros(tree: Any) -> Any:
     """Zeros in float32 or wider for float leaves, ``MaskedNode`` for the others."""
     return jax.tree.map(
@@ -345,20 +328,22 @@ def _zeros(tree: Any) -> Any:
 
 def _groups(scope: Any, tree: Any) -> list[list[int]]:
     """Positions of the leaves of each group among all, absent ones counted."""
-    leaves = jax.tree.leaves(tree, is_leaf=_is_absent)
+    leaves = jax.tree.leaves(tree, is_leaf=_tree.is_absent)
     labels: list[Any] = [0] * len(leaves)
     if scope == "leaf":
         labels = list(range(len(leaves)))
     elif not isinstance(scope, str):
         spread = jax.tree.map(
-            lambda label, part: jax.tree.map(lambda _: label, part, is_leaf=_is_absent),
+            lambda label, part: jax.tree.map(
+                lambda _: label, part, is_leaf=_tree.is_absent
+            ),
             scope,
             tree,
         )
         labels = jax.tree.leaves(spread)
     groups: dict[Any, list[int]] = {}
     for i, (label, leaf) in enumerate(zip(labels, leaves, strict=True)):
-        if not _is_absent(leaf):
+        if not _tree.is_absent(leaf):
             groups.setdefault(label, []).append(i)
     return list(groups.values())
 

@@ -141,7 +141,23 @@ CALLS = {
         counter="rule_step",
     ),
 }
-CASES = AVERAGES | LINKS | CALLS | LOCATIONS
+CLIPS = {
+    "clip_by_zscore": Case(oa.clip_by_zscore, {"warmup_steps": 2}, ("warmup_steps",)),
+    "clip_by_percentile": Case(oa.clip_by_percentile, {"window": 3}, ("window",)),
+    "clip_by_ema_norm": Case(
+        oa.clip_by_ema_norm, {"warmup_steps": 2}, ("warmup_steps",)
+    ),
+    "clip_redescending": Case(oa.clip_redescending),
+    "scale_by_clipped_adagrad_norm": Case(
+        oa.scale_by_clipped_adagrad_norm, {}, ("delay",)
+    ),
+    "scale_by_induced_metric": Case(oa.scale_by_induced_metric),
+}
+CLIPS = {
+    name: case._replace(place="first", counter="clip_step", needs_params=False)
+    for name, case in CLIPS.items()
+}
+CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS
 
 
 def params_of(dtype: Any) -> dict[str, Any]:

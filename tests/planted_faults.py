@@ -34,6 +34,7 @@ SHARPNESS = "tests/test_sharpness.py"
 FORMS = "tests/test_sharpness_forms.py"
 LANDSCAPE = "tests/test_landscape.py"
 LOCATION = "tests/test_location.py"
+CLIPPING = "tests/test_clipping.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -288,6 +289,24 @@ FAULTS = {
         "jnp.exp(-tau.rate",
         "jnp.exp(tau.rate",
         f"{LOCATION} -k adaptive",
+    ),
+    "a spike enters the statistics": Fault(
+        "optax_avg/clipping.py",
+        "n = jnp.minimum(n, high)\n        # The plain",
+        "n = jnp.minimum(n, jnp.inf)\n        # The plain",
+        f"{CLIPPING} -k zscore",
+    ),
+    "the accumulator is not delayed": Fault(
+        "optax_avg/clipping.py",
+        "b if delay else after",
+        "after if delay else b",
+        f"{CLIPPING} -k 'reference and adagrad'",
+    ),
+    "a leaf stays at zero for ever": Fault(
+        "optax_avg/clipping.py",
+        "jnp.where(known, lambda_rel * gamma, INFINITY)",
+        "lambda_rel * gamma",
+        f"{CLIPPING} -k wakes_up",
     ),
     "decoupled sharpness has the wrong sign": Fault(
         "optax_avg/links.py",

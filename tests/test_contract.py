@@ -611,7 +611,11 @@ def test_thirty_thousand_steps_in_bf16(case):
     assert steps_of(case, state) == 30_000 // case.calls
     # BEMA still adds (rho + gamma t)^-eta of the way from x_0 = 0.5 to 3.
     wanted = 3 + (30_010**-0.2 * 2.5 if case is CASES["bema"] else 0)
-    if case.place == "first":  # live parameters follow the noise
+    # AdaGrad's steps have long fallen below the spacing of bf16.
+    shrinking = case is CASES["scale_by_clipped_adagrad_norm"]
+    if shrinking:
+        assert 0.5 < float(params["w"][0]) < 3
+    elif case.place == "first":  # live parameters follow the noise
         np.testing.assert_allclose(np.asarray(params["w"], float), wanted, atol=0.6)
     for average in read(state, params).values():
         np.testing.assert_allclose(np.asarray(average["w"], float), wanted, atol=0.15)

@@ -106,7 +106,7 @@ def test_rotation_equivariant(name):
         np.testing.assert_allclose(out_turned, rotation @ out, rtol=1e-4, atol=1e-5)
 
 
-def compare(ours, theirs, gradients, rtol=1e-5):
+def check_same(ours, theirs, gradients, rtol=1e-5):
     found, _ = run(ours, gradients)
     wanted, _ = run(theirs, gradients)
     np.testing.assert_allclose(found, wanted, rtol=rtol, atol=1e-6)
@@ -115,7 +115,7 @@ def compare(ours, theirs, gradients, rtol=1e-5):
 @pytest.mark.parametrize("beta", [0.0, 0.5, 0.9, 0.99])
 def test_squared_l2_is_an_ema(beta):
     tau = np.inf if beta == 0 else (1 - beta) / beta
-    compare(
+    check_same(
         oa.track_location("mean", tau, init="zeros"),
         optax.ema(beta, debias=False),
         samples(2),
@@ -126,11 +126,11 @@ def test_squared_l2_is_an_ema(beta):
 def test_reset_is_ordinary_clipping(scale):
     gradients = samples(3, scale=scale)
     reset = {"init": "zeros", "reset": True}
-    compare(
+    check_same(
         oa.track_location("l2", 2.0, **reset), optax.clip_by_global_norm(2.0), gradients
     )
-    compare(oa.track_location("l1", 0.5, **reset), optax.clip(0.5), gradients)
-    compare(
+    check_same(oa.track_location("l1", 0.5, **reset), optax.clip(0.5), gradients)
+    check_same(
         oa.track_location("l2", 2.0, scope="leaf", **reset),
         optax.clip_by_block_rms(2.0 / np.sqrt(5)),
         [g * is_vector() for g in gradients],
@@ -165,8 +165,8 @@ def test_tau_zero_stays_at_the_first(name):
 
 def test_named_uses():
     gradients = samples(6)
-    compare(oa.vclip(0.5), oa.track_location("l2", 0.5), gradients)
-    compare(oa.cclip(0.5), oa.track_location("l1", 0.5), gradients)
+    check_same(oa.vclip(0.5), oa.track_location("l2", 0.5), gradients)
+    check_same(oa.cclip(0.5), oa.track_location("l1", 0.5), gradients)
     found, _ = run(oa.clipped_ema(0.75, 2.0), gradients)
     m = gradients[0]
     for g, out in zip(gradients[1:], found[1:], strict=True):

@@ -488,8 +488,7 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
       2021, 2010.04925.
     """
     epsilon, eta = check_radius("epsilon", epsilon), check_radius("eta", eta)
-    if isinstance(steps, bool) or not isinstance(steps, int) or steps < 1:
-        raise ValueError(f"steps must be an integer >= 1, got {steps!r}.")
+    _tree.check_integer("steps", steps, 1)
 
     def probe(i, params, grads, state):
         if i == 0:
