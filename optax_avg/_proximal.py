@@ -52,10 +52,18 @@ def l2(delta: Leaves, tau: Any) -> Step:
 
 
 def interval(delta: Leaves, low: Any, high: Any) -> Step:
-    """``clip(delta, low, high)``, element by element."""
-    count = max(1, sum(d.size for d in delta))
+    """``clip(delta, low, high)``, element by element.
+
+    Raises:
+      ValueError: If a leaf is complex.
+    """
+    if any(jnp.iscomplexobj(d) for d in delta):
+        raise ValueError("complex numbers have no order to clip in; use 'l2'.")
+    count = sum(d.size for d in delta)
+    if not count:
+        return Step(delta, jnp.ones([]), jnp.zeros([]))
     within = sum(jnp.sum((low <= d) & (d <= high)) for d in delta)
-    size = sum(jnp.sum(jnp.abs(d)) for d in delta) / count
+    size = sum(jnp.sum(jnp.abs(d) / count) for d in delta)
     clipped = [jnp.clip(d, low, high) for d in delta]
     return Step(clipped, jnp.asarray(within / count), jnp.asarray(size))
 
@@ -67,23 +75,27 @@ def linf(delta: Leaves, tau: Any) -> Step:
     after finitely many steps; no sort, no copy of the leaves side by side.
     """
     sizes = [jnp.abs(d) for d in delta]
-    total = jnp.asarray(sum(jnp.sum(a) for a in sizes))
+    total = jnp.asarray(sum((jnp.sum(a) for a in sizes), 0.0))
     inside = total <= tau
+    top = jnp.max(jnp.stack([jnp.max(a, initial=0) for a in sizes]))
+    # Below the largest: theta would be rounded at its size, which may dwarf tau.
+    depths = [a - top for a in sizes]
 
     def newton(theta):
-        above = sum(jnp.sum(jnp.where(a > theta, a, 0)) for a in sizes)
-        count = sum(jnp.sum(a > theta) for a in sizes)
+        above = sum(jnp.sum(jnp.where(a > theta, a, 0)) for a in depths)
+        count = sum(jnp.sum(a > theta) for a in depths)
         return (above - tau) / jnp.maximum(count, 1)
 
     def ascend(pair):
         return pair[1], jnp.maximum(pair[1], newton(pair[1]))
 
-    zero = total - total
-    start = zero, jnp.maximum(zero, newton(zero))
+    first = jnp.broadcast_to(jnp.asarray(-tau, top.dtype), top.shape)
+    first = _tree.vary(first, _tree.varying_axes(top))
+    start = first, jnp.maximum(first, newton(first))
     theta = lax.while_loop(lambda pair: pair[1] > pair[0], ascend, start)[1]
-    shrunk = [jnp.sign(d) * jnp.maximum(a - theta, 0) for d, a in zip(delta, sizes)]
+    shrunk = [jnp.sign(d) * jnp.maximum(a - theta, 0) for d, a in zip(delta, depths)]
     kept = [jnp.where(inside, d, s) for d, s in zip(delta, shrunk)]
-    return Step(kept, inside.astype(total.dtype), total)
+    return Step(kept, inside.astype(top.dtype), total)
 
 
 def spectral(delta: Leaves, tau: Any) -> Step:
@@ -92,14 +104,17 @@ def spectral(delta: Leaves, tau: Any) -> Step:
     Leaves of more dimensions are matrices with their last axis as columns, vectors are
     matrices of one column.
     """
-    steps, largest = [], []
+    steps, largest = [], [jnp.zeros([])]
     for d in delta:
+        if not d.size:
+            steps.append(d)
+            continue
         matrix = _unsharded(d).reshape(-1, d.shape[-1] if d.ndim > 1 else 1)
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
         cut = jnp.where(jnp.all(s <= tau), matrix, (u * jnp.minimum(s, tau)[None]) @ vt)
         steps.append(_sharded_like(d, cut.reshape(d.shape)))
-        largest.append(jnp.max(s, initial=0))
-    tops = jnp.stack(largest)
+        largest.append(jnp.max(s))
+    tops = jnp.stack(largest[1:] or largest)
     return Step(steps, jnp.mean((tops <= tau).astype(tops.dtype)), jnp.mean(tops))
 
 

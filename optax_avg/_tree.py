@@ -216,25 +216,42 @@ def over(f: Callable[..., Any], params: Any, *trees: Any) -> Any:
 
 def norm(tree: Any) -> jax.Array:
     """Euclidean norm over all leaves in float32 or wider; no overflow, no underflow."""
-    leaves = [wide(x) for x in jax.tree.leaves(tree)]
-    if not leaves:
-        return jnp.zeros([])
-    square = _sum_of_squares(leaves)
-    info = jnp.finfo(square.dtype)
+    leaves = jax.tree.leaves(tree)
+    return norms([leaves])[0] if leaves else jnp.zeros([])
+
+
+def norms(groups: list[list[jax.Array]]) -> jax.Array:
+    """The norm of each group of leaves, 0 of an empty one."""
+    groups = [[wide(x) for x in group] for group in groups]
+    squares = _sums_of_squares(groups)
+    info = jnp.finfo(squares.dtype)
     # A power of two that brings squares out of reach into the middle of the range.
     far = 2.0 ** round(0.7 * float(info.maxexp))
-    factor = jnp.where(square < 1, far, 1 / far)
+    factors = jnp.where(squares < 1, far, 1 / far)
 
-    def scaled(leaves):
-        return jnp.sqrt(_sum_of_squares([x * factor for x in leaves])) / factor
+    def scaled(groups):
+        moved = [
+            [x * factor for x in group]
+            for group, factor in zip(groups, factors, strict=True)
+        ]
+        return jnp.sqrt(_sums_of_squares(moved)) / factors
 
-    safe = (square > info.tiny / info.eps) & (square < info.max)
-    return lax.cond(safe, lambda _: jnp.sqrt(square), scaled, leaves)
+    safe = jnp.all((squares > info.tiny / info.eps) & (squares < info.max))
+    return lax.cond(safe, lambda _: jnp.sqrt(squares), scaled, groups)
+
+
+def _sums_of_squares(groups: list[list[jax.Array]]) -> jax.Array:
+    sums = [_sum_of_squares(group) if group else jnp.zeros([]) for group in groups]
+    if len(sums) > 1:  # or XLA fuses a thousand reductions into one kernel
+        sums = [lax.optimization_barrier(s) for s in sums]
+    return jnp.stack(sums) if sums else jnp.zeros(0)
 
 
 def _sum_of_squares(leaves: list[jax.Array]) -> jax.Array:
-    total = sum(jnp.sum(jnp.real(x * jnp.conj(x))) for x in leaves)
-    return jnp.asarray(total)
+    sums = [jnp.sum(jnp.real(x * jnp.conj(x))) for x in leaves]
+    if len(sums) > 64:  # or XLA fuses a thousand reductions into one kernel
+        return jnp.sum(jnp.stack([lax.optimization_barrier(s) for s in sums]))
+    return jnp.asarray(sum(sums))
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -258,7 +275,8 @@ def add(a: Any, b: Any) -> Any:
 def unit(tree: Any) -> Any:
     """``v/|v|`` over all leaves, 0 at 0."""
     n = norm(tree)
-    return scale(jnp.where(n > 0, 1 / jnp.where(n > 0, n, 1), 0), tree)
+    # Divided leaf by leaf: the inverse of a huge norm would be flushed to 0.
+    return jax.tree.map(lambda v: v / jnp.where(n > 0, n, 1), tree)
 
 
 def project_out(v: Any, w: Any) -> Any:

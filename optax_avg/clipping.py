@@ -406,8 +406,7 @@ def _with_statistics(
             members = [[g[i]] if i in g else [] for i in range(len(leaves))]
         else:
             members = [list(g.values())]
-        norms = jnp.stack([_tree.norm(group) for group in members] or [jnp.zeros([])])
-        norms = norms[: len(members)]
+        norms = _tree.norms(members)
         finite = jnp.all(jnp.isfinite(norms))
         out, statistics, cut = change(g, norms, state.clip_step, state.clip_statistics)
         for i, x in out.items():

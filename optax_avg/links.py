@@ -18,6 +18,11 @@ from optax_avg.rules.offsets import Radius, radius_at
 from optax_avg.sharpness import RuleState, SharpnessRule, as_link
 
 P = ParamSpec("P")
+RETURNS = """    Returns:
+      The rule as the first link of a chain; ``update`` needs ``grad_fn=``, a function
+      from parameters to gradients, see :func:`optax_avg.as_link`.
+
+"""
 
 
 def _link_of(
@@ -30,6 +35,14 @@ def _link_of(
         return as_link(factory(*args, **kwargs), factory.__name__)
 
     named: Any = make
+    head, rest = (factory.__doc__ or "").split("    Returns:\n")
+    raises = rest[rest.index("    Raises:") : rest.index("    Example:")]
+    named.__doc__ = (
+        f"{head}{RETURNS}{raises}"
+        f"    Example:\n      >>> import optax, optax_avg as oa\n"
+        f"      >>> tx = optax.chain(oa.{factory.__name__}(), optax.sgd(0.1))\n\n"
+        f"{rest[rest.index('    References:') :]}"
+    )
     # inject_hyperparams reads the names of arguments here.
     named.__signature__ = inspect.signature(factory).replace(
         return_annotation=optax.GradientTransformationExtraArgs

@@ -182,11 +182,12 @@ def track_location(
             for i, (g, m) in enumerate(zip(leaves, old, strict=True))
             if not (_tree.is_absent(g) or _tree.is_absent(m))
         }
-        finite = _tree.all_finite(list(delta.values()))
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
         radii = _radii(tau, state, len(groups))
         step, inside, sizes = _by_group(proximal, groups, delta, radii)
+        # A decomposition that failed leaves a NaN in the size.
+        finite = _tree.all_finite(list(delta.values())) & ~jnp.any(jnp.isnan(sizes))
         cut = jnp.any(inside < 1) & ~first
         new = list(old)
         for i, d in delta.items():
@@ -197,8 +198,10 @@ def track_location(
         if isinstance(tau, AdaptiveRadius):
             followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
             followed = jnp.where(jnp.isfinite(radii), followed, sizes)
-            # The first gradient says nothing about distances to a location.
-            radius = jnp.where(finite & ~first, followed, radius)
+            followed = jnp.maximum(followed, jnp.finfo(followed.dtype).tiny)
+            # A first gradient, a repeated or a missing one say nothing about distances.
+            telling = finite & ~first & (sizes > 0)
+            radius = jnp.where(telling, followed, radius)
         located = jax.tree.structure(tree, is_leaf=_tree.is_absent).unflatten(new)
         return structure.unflatten(leaves), LocationState(
             location_step=_tree.count_if(finite, state.location_step),
@@ -342,9 +345,8 @@ def _groups(scope: Any, tree: Any) -> list[list[int]]:
         )
         labels = jax.tree.leaves(spread)
     groups: dict[Any, list[int]] = {}
-    for i, (label, leaf) in enumerate(zip(labels, leaves, strict=True)):
-        if not _tree.is_absent(leaf):
-            groups.setdefault(label, []).append(i)
+    for i, label in enumerate(labels):
+        groups.setdefault(label, []).append(i)
     return list(groups.values())
 
 

@@ -346,7 +346,9 @@ def trajectory_loss(
     t = _tree.within("temperature", temperature, 0, float("inf"), open_low=True)
     student = jax.nn.log_softmax(_tree.wide(student_logits) / t)
     teacher = jax.nn.log_softmax(_tree.wide(lax.stop_gradient(teacher_logits)) / t)
-    kl = jnp.sum(jnp.exp(teacher) * (teacher - student), axis=-1)
+    # A class of probability 0 counts nothing, though its logit is infinite.
+    apart = jnp.where(teacher > -jnp.inf, teacher - student, 0)
+    kl = jnp.sum(jnp.exp(teacher) * apart, axis=-1)
     return t**2 * jnp.mean(kl)
 
 

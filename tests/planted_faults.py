@@ -195,7 +195,7 @@ FAULTS = {
     ),
     "the offset is divided by a zero norm": Fault(
         "optax_avg/rules/offsets.py",
-        "jnp.where(n > 0, r / jnp.where(n > 0, n, 1), 0) * v",
+        "jnp.where(n > 0, r, 0) * (v / jnp.where(n > 0, n, 1))",
         "r / n * v",
         f"{FORMS} -k zero_gradients",
     ),

@@ -245,3 +245,33 @@ def test_progress_reaches_the_end():
         seen = []
         call(functools.partial(lambda seen, *done: seen.append(done), seen))
         assert seen == [(i, 4) for i in range(1, 5)]
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_lanczos_on_low_rank_hessians(seed):
+    """What is left of an exhausted Krylov space is rounding, not a direction."""
+    key = jax.random.key(seed)
+    diagonal = jnp.zeros(50).at[:2].set(jnp.array([10.0, 5.0]))
+    found = landscape.top_eigenvalues(
+        lambda x: 0.5 * x @ (diagonal * x), jnp.ones(50), key, 3, 30
+    )
+    np.testing.assert_allclose(found, [10.0, 5.0, 0.0], atol=1e-4)
+    a = np.random.default_rng(seed).normal(size=(5, 200)).astype(np.float32)
+    wanted = np.linalg.svd(a.astype(float), compute_uv=False) ** 2
+    loss = lambda x: 0.5 * jnp.sum((jnp.asarray(a) @ x) ** 2)
+    found = landscape.top_eigenvalues(loss, jnp.ones(200), key, 5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
+
+
+def test_barrier_leaves_other_leaves_as_they_are():
+    """Integers and PRNG keys are not averaged, not even with themselves."""
+    a = {"x": jnp.array(-1.0), "n": jnp.array(13), "key": jax.random.key(0)}
+    b = {"x": jnp.array(1.0), "n": jnp.array(99), "key": jax.random.key(1)}
+
+    def loss(p):
+        bits = jax.random.bits(p["key"]).astype(jnp.float32)
+        return (p["x"] ** 2 - 1) ** 2 + p["n"] + 0 * bits
+
+    found = landscape.barrier(loss, a, b, 21)
+    np.testing.assert_allclose(found.barrier, 1.0, rtol=1e-5)
+    np.testing.assert_allclose(found.losses[0], 13.0)

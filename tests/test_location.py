@@ -330,3 +330,65 @@ def test_fp16_gradients_that_overflow_in_the_norm():
 def test_bad_arguments(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_linf_far_from_a_small_radius():
+    """theta is as large as the gradient, the step as small as the radius."""
+    for g in (np.full(1, 1e8), np.array([3e7, 1.0]), np.full(1000, 1000.0)):
+        tx = oa.track_location("linf", 1.0, init="zeros")
+        g = jnp.asarray(g, jnp.float32)
+        m, state = tx.update(g, tx.init(g))
+        np.testing.assert_allclose(jnp.abs(m).sum(), 1.0, rtol=1e-3)
+    huge = jnp.array([3e38, 3e38])  # their sum overflows
+    m, state = tx.update(huge, tx.init(huge))
+    np.testing.assert_allclose(m, [0.5, 0.5], rtol=1e-5)
+    m, state = tx.update(jnp.array([1.0, 1.0]), state)
+    assert bool(jnp.isfinite(m).all())
+    assert int(state.rejected) == 0
+
+
+@pytest.mark.parametrize("reset", [False, True])
+@pytest.mark.parametrize("scope", ["leaf", "global", {"a": "x", "b": "y"}])
+def test_a_missing_gradient_keeps_its_radius(reset, scope):
+    tx = oa.track_location(
+        "l2", oa.adaptive_radius(init=1.0), scope=scope, init="zeros", reset=reset
+    )
+    g = {"a": jnp.ones(2), "b": jnp.ones(3)}
+    state = tx.init(g)
+    _, state = tx.update(g, state)
+    before = np.asarray(state.location_radius)
+    for _ in range(5):
+        out, state = tx.update({"a": 3 * jnp.ones(2), "b": None}, state)
+        assert out["b"] is None
+    after = np.asarray(state.location_radius)
+    assert after[0] != before[0]
+    if scope != "global":
+        assert after[1] == before[1]
+
+
+def test_repeated_gradients_do_not_shrink_a_radius_to_nothing():
+    """Otherwise the next outlier would be taken in full."""
+    tx = oa.vclip(oa.adaptive_radius(0.5, 0.2))
+    state, update = tx.init(jnp.array(0.0)), jax.jit(tx.update)
+    for g in [1.0, 2.0, 1.5] + [1.5] * 1000:
+        m, state = update(jnp.array(g), state)
+    m, state = update(jnp.array(1e6), state)
+    assert float(m) < 10
+
+
+def test_empty_leaves():
+    g = {"a": jnp.zeros((3, 0))}
+    for name in ref.NAMES:
+        tx = oa.track_location(name, 1.0, init="zeros")
+        out, state = tx.update(g, tx.init(g))
+        assert out["a"].shape == (3, 0)
+        assert (int(state.accepted), int(state.clipped)) == (1, 0)
+
+
+def test_complex_gradients():
+    g = jnp.array([3.0 + 4.0j])
+    tx = oa.track_location("l2", 1.0, init="zeros")
+    np.testing.assert_allclose(tx.update(g, tx.init(g))[0], [0.6 + 0.8j], rtol=1e-6)
+    tx = oa.cclip(1.0)
+    with pytest.raises(ValueError, match="no order to clip in"):
+        tx.update(g, tx.init(g))

@@ -398,3 +398,24 @@ def test_multi_call_keeps_clean_parameters_through_donation(k):
         )
         <= 0.3
     )
+
+
+def test_offsets_of_huge_gradients():
+    """The inverse of their norm is subnormal, which XLA flushes to zero."""
+    offset = rules.sam(0.5).probe(1, W, [jnp.array([1e38, 0.0, 0.0])], None)
+    np.testing.assert_allclose(offset, [0.5, 0, 0], rtol=1e-6)
+
+
+def test_trajectory_loss_of_impossible_classes():
+    logits = jnp.array([[0.0, 1.0, -jnp.inf]])
+    student = jnp.array([[1.0, 0.0, -jnp.inf]])
+    np.testing.assert_allclose(oa.trajectory_loss(logits, logits), 0.0, atol=1e-6)
+    grads = jax.grad(oa.trajectory_loss)(student, logits)
+    two = jax.grad(oa.trajectory_loss)(student[:, :2], logits[:, :2])
+    np.testing.assert_allclose(grads[:, :2], two, rtol=1e-5)
+
+
+def test_links_document_themselves():
+    assert "oa.asam()" in oa.asam.__doc__
+    assert "first link of a chain" in oa.asam.__doc__
+    assert "A rule of" not in oa.asam.__doc__

@@ -98,25 +98,28 @@ def top_eigenvalues(
             w = w - basis.T @ (basis @ w)
         return w
 
+    unit = lambda w: w / jnp.where(jnp.any(w != 0), jnp.linalg.norm(w), 1)
+    eps = jnp.finfo(zeros.dtype).eps
+
     def step(carry, i):
-        basis, q = carry
+        basis, q, scale = carry
         basis = basis.at[i].set(q)
         w = product(q)
         alpha = w @ q
+        scale = jnp.maximum(scale, jnp.linalg.norm(w))
         w = orthogonal(w, basis)
         beta = jnp.linalg.norm(w)
-        # An invariant subspace is exhausted: go on from another direction.
-        tiny = beta <= 1e-6 * jnp.maximum(jnp.abs(alpha), 1e-30)
+        # What is left is rounding: the Krylov space is exhausted, go on from elsewhere.
+        spent = beta <= 10 * eps * scale
         fresh = jax.random.normal(jax.random.fold_in(key, i + 1), q.shape, q.dtype)
-        fresh = orthogonal(fresh, basis)
-        direction = jnp.where(tiny, fresh, w)
-        length = jnp.linalg.norm(direction)
-        q = direction / jnp.where(length > 0, length, 1)
+        q = unit(jnp.where(spent, orthogonal(fresh, basis), w))
+        q = unit(orthogonal(q, basis))
         report(progress, i + 1, num_iters)
-        return (basis, q), (alpha, jnp.where(tiny, 0, beta))
+        return (basis, q, scale), (alpha, jnp.where(spent, 0, beta))
 
     q = jax.random.normal(key, zeros.shape, zeros.dtype)
-    start = jnp.zeros((num_iters, zeros.size), zeros.dtype), q / jnp.linalg.norm(q)
+    basis = jnp.zeros((num_iters, zeros.size), zeros.dtype)
+    start = basis, unit(q), jnp.zeros([], zeros.dtype)
     _, (alphas, betas) = lax.scan(step, start, jnp.arange(num_iters))
     tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
     return jnp.linalg.eigvalsh(tridiagonal)[::-1][:k]
@@ -194,6 +197,8 @@ def hessian_trace(
 
 def sharpness(loss: Loss, params: Any, rho: Any = 0.05) -> jax.Array:
     """Ascent-based sharpness ``L(x + rho u(grad L(x))) - L(x)``.
+
+    Pass float32 parameters: a small radius is below the spacing of bfloat16.
 
     Args:
       loss: ``params -> scalar``.

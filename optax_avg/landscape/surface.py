@@ -100,15 +100,21 @@ def barrier(
         raise ValueError(f"num must be at least 3, got {num}.")
     _check_alike(a, b)
     moving = _tree.select(a, where)
-    end = jax.tree.map(
-        lambda keep, x, y: x if _tree.is_masked(keep) else y,
-        moving,
-        a,
-        b,
-        is_leaf=_tree.is_masked,
-    )
+
+    def at(s):
+        between = lambda x, y: ((1 - s) * _tree.wide(x) + s * _tree.wide(y)).astype(
+            x.dtype
+        )
+        return jax.tree.map(
+            lambda keep, x, y: x if _tree.is_masked(keep) else between(x, y),
+            moving,
+            a,
+            b,
+            is_leaf=_tree.is_masked,
+        )
+
     t = jnp.linspace(0, 1, num)
-    losses = mapped(lambda s: loss(_between(a, end, s)), t, progress)
+    losses = mapped(lambda s: loss(at(s)), t, progress)
     line = (1 - t) * losses[0] + t * losses[-1]
     return Segment(t, losses, jnp.max((losses - line)[1:-1]))
 
@@ -318,12 +324,6 @@ def _grid(
         if progress is not None:
             progress(i + 1, len(v))
     return np.stack(rows)
-
-
-def _between(a: Any, b: Any, t: Any) -> Any:
-    return jax.tree.map(
-        lambda x, y: ((1 - t) * _tree.wide(x) + t * _tree.wide(y)).astype(x.dtype), a, b
-    )
 
 
 def _check_alike(a: Any, b: Any) -> None:

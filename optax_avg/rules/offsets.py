@@ -52,7 +52,7 @@ def ascent(
         norms = _tree.over(_row_norm if scope == "row" else _tree.norm, params, tg)
     radii = _spread(radius, params)
     return _tree.over(
-        lambda v, n, r: jnp.where(n > 0, r / jnp.where(n > 0, n, 1), 0) * v,
+        lambda v, n, r: jnp.where(n > 0, r, 0) * (v / jnp.where(n > 0, n, 1)),
         params,
         direction,
         norms,
