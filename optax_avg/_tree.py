@@ -227,17 +227,14 @@ def norms(groups: list[list[jax.Array]]) -> jax.Array:
     info = jnp.finfo(squares.dtype)
     # A power of two that brings squares out of reach into the middle of the range.
     far = 2.0 ** round(0.7 * float(info.maxexp))
-    factors = jnp.where(squares < 1, far, 1 / far)
+    safe = (squares > info.tiny / info.eps) & (squares < info.max)
+    factors = jnp.where(safe, 1, jnp.where(squares < 1, far, 1 / far))
 
     def scaled(groups):
-        moved = [
-            [x * factor for x in group]
-            for group, factor in zip(groups, factors, strict=True)
-        ]
+        moved = [[x * factors[i] for x in group] for i, group in enumerate(groups)]
         return jnp.sqrt(_sums_of_squares(moved)) / factors
 
-    safe = jnp.all((squares > info.tiny / info.eps) & (squares < info.max))
-    return lax.cond(safe, lambda _: jnp.sqrt(squares), scaled, groups)
+    return lax.cond(jnp.all(safe), lambda _: jnp.sqrt(squares), scaled, groups)
 
 
 def _sums_of_squares(groups: list[list[jax.Array]]) -> jax.Array:

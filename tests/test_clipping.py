@@ -311,3 +311,16 @@ def test_quantile_is_met():
     state, _ = jax.lax.scan(body, tx.init(sample[0]), sample)
     np.testing.assert_allclose(int(state.accepted) / 4000, 0.9, atol=0.02)
     assert isinstance(tx, optax.GradientTransformationExtraArgs)
+
+
+def test_norms_of_every_size_side_by_side():
+    """One leaf beyond the range of squares must not spoil the norms of the others."""
+    g = {"tiny": 1e-30, "usual": 3.0, "huge": 1e30, "zero": 0.0}
+    g = {key: jnp.full(4, value) for key, value in g.items()}
+    tx = oa.clip_by_ema_norm(lambda_abs=1e38, warmup_steps=1)
+    _, state = tx.update(g, tx.init(g))
+    wanted = [2 * float(x[0]) for x in g.values()]  # in the order of the keys
+    wanted = dict(zip(g, wanted, strict=True))
+    np.testing.assert_allclose(
+        state.clip_statistics, [wanted[key] for key in sorted(g)], rtol=1e-6
+    )
