@@ -272,7 +272,6 @@ def add(a: Any, b: Any) -> Any:
 def unit(tree: Any) -> Any:
     """``v/|v|`` over all leaves, 0 at 0."""
     n = norm(tree)
-    # Divided leaf by leaf: the inverse of a huge norm would be flushed to 0.
     return jax.tree.map(lambda v: v / jnp.where(n > 0, n, 1), tree)
 
 

@@ -120,6 +120,10 @@ LOCATIONS = {
     ),
     "vclip": Case(oa.vclip, {"tau": oa.adaptive_radius()}, ("tau",)),
     "cclip": Case(oa.cclip, {"tau": 0.05}),
+    "clip_by_quantile": Case(oa.clip_by_quantile, {}, ("quantile", "rate")),
+    "clip_by_coordinate_quantile": Case(
+        oa.clip_by_coordinate_quantile, {}, ("quantile", "rate")
+    ),
     "clipped_ema": Case(oa.clipped_ema, {"decay": 0.9, "max_norm": 0.5}),
 }
 LOCATIONS = {

@@ -400,12 +400,6 @@ def test_multi_call_keeps_clean_parameters_through_donation(k):
     )
 
 
-def test_offsets_of_huge_gradients():
-    """The inverse of their norm is subnormal, which XLA flushes to zero."""
-    offset = rules.sam(0.5).probe(1, W, [jnp.array([1e38, 0.0, 0.0])], None)
-    np.testing.assert_allclose(offset, [0.5, 0, 0], rtol=1e-6)
-
-
 def test_trajectory_loss_of_impossible_classes():
     logits = jnp.array([[0.0, 1.0, -jnp.inf]])
     student = jnp.array([[1.0, 0.0, -jnp.inf]])
