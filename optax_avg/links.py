@@ -18,9 +18,9 @@ from optax_avg.rules.offsets import Radius, radius_at
 from optax_avg.sharpness import RuleState, SharpnessRule, as_link
 
 P = ParamSpec("P")
-RETURNS = """    Returns:
-      The rule as the first link of a chain; ``update`` needs ``grad_fn=``, a function
-      from parameters to gradients, see :func:`optax_avg.as_link`.
+RETURNS = """Returns:
+  The rule as the first link of a chain; ``update`` needs ``grad_fn=``, a function
+  from parameters to gradients, see :func:`optax_avg.as_link`.
 
 """
 
@@ -35,13 +35,14 @@ def _link_of(
         return as_link(factory(*args, **kwargs), factory.__name__)
 
     named: Any = make
-    head, rest = (factory.__doc__ or "").split("    Returns:\n")
-    raises = rest[rest.index("    Raises:") : rest.index("    Example:")]
+    # From Python 3.13 on the compiler has already taken the indentation away.
+    head, rest = inspect.cleandoc(factory.__doc__ or "").split("\nReturns:\n")
+    raises = rest[rest.index("Raises:") : rest.index("Example:")]
     named.__doc__ = (
-        f"{head}{RETURNS}{raises}"
-        f"    Example:\n      >>> import optax, optax_avg as oa\n"
-        f"      >>> tx = optax.chain(oa.{factory.__name__}(), optax.sgd(0.1))\n\n"
-        f"{rest[rest.index('    References:') :]}"
+        f"{head}\n{RETURNS}{raises}"
+        f"Example:\n  >>> import optax, optax_avg as oa\n"
+        f"  >>> tx = optax.chain(oa.{factory.__name__}(), optax.sgd(0.1))\n\n"
+        f"{rest[rest.index('References:') :]}\n"
     )
     # inject_hyperparams reads the names of arguments here.
     named.__signature__ = inspect.signature(factory).replace(
