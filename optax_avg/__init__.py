@@ -27,6 +27,11 @@ Clips that follow the norms seen so far
     scale_by_clipped_adagrad_norm, scale_by_induced_metric
     their state     ClipState
 
+Robust locations across examples, micro-batches and workers (aggregators of Optax)
+    coordinate_median, trimmed_mean, geometric_median, median_of_means, centered_clip,
+    krum, flag, one_pass_location
+    their state     AggregationState
+
 Families of plain functions
     rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
@@ -35,6 +40,17 @@ Families of plain functions
 """
 
 from optax_avg import landscape, rules, schedules, weights
+from optax_avg.aggregation import (
+    AggregationState,
+    centered_clip,
+    coordinate_median,
+    flag,
+    geometric_median,
+    krum,
+    median_of_means,
+    one_pass_location,
+    trimmed_mean,
+)
 from optax_avg.averaging import (
     AverageState,
     average,
@@ -108,6 +124,7 @@ __version__ = "0.1.0"
 
 __all__ = [
     "AdaptiveRadius",
+    "AggregationState",
     "AverageState",
     "BemaState",
     "ClipState",
@@ -128,6 +145,7 @@ __all__ = [
     "awp",
     "bema",
     "cclip",
+    "centered_clip",
     "clip_by_coordinate_quantile",
     "clip_by_ema_norm",
     "clip_by_percentile",
@@ -135,6 +153,7 @@ __all__ = [
     "clip_by_zscore",
     "clip_redescending",
     "clipped_ema",
+    "coordinate_median",
     "cr_sam",
     "decoupled_wsam",
     "dnsam",
@@ -142,20 +161,25 @@ __all__ = [
     "esam",
     "eval_params",
     "fisher_sam",
+    "flag",
     "friendly_sam",
     "fsam",
     "gam",
     "gam_hvp",
+    "geometric_median",
     "gnp",
     "gradient_regularisation",
     "gsam",
+    "krum",
     "landscape",
     "look_sam",
     "lookahead",
     "lr_weighted_average",
+    "median_of_means",
     "migrate_state",
     "momentum_sam",
     "multi_call",
+    "one_pass_location",
     "polyak_average",
     "power_ema",
     "rules",
@@ -170,6 +194,7 @@ __all__ = [
     "tail_average",
     "track_location",
     "trajectory_loss",
+    "trimmed_mean",
     "usam",
     "vasso",
     "vclip",

@@ -77,6 +77,13 @@ def select(tree: Any, where: Where | None) -> Any:
     )
 
 
+def zeros_like_wide(tree: Any) -> Any:
+    """Zeros in float32 or wider for float leaves, ``MaskedNode`` for the others."""
+    return jax.tree.map(
+        lambda x: jnp.zeros_like(wide(jnp.asarray(x))), select(tree, None)
+    )
+
+
 def align(tree: Any, params: Any) -> list[Any]:
     """Leaves of ``tree`` in the order of those of ``params``, None at ``MaskedNode``.
 
@@ -223,18 +230,43 @@ def norm(tree: Any) -> jax.Array:
 def norms(groups: list[list[jax.Array]]) -> jax.Array:
     """The norm of each group of leaves, 0 of an empty one."""
     groups = [[wide(x) for x in group] for group in groups]
-    squares = _sums_of_squares(groups)
-    info = jnp.finfo(squares.dtype)
+
+    def squares(factors):
+        if factors is None:
+            return _sums_of_squares(groups)
+        moved = [[x * factors[i] for x in group] for i, group in enumerate(groups)]
+        return _sums_of_squares(moved)
+
+    return _square_roots(squares)
+
+
+def row_norms(leaves: list[jax.Array]) -> jax.Array:
+    """The norm of each row over leaves of shape (rows, ...), shape (rows,)."""
+    leaves = [wide(x) for x in leaves]
+
+    def squares(factors):
+        sums = []
+        for x in leaves:
+            if factors is not None:
+                x = x * factors.reshape(-1, *[1] * (x.ndim - 1))
+            axes = tuple(range(1, x.ndim))
+            square = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axes)
+            sums.append(lax.optimization_barrier(square))
+        return sum(sums[1:], sums[0])
+
+    return _square_roots(squares)
+
+
+def _square_roots(squares: Callable[[Any], jax.Array]) -> jax.Array:
+    """Norms from ``squares(factors)``, sums of squares of what is scaled by factors."""
+    plain = squares(None)
+    info = jnp.finfo(plain.dtype)
     # A power of two that brings squares out of reach into the middle of the range.
     far = 2.0 ** round(0.7 * float(info.maxexp))
-    safe = (squares > info.tiny / info.eps) & (squares < info.max)
-    factors = jnp.where(safe, 1, jnp.where(squares < 1, far, 1 / far))
-
-    def scaled(groups):
-        moved = [[x * factors[i] for x in group] for i, group in enumerate(groups)]
-        return jnp.sqrt(_sums_of_squares(moved)) / factors
-
-    return lax.cond(jnp.all(safe), lambda _: jnp.sqrt(squares), scaled, groups)
+    safe = (plain > info.tiny / info.eps) & (plain < info.max)
+    factors = jnp.where(safe, 1, jnp.where(plain < 1, far, 1 / far))
+    scaled = lambda: jnp.sqrt(squares(factors)) / factors
+    return lax.cond(jnp.all(safe), lambda: jnp.sqrt(plain), scaled)
 
 
 def _sums_of_squares(groups: list[list[jax.Array]]) -> jax.Array:

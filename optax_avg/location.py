@@ -157,7 +157,7 @@ def track_location(
     proximal = _proximal.step_of(distance, mu, quantile)
 
     def init_fn(params: Any) -> LocationState:
-        m, radius = _zeros(params), ()
+        m, radius = _tree.zeros_like_wide(params), ()
         if isinstance(tau, AdaptiveRadius):
             radius = jnp.full(len(_groups(scope, m)), tau.init or 0.0, jnp.float32)
         count = lambda: jnp.zeros([], jnp.int32)
@@ -170,7 +170,7 @@ def track_location(
     ) -> tuple[Any, Any]:
         del params, extra_args
         leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
-        tree = _zeros(updates) if reset else state.location
+        tree = _tree.zeros_like_wide(updates) if reset else state.location
         old, _ = jax.tree.flatten(tree, is_leaf=_tree.is_absent)
         if len(old) != len(leaves):
             raise ValueError(
@@ -319,13 +319,6 @@ def clipped_ema(
     max_norm = _tree.within("max_norm", max_norm, 0, INFINITY, open_low=True)
     return track_location(
         "huber", (1 - decay) / decay, mu=decay * max_norm, scope=scope, init=init
-    )
-
-
-def _zeros(tree: Any) -> Any:
-    """Zeros in float32 or wider for float leaves, ``MaskedNode`` for the others."""
-    return jax.tree.map(
-        lambda x: jnp.zeros_like(_tree.wide(jnp.asarray(x))), _tree.select(tree, None)
     )
 
 

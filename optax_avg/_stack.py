@@ -1,0 +1,313 @@
+"""Stacks of gradients: rows ``v_1 ... v_n`` over an axis of the leaves or over devices.
+
+    sum_i w_i v_i,    G_ij = <s_i (v_i - z), s_j (v_j - z)>
+
+Rules for locations and conflicts need no more than these two: whatever they iterate,
+they iterate on ``n`` numbers. Across devices each one holds all rows of its share of
+the coordinates, so that rules that go coordinate by coordinate need no more either.
+"""
+
+import math
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+
+from optax_avg import _tree
+
+SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
+UNROLLED = 32  # rows up to which a sorting network is written out
+
+
+class Stack(NamedTuple):
+    """Rows of gradients.
+
+    Attributes:
+      rows: leaves of shape (n, ...).
+      norms: shape (n,), float32 or wider.
+      valid: shape (n,), rows of finite norm.
+      total: sums over the devices that share the coordinates.
+      arrange: brings a tree like the result into the layout of the rows.
+      place: puts leaves in that layout into such a tree, in its dtypes.
+      blank: a tree like the result, in the dtypes of the gradients.
+    """
+
+    rows: list[jax.Array]
+    norms: jax.Array
+    valid: jax.Array
+    total: Callable[[jax.Array], jax.Array]
+    arrange: Callable[[Any], list[jax.Array]]
+    place: Callable[[list[jax.Array], Any], Any]
+    blank: Any
+
+
+def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
+    """The rows in ``updates``: along ``axis`` of the leaves, and over ``axis_name``.
+
+    Raises:
+      ValueError: If a leaf has no such axis, or another length along it.
+    """
+    leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
+    paths = jax.tree.flatten_with_path(updates, is_leaf=_tree.is_absent)[0]
+    found: dict[int, jax.Array] = {}
+    for i, (path, x) in enumerate(paths):
+        if _tree.is_absent(x) or not _tree.is_float(x):
+            continue
+        if axis is not None and not -jnp.ndim(x) <= axis < jnp.ndim(x):
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} of shape {jnp.shape(x)} has no "
+                f"axis {axis} of elements; pass stacked gradients, as of jax.vmap, or "
+                "per_elt_axis=None with an axis_name."
+            )
+        found[i] = jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
+        n = next(iter(found.values())).shape[0]
+        if found[i].shape[0] != n:
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} has {found[i].shape[0]} "
+                f"elements, other leaves have {n}."
+            )
+    groups = _groups(found, everything=axis_name is not None)
+    devices = 1 if axis_name is None else lax.axis_size(axis_name)
+
+    def parts_of(tree: Any) -> list[Any]:
+        parts = jax.tree.leaves(tree, is_leaf=_tree.is_absent)
+        if len(parts) != len(leaves):
+            raise ValueError(
+                f"{len(leaves)} gradients for a location of {len(parts)} leaves; pass "
+                "gradients like the parameters of init."
+            )
+        return parts
+
+    def arrange(tree: Any) -> list[jax.Array]:
+        parts = parts_of(tree)
+        joined = [_join([parts[i][None] for i in group]) for group in groups]
+        if axis_name is None:
+            return [x[0] for x in joined]
+        here = lax.axis_index(axis_name)
+        return [
+            lax.dynamic_index_in_dim(_padded(x, devices)[0], here, keepdims=False)
+            for x in joined
+        ]
+
+    def place(located: list[jax.Array], tree: Any) -> Any:
+        new = parts_of(tree)
+        for group, x in zip(groups, located, strict=True):
+            x = x if axis_name is None else everywhere(x, axis_name).reshape(-1)
+            begin = 0
+            for i in group:
+                size = math.prod(found[i].shape[1:])
+                whole = len(group) == 1 and axis_name is None
+                part = x if whole else x[begin : begin + size]
+                if part.shape != found[i].shape[1:]:
+                    part = part.reshape(found[i].shape[1:])
+                new[i] = part.astype(new[i].dtype)
+                begin += size
+        return jax.tree.structure(tree, is_leaf=_tree.is_absent).unflatten(new)
+
+    blank = structure.unflatten(
+        x if _tree.is_absent(x) or i in found else jnp.take(x, 0, axis=axis or 0)
+        for i, x in enumerate(leaves)
+    )
+    rows = [_join([found[i] for i in group]) for group in groups]
+    total = lambda x: x if axis_name is None else lax.psum(x, axis_name)
+    if axis_name is not None:
+        rows = [_exchanged(_padded(x, devices), axis_name) for x in rows]
+    norms = row_norms(rows, axis_name)
+    return Stack(rows, norms, jnp.isfinite(norms), total, arrange, place, blank)
+
+
+def _groups(found: dict[int, jax.Array], everything: bool) -> list[list[int]]:
+    """Leaves that are laid side by side: the small ones, or all."""
+    groups: dict[Any, list[int]] = {}
+    for i, x in found.items():
+        apart = not (everything or (_local(x) and x[0].size < SMALL))
+        groups.setdefault(i if apart else str(x.dtype), []).append(i)
+    return list(groups.values())
+
+
+def _local(x: jax.Array) -> bool:
+    """Whether reshaping moves nothing between devices."""
+    return bool(jax.typeof(x).sharding.mesh.empty) or bool(
+        jax.sharding.get_abstract_mesh().manual_axes
+    )
+
+
+def _join(leaves: list[jax.Array]) -> jax.Array:
+    """Leaves (rows, ...) side by side, shape (rows, d); a sharded one as it is."""
+    if len(leaves) == 1 and not _local(leaves[0]):
+        return leaves[0]
+    flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in leaves]
+    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
+
+
+def _padded(x: jax.Array, parts: int) -> jax.Array:
+    """(rows, d) as (rows, parts, d / parts), filled up with zeros."""
+    width = -(-x.shape[1] // parts)
+    return jnp.pad(x, ((0, 0), (0, parts * width - x.shape[1]))).reshape(
+        x.shape[0], parts, width
+    )
+
+
+def _exchanged(x: jax.Array, axis_name: Any) -> jax.Array:
+    """Own rows of all coordinates for all rows of own coordinates, (n, width)."""
+    x = _tree.vary(x, (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+    received = lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
+    return received.reshape(-1, x.shape[-1])
+
+
+def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
+    """``x`` of every device on every device, alike on all: shape (devices, ...)."""
+    apart = jnp.zeros((lax.axis_size(axis_name), *x.shape), x.dtype)
+    return lax.psum(apart.at[lax.axis_index(axis_name)].set(x), axis_name)
+
+
+def row_norms(rows: list[jax.Array], axis_name: Any = None) -> jax.Array:
+    """``|v_i|``, shape (n,); no overflow, no underflow."""
+    if not rows:
+        return jnp.zeros(0)
+    norms = _tree.row_norms(rows)
+    if axis_name is None:
+        return norms
+    return _tree.row_norms([everywhere(norms, axis_name).T])
+
+
+def combine(stack: Stack, weights: jax.Array) -> list[jax.Array]:
+    """``sum_i w_i v_i`` over the valid rows, in float32 or wider."""
+    valid = jnp.broadcast_to(stack.valid, weights.shape)
+    weights = jnp.where(valid, weights, 0)
+
+    def product(rows):
+        return [
+            jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
+            for x in map(_tree.wide, rows)
+        ]
+
+    def without(rows):
+        return product([jnp.where(like(stack.valid, x), x, 0) for x in rows])
+
+    return lax.cond(jnp.all(stack.valid), product, without, stack.rows)
+
+
+def like(per_row: jax.Array, x: jax.Array) -> jax.Array:
+    """One number a row, with as many axes as ``x``."""
+    return per_row.reshape(-1, *[1] * (x.ndim - 1))
+
+
+def gram(stack: Stack, scale: jax.Array, centre: list[jax.Array] | None) -> jax.Array:
+    """``<s_i (v_i - z), s_j (v_j - z)>``, shape (n, n), 0 for rows that are not valid.
+
+    Without the centre near-identical rows would cancel.
+    """
+    products = []
+    for k, x in enumerate(stack.rows):
+        apart = _tree.wide(x) - (0 if centre is None else centre[k][None])
+        part = like(scale.astype(apart.dtype), x) * apart
+        part = jnp.where(like(stack.valid, x), part, 0)
+        products.append(lax.optimization_barrier(_inner(part)))
+    return stack.total(sum(products[1:], products[0]))
+
+
+def _inner(x: jax.Array) -> jax.Array:
+    """``<x_i, x_j>`` over all axes but the first."""
+    out = None
+    if _local(x):
+        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    elif any(jax.typeof(x).sharding.spec):
+        out = jax.sharding.NamedSharding(
+            jax.typeof(x).sharding.mesh, PartitionSpec(None, None)
+        )
+    axes = tuple(range(1, x.ndim))
+    found = lax.dot_general(
+        jnp.conj(x),
+        x,
+        ((axes, axes), ((), ())),
+        precision="highest",
+        out_sharding=out,
+    )
+    return jnp.real(found)
+
+
+def middle(values: jax.Array, valid: jax.Array) -> jax.Array:
+    """Index of the (lower) median of the valid values."""
+    order = jnp.argsort(jnp.where(valid, values, jnp.inf))
+    return order[jnp.maximum(jnp.sum(valid) - 1, 0) // 2]
+
+
+def row(stack: Stack, i: jax.Array) -> list[jax.Array]:
+    """``v_i`` in float32 or wider."""
+    return [
+        _tree.wide(lax.dynamic_index_in_dim(x, i, keepdims=False)) for x in stack.rows
+    ]
+
+
+def rank_weighted(stack: Stack, weights: jax.Array) -> list[jax.Array]:
+    """``sum_k w_k v_(k)`` coordinate by coordinate, ``v_(k)`` the k-th smallest.
+
+    Rows that are not valid come last.
+    """
+
+    def one(x):
+        if jnp.iscomplexobj(x):
+            raise ValueError("complex numbers have no order; use geometric_median.")
+        rows = [jnp.where(ok, x[i], jnp.inf) for i, ok in enumerate(stack.valid)]
+        kept = [
+            jnp.where(w > 0, w * _tree.wide(v), 0)
+            for w, v in zip(weights, _sorted(rows), strict=True)
+        ]
+        return sum(kept[1:], kept[0])
+
+    return [one(x) for x in stack.rows]
+
+
+def _sorted(rows: list[jax.Array]) -> list[jax.Array]:
+    """Rows in ascending order, coordinate by coordinate."""
+    stages = merge_exchange(len(rows))
+    if len(rows) <= UNROLLED:  # one pass over memory
+        for stage in stages:
+            for a, b in stage:
+                swap = rows[a] > rows[b]
+                rows[a], rows[b] = (
+                    jnp.where(swap, rows[b], rows[a]),
+                    jnp.where(swap, rows[a], rows[b]),
+                )
+        return rows
+    partners = jnp.array(
+        [_partners(stage, len(rows)) for stage in stages], dtype=jnp.int32
+    )
+
+    def exchange(x, partner):
+        other = x[partner]
+        keeps_low = like(partner >= jnp.arange(len(rows)), x)
+        return jnp.where(keeps_low == (x < other), x, other), None
+
+    return list(lax.scan(exchange, jnp.stack(rows), partners)[0])
+
+
+def _partners(stage: list[tuple[int, int]], n: int) -> list[int]:
+    partner = list(range(n))
+    for a, b in stage:
+        partner[a], partner[b] = b, a
+    return partner
+
+
+def merge_exchange(n: int) -> list[list[tuple[int, int]]]:
+    """Batcher's sorting network: stages of disjoint pairs that are put in order.
+
+    References:
+      Knuth, "The Art of Computer Programming" 3, algorithm 5.2.2M.
+    """
+    stages = []
+    top = 1 << max(n - 1, 0).bit_length() - 1 if n > 1 else 0
+    p = top
+    while p:
+        q, r, d = top, 0, p
+        while True:
+            stages.append([(i, i + d) for i in range(n - d) if i & p == r])
+            if q == p:
+                break
+            d, q, r = q - p, q // 2, p
+        p //= 2
+    return stages

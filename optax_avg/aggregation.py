@@ -1,0 +1,640 @@
+"""Robust locations of gradients across examples, micro-batches and workers.
+
+    z = sum_i w_i v_i,    w from the Gram matrix G of the rows v_i - z_0
+
+One product for ``G``, rounds on ``n`` coefficients, one weighted sum: two passes over
+the gradients whatever the number of rounds. The others go coordinate by coordinate.
+
+Each is an ``optax.experimental.aggregating.Aggregator`` over an axis of elements, or
+inside ``shard_map`` over the devices of ``axis_name``. A row whose norm is not finite
+is left out and counted; if none remains, the result is zero (or the location so far).
+"""
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import lax
+from optax.experimental import aggregating
+
+from optax_avg import _stack, _tree
+from optax_avg._stack import Stack
+from optax_avg.location import track_location
+
+INFINITY = float("inf")
+FAR = 2.0**50  # in units of a typical distance; its square does not overflow
+# From a stack, what the rule remembers and the step to leaves, and what it remembers.
+Rule = Callable[[Stack, Any, jax.Array], tuple[list[jax.Array], Any]]
+
+
+class AggregationState(NamedTuple):
+    """State of an aggregator.
+
+    Attributes:
+      aggregation_step: int32, calls of ``update``; schedules are called with it.
+      left_out: int32, rows that were not finite so far.
+      aggregation_memory: ``()``, the location of :func:`centered_clip` in float32 or
+        wider, or the PRNG key of :func:`optax_avg.pcgrad`.
+    """
+
+    aggregation_step: jax.Array
+    left_out: jax.Array
+    aggregation_memory: Any
+
+
+def aggregator(
+    rule: Rule,
+    per_elt_axis: int | None,
+    axis_name: Any,
+    remember: Callable[[Any], Any] = lambda params: (),
+) -> aggregating.Aggregator:
+    """An aggregator of Optax from a rule on the rows."""
+    if per_elt_axis is None and axis_name is None:
+        per_elt_axis = 0
+
+    def init_fn(params: Any) -> AggregationState:
+        zero = jnp.zeros([], jnp.int32)
+        return AggregationState(zero, zero.copy(), remember(params))
+
+    def update_fn(
+        per_elt_updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        stack = _stack.stack_of(per_elt_updates, per_elt_axis, axis_name)
+        step = state.aggregation_step
+        if stack.rows:
+            leaves, memory = rule(stack, state.aggregation_memory, step)
+        else:
+            leaves, memory = [], state.aggregation_memory
+        bad = jnp.sum(~stack.valid).astype(jnp.int32)
+        top = jnp.iinfo(jnp.int32).max
+        return stack.place(leaves, stack.blank), AggregationState(
+            optax.safe_increment(step),
+            jnp.where(state.left_out > top - bad, top, state.left_out + bad),
+            memory,
+        )
+
+    return aggregating.Aggregator(init_fn, update_fn)
+
+
+def coordinate_median(
+    *, per_elt_axis: int | None = None, axis_name: Any = None
+) -> aggregating.Aggregator:
+    """The median of each coordinate, the mean of the two middle ones of an even number.
+
+    Where most elements have a zero, as in the rows of an embedding table, so has the
+    median: such rows are not trained.
+
+    Args:
+      per_elt_axis: axis of the elements; by default 0, or none with ``axis_name``:
+        then every device holds one element.
+      axis_name: of the devices, inside ``shard_map`` or ``pmap``; each gathers its
+        share of the coordinates of all, memory does not grow with their number.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.coordinate_median()
+      >>> stacked = jnp.array([[1.0, 5.0], [2.0, -9.0], [99.0, 6.0]])
+      >>> tx.update(stacked, tx.init(jnp.zeros(2)))[0].tolist()
+      [2.0, 5.0]
+
+    References:
+      Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical
+      Rates", 2018, 1803.01498.
+    """
+
+    def rule(stack, memory, step):
+        del step
+        n = len(stack.valid)
+        return _stack.rank_weighted(stack, trimmed(stack.valid, (n - 1) // 2)), memory
+
+    return aggregator(rule, per_elt_axis, axis_name)
+
+
+def trimmed_mean(
+    trim: int, *, per_elt_axis: int | None = None, axis_name: Any = None
+) -> aggregating.Aggregator:
+    """The mean of each coordinate without its ``trim`` least and greatest values.
+
+    Args:
+      trim: left out at each end; where no more than ``2 trim`` elements are finite, the
+        median.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices, see :func:`coordinate_median`.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: If ``trim`` is negative or leaves nothing.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.trimmed_mean(1)
+      >>> float(tx.update(jnp.array([1.0, 2.0, 4.0, 99.0]), tx.init(jnp.zeros([])))[0])
+      3.0
+
+    References:
+      Yin et al., 2018, 1803.01498.
+    """
+    _tree.check_integer("trim", trim, 0)
+
+    def rule(stack, memory, step):
+        del step
+        _check_count(stack, 2 * trim + 1, f"trimmed_mean({trim})")
+        return _stack.rank_weighted(stack, trimmed(stack.valid, trim)), memory
+
+    return aggregator(rule, per_elt_axis, axis_name)
+
+
+def trimmed(valid: jax.Array, trim: int) -> jax.Array:
+    """Weights by rank of the trimmed mean; that of the median where it trims all."""
+    count = jnp.sum(valid)
+    trim = jnp.minimum(trim, (jnp.maximum(count, 1) - 1) // 2)
+    rank = jnp.arange(len(valid))
+    inside = (rank >= trim) & (rank < count - trim)
+    return inside / jnp.maximum(jnp.sum(inside), 1)
+
+
+def _check_count(stack: Stack, least: int, what: str) -> None:
+    if len(stack.valid) < least:
+        raise ValueError(
+            f"{what} needs at least {least} elements, got {len(stack.valid)}."
+        )
+
+
+class Centred(NamedTuple):
+    """Rows around one of them, for rules that weigh rows by distances.
+
+    Attributes:
+      gram: of ``s_i (v_i - z)``, ``s = min(1, FAR unit / |v_i - z|) / unit``.
+      valid: rows that count.
+      unit: a typical distance.
+      weights: from coefficients of the rows of ``gram`` to those of the rows.
+    """
+
+    gram: jax.Array
+    valid: jax.Array
+    unit: jax.Array
+    weights: Callable[[jax.Array], jax.Array]
+
+
+def centred(stack: Stack, axis_name: Any) -> Centred:
+    """The Gram matrix around a row amid the others, in units of a typical distance.
+
+    The row in the middle of the distances to the row of median norm: outliers are
+    neither, and near-identical rows do not cancel.
+    """
+    reference = _stack.row(stack, _stack.middle(stack.norms, stack.valid))
+    distance = row_distances(stack, reference, axis_name)
+    valid = stack.valid & jnp.isfinite(distance)
+    unit, shrink = units(distance, valid)
+    i = _stack.middle(distance, valid)
+    matrix = _stack.gram(
+        stack._replace(valid=valid), shrink / unit, _stack.row(stack, i)
+    )
+
+    def weights(c):
+        c = jnp.where(valid, c * shrink, 0)
+        return c.at[i].add(jnp.where(jnp.any(valid), 1 - jnp.sum(c), 0))
+
+    return Centred(matrix, valid, unit, weights)
+
+
+def units(distance: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """A typical distance, and ``min(1, FAR unit/distance)``.
+
+    A row beyond FAR is drawn in along its ray: its pull stays that of a unit vector.
+    """
+    median = distance[_stack.middle(distance, valid)]
+    most = jnp.max(jnp.where(valid, distance, 0))
+    unit = jnp.where(median > 0, median, jnp.where(most > 0, most, 1))
+    unit = jnp.where(jnp.isfinite(unit), unit, 1)
+    return unit, jnp.where(distance > FAR * unit, FAR * unit / distance, 1)
+
+
+def row_distances(
+    stack: Stack, centre: list[jax.Array], axis_name: Any = None
+) -> jax.Array:
+    """``|v_i - z|``, shape (n,)."""
+    apart = [_tree.wide(x) - z[None] for x, z in zip(stack.rows, centre, strict=True)]
+    return _stack.row_norms(apart, axis_name)
+
+
+def distances(gram: jax.Array, c: jax.Array) -> jax.Array:
+    """``|D_i - sum_j c_j D_j|`` from the Gram matrix of the ``D_i``."""
+    along = gram @ c
+    return jnp.sqrt(jnp.maximum(jnp.diagonal(gram) - 2 * along + c @ along, 0))
+
+
+def geometric_median(
+    *,
+    nu: float = 1e-6,
+    num_iters: int = 8,
+    per_elt_axis: int | None = None,
+    axis_name: Any = None,
+) -> aggregating.Aggregator:
+    """``argmin_z sum_i |v_i - z|`` by the smoothed Weiszfeld algorithm.
+
+    ``z <- sum_i beta_i v_i / sum_i beta_i``, ``beta_i = 1/max(nu, |v_i - z|)``, from
+    the mean of the half of the rows that is closest to one of them. Rounds are on
+    ``n`` coefficients and cost next to nothing.
+
+    Args:
+      nu: least distance, in units of the gradients.
+      num_iters: rounds.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices, see :func:`coordinate_median`.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.geometric_median()
+      >>> stacked = jnp.array([[3.0, 0.0], [0.0, 1.0], [-9.0, 0.0], [0.0, -5.0]])
+      >>> z, _ = tx.update(stacked, tx.init(jnp.zeros(2)))
+      >>> bool(jnp.linalg.norm(z) < 0.01)
+      True
+
+    References:
+      Pillutla et al., "Robust Aggregation for Federated Learning", 2022, 1912.13445.
+    """
+    return _geometric_median(None, nu, num_iters, per_elt_axis, axis_name)
+
+
+def median_of_means(
+    groups: int,
+    *,
+    nu: float = 1e-6,
+    num_iters: int = 8,
+    per_elt_axis: int | None = None,
+    axis_name: Any = None,
+) -> aggregating.Aggregator:
+    """The geometric median of the means of contiguous groups.
+
+    Args:
+      groups: their number, a divisor of that of the elements.
+      nu: least distance, see :func:`geometric_median`.
+      num_iters: rounds.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices, see :func:`coordinate_median`; elements are counted
+        device by device.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.median_of_means(3)
+      >>> stacked = jnp.array([0.0, 2.0, 1.0, 1.0, 99.0, 99.0])
+      >>> round(float(tx.update(stacked, tx.init(jnp.zeros([])))[0]), 2)
+      1.0
+
+    References:
+      Minsker, "Geometric Median and Robust Estimation in Banach Spaces", 2015,
+      1308.1334.
+    """
+    _tree.check_integer("groups", groups, 1)
+    return _geometric_median(groups, nu, num_iters, per_elt_axis, axis_name)
+
+
+def _geometric_median(
+    groups: int | None, nu: Any, num_iters: int, axis: int | None, axis_name: Any
+) -> aggregating.Aggregator:
+    nu = _tree.within("nu", nu, 0, INFINITY, open_low=True, closed_high=False)
+    _tree.check_integer("num_iters", num_iters, 1)
+
+    def rule(stack, memory, step):
+        del step
+        if groups is not None:
+            stack = group_means(stack, groups, axis_name)
+        found = centred(stack, axis_name)
+        c = weiszfeld(found.gram, found.valid, nu / found.unit, num_iters)
+        return _stack.combine(stack, found.weights(c)), memory
+
+    return aggregator(rule, axis, axis_name)
+
+
+def weiszfeld(
+    gram: jax.Array, valid: jax.Array, nu: jax.Array, num_iters: int
+) -> jax.Array:
+    """Coefficients of the geometric median of rows with this Gram matrix."""
+    size = jnp.diagonal(gram)
+    near = valid & (size <= size[_stack.middle(size, valid)])
+
+    def normalised(beta):
+        return beta / jnp.maximum(jnp.sum(beta), jnp.finfo(beta.dtype).tiny)
+
+    def advance(_, c):
+        return normalised(valid / jnp.maximum(nu, distances(gram, c)))
+
+    return lax.fori_loop(0, num_iters, advance, normalised(near.astype(gram.dtype)))
+
+
+def group_means(stack: Stack, groups: int, axis_name: Any) -> Stack:
+    """The means of contiguous groups of rows; groups without a valid row are invalid.
+
+    Raises:
+      ValueError: If the groups cannot be of one size.
+    """
+    n = len(stack.valid)
+    if n % groups:
+        raise ValueError(f"{n} elements do not make {groups} groups of one size.")
+    member = (jnp.arange(groups)[:, None] == jnp.arange(n)[None] // (n // groups)) & (
+        stack.valid[None]
+    )
+    weights = member / jnp.maximum(jnp.sum(member, axis=1, keepdims=True), 1)
+    rows = _stack.combine(stack, weights)
+    norms = _stack.row_norms(rows, axis_name)
+    valid = jnp.any(member, axis=1) & jnp.isfinite(norms)
+    return stack._replace(rows=rows, norms=norms, valid=valid)
+
+
+def centered_clip(
+    tau: Any,
+    num_iters: int = 1,
+    *,
+    per_elt_axis: int | None = None,
+    axis_name: Any = None,
+) -> aggregating.Aggregator:
+    """``m <- m + mean_i min(1, tau/|v_i - m|) (v_i - m)``, with m carried over.
+
+    The location starts at zero. With one element this is
+    ``oa.vclip(tau, init="zeros")``.
+
+    Args:
+      tau: a float or a schedule of the step.
+      num_iters: rounds per step.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices, see :func:`coordinate_median`.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.centered_clip(1.0)
+      >>> float(tx.update(jnp.array([0.5, 0.5, 99.0]), tx.init(jnp.zeros([])))[0])
+      0.6666666865348816
+
+    References:
+      Karimireddy et al., "Learning from History for Byzantine Robust Optimization",
+      2021, 2012.10333.
+    """
+    if not callable(tau):
+        tau = _tree.within("tau", tau, 0, INFINITY)
+    _tree.check_integer("num_iters", num_iters, 1)
+
+    def rule(stack, memory, step):
+        radius = jnp.asarray(tau(step) if callable(tau) else tau, jnp.float32)
+        m = stack.arrange(memory)
+        size = row_distances(stack, m, axis_name)
+        valid = stack.valid & jnp.isfinite(size)
+        stack = stack._replace(valid=valid)
+        share = valid / jnp.maximum(jnp.sum(valid), 1)
+        c = share * clip_factor(radius, size)
+        if num_iters > 1:
+            unit, shrink = units(size, valid)
+            matrix = _stack.gram(stack, shrink / unit, m)
+
+            def advance(_, c):
+                pull = share * clip_factor(radius / unit, distances(matrix, c))
+                return (1 - jnp.sum(pull)) * c + pull
+
+            c = shrink * lax.fori_loop(1, num_iters, advance, c / shrink)
+        pulled = _stack.combine(stack, c)
+        leaves = [(1 - jnp.sum(c)) * a + b for a, b in zip(m, pulled, strict=True)]
+        return leaves, stack.place(leaves, memory)
+
+    return aggregator(rule, per_elt_axis, axis_name, _tree.zeros_like_wide)
+
+
+def clip_factor(tau: jax.Array, size: jax.Array) -> jax.Array:
+    """``min(1, tau/size)``, 1 at size 0."""
+    return jnp.where(size > tau, tau / jnp.where(size > 0, size, 1), 1)
+
+
+def krum(
+    num_byzantine: int,
+    num_selected: int = 1,
+    *,
+    per_elt_axis: int | None = None,
+    axis_name: Any = None,
+) -> aggregating.Aggregator:
+    """The row whose ``n - f - 2`` nearest rows are the closest; multi-Krum.
+
+    Args:
+      num_byzantine: ``f``, how many rows may be anything; the paper's guarantee holds
+        for ``n >= 2 f + 3``.
+      num_selected: so many rows with the least sums of squared distances are averaged.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices, see :func:`coordinate_median`.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.krum(num_byzantine=1)
+      >>> stacked = jnp.array([0.0, 1.0, 1.25, 1.5, 99.0])
+      >>> float(tx.update(stacked, tx.init(jnp.zeros([])))[0])
+      1.25
+
+    References:
+      Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient
+      Descent", 2017, 1703.02757.
+    """
+    _tree.check_integer("num_byzantine", num_byzantine, 0)
+    _tree.check_integer("num_selected", num_selected, 1)
+
+    def rule(stack, memory, step):
+        del step
+        least = max(num_byzantine + 3, num_selected)
+        _check_count(stack, least, f"krum({num_byzantine}, {num_selected})")
+        found = centred(stack, axis_name)
+        score = krum_scores(found.gram, found.valid, num_byzantine)
+        rank = jnp.argsort(jnp.argsort(score))
+        chosen = (rank < num_selected) & found.valid
+        return _stack.combine(stack, chosen / jnp.maximum(jnp.sum(chosen), 1)), memory
+
+    return aggregator(rule, per_elt_axis, axis_name)
+
+
+def krum_scores(gram: jax.Array, valid: jax.Array, num_byzantine: int) -> jax.Array:
+    """Sums of the ``n - f - 2`` smallest squared distances to other valid rows."""
+    n = len(valid)
+    size = jnp.diagonal(gram)
+    squared = jnp.maximum(size[:, None] + size[None] - 2 * gram, 0)
+    others = valid[None] & ~jnp.eye(n, dtype=bool)
+    nearest = jnp.sort(jnp.where(others, squared, INFINITY), axis=1)
+    nearest = nearest[:, : n - num_byzantine - 2]
+    total = jnp.sum(jnp.where(jnp.isfinite(nearest), nearest, 0), axis=1)
+    return jnp.where(valid, total, INFINITY)
+
+
+def flag(
+    rank: int,
+    *,
+    num_iters: int = 5,
+    per_elt_axis: int | None = None,
+    axis_name: Any = None,
+) -> aggregating.Aggregator:
+    """Mean of the rows projected on the subspace that explains their directions best.
+
+    ``mean_i Y Y' v_i``, ``Y = argmin sum_i sqrt(1 - |Y' v_i|^2/|v_i|^2)`` over
+    orthonormal ``Y`` of ``rank`` columns, by iteratively reweighted least squares from
+    equal weights. The authors' code sums projections of normalised rows instead.
+
+    Args:
+      rank: of the subspace; the paper takes ``ceil((n + 1)/2)``.
+      num_iters: rounds.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices, see :func:`coordinate_median`.
+
+    Returns:
+      An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.flag(rank=1)
+      >>> stacked = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
+      >>> z, _ = tx.update(stacked, tx.init(jnp.zeros(2)))
+      >>> [round(x, 2) + 0.0 for x in z.tolist()]
+      [0.75, 0.0]
+
+    References:
+      Almasi et al., "Flag Aggregator: Scalable Distributed Training under Failures and
+      Augmented Losses using Convex Optimization", 2023, 2302.05865.
+    """
+    _tree.check_integer("rank", rank, 1)
+    _tree.check_integer("num_iters", num_iters, 1)
+
+    def rule(stack, memory, step):
+        del step
+        _check_count(stack, rank, f"flag({rank})")
+        size = jnp.where(stack.valid, stack.norms, 0)
+        inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
+        matrix = _stack.gram(stack, inverse, None)
+        basis = flag_basis(matrix, rank, num_iters)
+        unit = jnp.maximum(jnp.max(size), jnp.finfo(size.dtype).tiny)
+        mean = (size / unit) @ matrix @ basis / jnp.maximum(jnp.sum(stack.valid), 1)
+        return _stack.combine(stack, unit * inverse * (basis @ mean)), memory
+
+    return aggregator(rule, per_elt_axis, axis_name)
+
+
+def flag_basis(gram: jax.Array, rank: int, num_iters: int) -> jax.Array:
+    """Coefficients (n, rank) of ``Y`` in unit rows with this Gram matrix."""
+    present = jnp.diagonal(gram) > 0
+
+    def fitted(a):
+        values, vectors = jnp.linalg.eigh(a[:, None] * gram * a[None])
+        values, vectors = values[-rank:], vectors[:, -rank:]
+        real = values > len(a) * jnp.finfo(values.dtype).eps * values[-1]
+        inverse = jnp.where(real, 1 / jnp.sqrt(jnp.where(real, values, 1)), 0)
+        return a[:, None] * vectors * inverse[None]
+
+    def advance(_, basis):
+        explained = jnp.sum((gram @ basis) ** 2, axis=1)
+        # The authors' regularised weight of the square of the sine.
+        weight = (jnp.abs(1 - explained) + 1e-7) ** -0.25
+        return fitted(jnp.where(present, weight, 0))
+
+    return lax.fori_loop(0, num_iters, advance, fitted(present.astype(gram.dtype)))
+
+
+def one_pass_location(
+    distance: str,
+    tau: Any,
+    *,
+    mu: float = 1.0,
+    quantile: float = 0.5,
+    scope: Any = "global",
+    init: str = "first",
+    per_elt_axis: int | None = None,
+    axis_name: Any = None,
+) -> aggregating.Aggregator:
+    """One proximal step per element from the location so far: no sort, no rounds.
+
+    :func:`optax_avg.track_location` over the elements in their order; the location is
+    carried over to the next call.
+
+    Args:
+      distance: see :func:`optax_avg.track_location`.
+      tau: a float, a schedule of the elements so far, or an
+        :func:`optax_avg.adaptive_radius`.
+      mu: see :func:`optax_avg.track_location`.
+      quantile: see :func:`optax_avg.track_location`.
+      scope: see :func:`optax_avg.track_location`.
+      init: ``"first"`` or ``"zeros"``.
+      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
+      axis_name: of the devices; each element goes to all of them in turn.
+
+    Returns:
+      An aggregator with the state :class:`optax_avg.LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range or a name unknown.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.one_pass_location("l2", 0.5)
+      >>> stacked = jnp.array([1.0, 2.0, 99.0])
+      >>> float(tx.update(stacked, tx.init(jnp.zeros([])))[0])
+      2.0
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    tracker = track_location(
+        distance, tau, mu=mu, quantile=quantile, scope=scope, init=init
+    )
+    axis = 0 if per_elt_axis is None and axis_name is None else per_elt_axis
+
+    def update_fn(
+        per_elt_updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        del params, extra_args
+        move = lambda x: x[None] if axis is None else jnp.moveaxis(x, axis, 0)
+        rows = jax.tree.map(move, per_elt_updates)
+        count = jax.tree.leaves(rows)[0].shape[0] if jax.tree.leaves(rows) else 0
+        devices = 1 if axis_name is None else lax.axis_size(axis_name)
+
+        def element(i):
+            own = jax.tree.map(lambda x: x[i % count], rows)
+            if axis_name is None:
+                return own
+            here = lax.axis_index(axis_name) == i // count
+            return jax.tree.map(
+                lambda x: lax.psum(jnp.where(here, x, jnp.zeros_like(x)), axis_name),
+                own,
+            )
+
+        def advance(carry, i):
+            return tracker.update(element(i), carry[1]), None
+
+        blank = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), rows)
+        return lax.scan(advance, (blank, state), jnp.arange(count * devices))[0]
+
+    return aggregating.Aggregator(tracker.init, update_fn)
