@@ -18,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from optax_avg import _tree
 
+CHUNK = 2**19  # elements that fit into a cache
 SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
 UNROLLED = 32  # rows up to which a sorting network is written out
 
@@ -164,11 +165,15 @@ def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
     return lax.psum(apart.at[lax.axis_index(axis_name)].set(x), axis_name)
 
 
-def row_norms(rows: list[jax.Array], axis_name: Any = None) -> jax.Array:
-    """``|v_i|``, shape (n,); no overflow, no underflow."""
+def row_norms(
+    rows: list[jax.Array],
+    axis_name: Any = None,
+    centre: list[jax.Array] | None = None,
+) -> jax.Array:
+    """``|v_i - z|``, shape (n,); no overflow, no underflow."""
     if not rows:
         return jnp.zeros(0)
-    norms = _tree.row_norms(rows)
+    norms = _tree.row_norms(rows, centre)
     if axis_name is None:
         return norms
     return _tree.row_norms([everywhere(norms, axis_name).T])
@@ -176,19 +181,22 @@ def row_norms(rows: list[jax.Array], axis_name: Any = None) -> jax.Array:
 
 def combine(stack: Stack, weights: jax.Array) -> list[jax.Array]:
     """``sum_i w_i v_i`` over the valid rows, in float32 or wider."""
-    valid = jnp.broadcast_to(stack.valid, weights.shape)
-    weights = jnp.where(valid, weights, 0)
+    weights = jnp.where(jnp.broadcast_to(stack.valid, weights.shape), weights, 0)
 
-    def product(rows):
-        return [
-            jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
-            for x in map(_tree.wide, rows)
-        ]
+    def product(x):
+        x = _tree.wide(x)
+        return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
 
-    def without(rows):
-        return product([jnp.where(like(stack.valid, x), x, 0) for x in rows])
+    def without(x):
+        return product(jnp.where(like(stack.valid, x), x, 0))
 
-    return lax.cond(jnp.all(stack.valid), product, without, stack.rows)
+    def slow(rows):
+        return [_by_chunks(without, x) for x in rows]
+
+    def quick(rows):
+        return [product(x) for x in rows]
+
+    return lax.cond(jnp.all(stack.valid), quick, slow, stack.rows)
 
 
 def like(per_row: jax.Array, x: jax.Array) -> jax.Array:
@@ -201,25 +209,63 @@ def gram(stack: Stack, scale: jax.Array, centre: list[jax.Array] | None) -> jax.
 
     Without the centre near-identical rows would cancel.
     """
+
+    def product(x, z):
+        apart = _tree.wide(x) - z[None]
+        part = like(scale.astype(apart.dtype), x) * apart
+        return _inner(jnp.where(like(stack.valid, x), part, 0))
+
     products = []
     for k, x in enumerate(stack.rows):
-        apart = _tree.wide(x) - (0 if centre is None else centre[k][None])
-        part = like(scale.astype(apart.dtype), x) * apart
-        part = jnp.where(like(stack.valid, x), part, 0)
-        products.append(lax.optimization_barrier(_inner(part)))
+        z = jnp.zeros(x.shape[1:]) if centre is None else centre[k]
+        products.append(lax.optimization_barrier(_sum_over_chunks(product, x, z)))
     return stack.total(sum(products[1:], products[0]))
+
+
+def _chunks(x: jax.Array) -> tuple[int, int]:
+    """Number and width of chunks of columns (n, width) that stay in a cache."""
+    if not _local(x) or x.size <= CHUNK:
+        return 1, 0
+    width = max(CHUNK // x.shape[0], 1)
+    return x.shape[1] // width, width
+
+
+def _sum_over_chunks(
+    f: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, z: jax.Array
+) -> jax.Array:
+    """The sum of ``f`` over chunks of the columns of ``x`` and ``z``."""
+    count, width = _chunks(x)
+    if not width:
+        return f(x, z)
+
+    def add(i, total):
+        columns = lax.dynamic_slice_in_dim(x, i * width, width, 1)
+        return total + f(columns, lax.dynamic_slice_in_dim(z, i * width, width))
+
+    first = f(x[:, :width], z[:width])
+    total = lax.fori_loop(1, count, add, first)
+    rest = count * width
+    return total if rest == x.shape[1] else total + f(x[:, rest:], z[rest:])
+
+
+def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
+    """``f`` of chunks of the columns of ``x``, side by side."""
+    count, width = _chunks(x)
+    if not width:
+        return f(x)
+    parts = lax.map(
+        lambda i: f(lax.dynamic_slice_in_dim(x, i * width, width, 1)), jnp.arange(count)
+    )
+    parts = jnp.moveaxis(parts, 0, -2)
+    whole = parts.reshape(*parts.shape[:-2], count * width)
+    return jnp.concatenate([whole, f(x[:, count * width :])], axis=-1)
 
 
 def _inner(x: jax.Array) -> jax.Array:
     """``<x_i, x_j>`` over all axes but the first."""
-    out = None
-    if _local(x):
-        x = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    elif any(jax.typeof(x).sharding.spec):
-        out = jax.sharding.NamedSharding(
-            jax.typeof(x).sharding.mesh, PartitionSpec(None, None)
-        )
     axes = tuple(range(1, x.ndim))
+    spec = jax.typeof(x).sharding.spec
+    out = PartitionSpec(None, None) if any(spec) else None
     found = lax.dot_general(
         jnp.conj(x),
         x,

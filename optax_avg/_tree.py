@@ -240,13 +240,15 @@ def norms(groups: list[list[jax.Array]]) -> jax.Array:
     return _square_roots(squares)
 
 
-def row_norms(leaves: list[jax.Array]) -> jax.Array:
-    """The norm of each row over leaves of shape (rows, ...), shape (rows,)."""
-    leaves = [wide(x) for x in leaves]
+def row_norms(
+    leaves: list[jax.Array], centre: list[jax.Array] | None = None
+) -> jax.Array:
+    """``|v_i - z|`` of the rows of leaves of shape (rows, ...), shape (rows,)."""
 
     def squares(factors):
         sums = []
-        for x in leaves:
+        for k, x in enumerate(leaves):
+            x = wide(x) if centre is None else wide(x) - centre[k][None]
             if factors is not None:
                 x = x * factors.reshape(-1, *[1] * (x.ndim - 1))
             axes = tuple(range(1, x.ndim))

@@ -191,7 +191,7 @@ def centred(stack: Stack, axis_name: Any) -> Centred:
     neither, and near-identical rows do not cancel.
     """
     reference = _stack.row(stack, _stack.middle(stack.norms, stack.valid))
-    distance = row_distances(stack, reference, axis_name)
+    distance = _stack.row_norms(stack.rows, axis_name, reference)
     valid = stack.valid & jnp.isfinite(distance)
     unit, shrink = units(distance, valid)
     i = _stack.middle(distance, valid)
@@ -215,15 +215,8 @@ def units(distance: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
     most = jnp.max(jnp.where(valid, distance, 0))
     unit = jnp.where(median > 0, median, jnp.where(most > 0, most, 1))
     unit = jnp.where(jnp.isfinite(unit), unit, 1)
-    return unit, jnp.where(distance > FAR * unit, FAR * unit / distance, 1)
-
-
-def row_distances(
-    stack: Stack, centre: list[jax.Array], axis_name: Any = None
-) -> jax.Array:
-    """``|v_i - z|``, shape (n,)."""
-    apart = [_tree.wide(x) - z[None] for x, z in zip(stack.rows, centre, strict=True)]
-    return _stack.row_norms(apart, axis_name)
+    far = valid & (distance > FAR * unit)
+    return unit, jnp.where(far, FAR * unit / distance, 1)
 
 
 def distances(gram: jax.Array, c: jax.Array) -> jax.Array:
@@ -259,7 +252,7 @@ def geometric_median(
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
-      >>> tx = oa.geometric_median()
+      >>> tx = oa.geometric_median(num_iters=100)
       >>> stacked = jnp.array([[3.0, 0.0], [0.0, 1.0], [-9.0, 0.0], [0.0, -5.0]])
       >>> z, _ = tx.update(stacked, tx.init(jnp.zeros(2)))
       >>> bool(jnp.linalg.norm(z) < 0.01)
@@ -403,7 +396,7 @@ def centered_clip(
     def rule(stack, memory, step):
         radius = jnp.asarray(tau(step) if callable(tau) else tau, jnp.float32)
         m = stack.arrange(memory)
-        size = row_distances(stack, m, axis_name)
+        size = _stack.row_norms(stack.rows, axis_name, m)
         valid = stack.valid & jnp.isfinite(size)
         stack = stack._replace(valid=valid)
         share = valid / jnp.maximum(jnp.sum(valid), 1)
