@@ -32,14 +32,20 @@ Robust locations across examples, micro-batches and workers (aggregators of Opta
     krum, flag, one_pass_location
     their state     AggregationState
 
+Several objectives
+    mgda, cagrad, upgrad, pcgrad    aggregators over the objectives
+    bloop, perp_grad                links of a chain
+    their state                     BloopState
+
 Families of plain functions
+    surgery         project_out, the one orthogonal projection
     rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
-from optax_avg import landscape, rules, schedules, weights
+from optax_avg import landscape, rules, schedules, surgery, weights
 from optax_avg.aggregation import (
     AggregationState,
     centered_clip,
@@ -117,6 +123,15 @@ from optax_avg.sharpness import (
     sharpness_aware,
     trajectory_loss,
 )
+from optax_avg.surgery import (
+    BloopState,
+    bloop,
+    cagrad,
+    mgda,
+    pcgrad,
+    perp_grad,
+    upgrad,
+)
 from optax_avg.windows import BemaState, WindowState, bema, window_average
 from optax_avg.write_back import lookahead, switch_ema, write_back
 
@@ -127,6 +142,7 @@ __all__ = [
     "AggregationState",
     "AverageState",
     "BemaState",
+    "BloopState",
     "ClipState",
     "DecoupledState",
     "LocationState",
@@ -144,6 +160,8 @@ __all__ = [
     "averaged_params",
     "awp",
     "bema",
+    "bloop",
+    "cagrad",
     "cclip",
     "centered_clip",
     "clip_by_coordinate_quantile",
@@ -176,10 +194,13 @@ __all__ = [
     "lookahead",
     "lr_weighted_average",
     "median_of_means",
+    "mgda",
     "migrate_state",
     "momentum_sam",
     "multi_call",
     "one_pass_location",
+    "pcgrad",
+    "perp_grad",
     "polyak_average",
     "power_ema",
     "rules",
@@ -189,12 +210,14 @@ __all__ = [
     "scale_by_induced_metric",
     "schedules",
     "sharpness_aware",
+    "surgery",
     "swa",
     "switch_ema",
     "tail_average",
     "track_location",
     "trajectory_loss",
     "trimmed_mean",
+    "upgrad",
     "usam",
     "vasso",
     "vclip",

@@ -15,7 +15,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import optax
 from jax import lax
 from optax.experimental import aggregating
 
@@ -59,10 +58,10 @@ def aggregator(
         return AggregationState(zero, zero.copy(), remember(params))
 
     def update_fn(
-        per_elt_updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
-        stack = _stack.stack_of(per_elt_updates, per_elt_axis, axis_name)
+        stack = _stack.stack_of(updates, per_elt_axis, axis_name)
         step = state.aggregation_step
         if stack.rows:
             leaves, memory = rule(stack, state.aggregation_memory, step)
@@ -71,7 +70,7 @@ def aggregator(
         bad = jnp.sum(~stack.valid).astype(jnp.int32)
         top = jnp.iinfo(jnp.int32).max
         return stack.place(leaves, stack.blank), AggregationState(
-            optax.safe_increment(step),
+            _tree.count_if(jnp.asarray(True), step),
             jnp.where(state.left_out > top - bad, top, state.left_out + bad),
             memory,
         )
@@ -155,9 +154,9 @@ def trimmed_mean(
 def trimmed(valid: jax.Array, trim: int) -> jax.Array:
     """Weights by rank of the trimmed mean; that of the median where it trims all."""
     count = jnp.sum(valid)
-    trim = jnp.minimum(trim, (jnp.maximum(count, 1) - 1) // 2)
+    end = jnp.minimum(trim, (jnp.maximum(count, 1) - 1) // 2)
     rank = jnp.arange(len(valid))
-    inside = (rank >= trim) & (rank < count - trim)
+    inside = (rank >= end) & (rank < count - end)
     return inside / jnp.maximum(jnp.sum(inside), 1)
 
 
@@ -606,11 +605,11 @@ def one_pass_location(
     axis = 0 if per_elt_axis is None and axis_name is None else per_elt_axis
 
     def update_fn(
-        per_elt_updates: Any, state: Any, params: Any = None, **extra_args: Any
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
         move = lambda x: x[None] if axis is None else jnp.moveaxis(x, axis, 0)
-        rows = jax.tree.map(move, per_elt_updates)
+        rows = jax.tree.map(move, updates)
         count = jax.tree.leaves(rows)[0].shape[0] if jax.tree.leaves(rows) else 0
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
 

@@ -130,7 +130,27 @@ LOCATIONS = {
     name: case._replace(place="first", counter="location_step", needs_params=False)
     for name, case in LOCATIONS.items()
 }
+
+
+def bloop_with_its_gradient(lam, ema_rate):
+    """Bloop whose auxiliary gradient is the negative of the main one."""
+    tx = oa.bloop(lam, ema_rate)
+
+    def update(updates, state, params=None, **extra_args):
+        aux = jax.tree.map(jnp.negative, updates)
+        return tx.update(updates, state, params, aux_grads=(aux,), **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 CALLS = {
+    "bloop": Case(
+        bloop_with_its_gradient,
+        {"lam": 0.5, "ema_rate": 0.1},
+        place="first",
+        counter="bloop_step",
+        needs_params=False,
+    ),
     "multi_call": Case(
         lambda: oa.multi_call(oa.rules.sam(), optax.sgd(0.1)),
         place="alone",

@@ -1,4 +1,4 @@
-"""Locations of the rows of a matrix in float64, from the definitions, round by round."""
+"""Locations of the rows of a matrix in float64, from the definitions."""
 
 import numpy as np
 

@@ -309,7 +309,7 @@ def test_chunks_cover_all_columns(monkeypatch):
 
 
 def test_geometric_median_and_centered_clip_share_a_fixed_point():
-    """Weiszfeld smoothed at ``nu`` is centered clipping with ``tau = nu``: 2012.10333."""
+    """Weiszfeld smoothed at ``nu`` is centered clipping with ``tau = nu``."""
     tree = stacked(10)
     median, _ = once(oa.geometric_median(nu=1.0, num_iters=500), tree)
     clip = oa.centered_clip(1.0, 2000)
@@ -367,7 +367,8 @@ def test_one_pass_location_is_a_tracker_over_the_elements():
 
 
 DISTRIBUTED = {name: case[0] for name, case in CASES.items()} | {
-    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5)
+    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5),
+    "upgrad": oa.upgrad,
 }
 
 
