@@ -32,6 +32,9 @@ Robust locations across examples, micro-batches and workers (aggregators of Opta
     krum, flag, one_pass_location
     their state     AggregationState
 
+How heavy are the tails of the noise
+    track_tail_index, tail_indices, TailState, TailIndices
+
 Several objectives
     mgda, cagrad, upgrad, pcgrad    aggregators over the objectives
     bloop, perp_grad                links of a chain
@@ -132,6 +135,12 @@ from optax_avg.surgery import (
     perp_grad,
     upgrad,
 )
+from optax_avg.tail_index import (
+    TailIndices,
+    TailState,
+    tail_indices,
+    track_tail_index,
+)
 from optax_avg.windows import BemaState, WindowState, bema, window_average
 from optax_avg.write_back import lookahead, switch_ema, write_back
 
@@ -150,6 +159,8 @@ __all__ = [
     "RuleState",
     "SharpnessAware",
     "SharpnessRule",
+    "TailIndices",
+    "TailState",
     "WindowState",
     "adaptive_radius",
     "amp",
@@ -214,7 +225,9 @@ __all__ = [
     "swa",
     "switch_ema",
     "tail_average",
+    "tail_indices",
     "track_location",
+    "track_tail_index",
     "trajectory_loss",
     "trimmed_mean",
     "upgrad",

@@ -132,7 +132,7 @@ LOCATIONS = {
 }
 
 
-def bloop_with_its_gradient(lam, ema_rate):
+def bloop(lam, ema_rate):
     """Bloop whose auxiliary gradient is the negative of the main one."""
     tx = oa.bloop(lam, ema_rate)
 
@@ -145,7 +145,7 @@ def bloop_with_its_gradient(lam, ema_rate):
 
 CALLS = {
     "bloop": Case(
-        bloop_with_its_gradient,
+        bloop,
         {"lam": 0.5, "ema_rate": 0.1},
         place="first",
         counter="bloop_step",
@@ -177,8 +177,15 @@ CLIPS = {
     ),
     "scale_by_induced_metric": Case(oa.scale_by_induced_metric),
 }
+CLIPS["track_tail_index"] = Case(
+    oa.track_tail_index, {"num_largest": 4, "block": 2}, ("num_largest", "block")
+)
 CLIPS = {
-    name: case._replace(place="first", counter="clip_step", needs_params=False)
+    name: case._replace(
+        place="first",
+        counter="tail_step" if name == "track_tail_index" else "clip_step",
+        needs_params=False,
+    )
     for name, case in CLIPS.items()
 }
 CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS
