@@ -18,7 +18,7 @@ from jax.sharding import PartitionSpec
 
 from optax_avg import _tree
 
-CHUNK = 2**19  # elements that fit into a cache
+CHUNK = 2**18  # elements that fit into a cache
 SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
 UNROLLED = 32  # rows up to which a sorting network is written out
 
@@ -70,7 +70,7 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
                 f"updates{jax.tree_util.keystr(path)} has {found[i].shape[0]} "
                 f"elements, other leaves have {n}."
             )
-    groups = _groups(found, everything=axis_name is not None)
+    groups = _groups(found)
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
 
     def parts_of(tree: Any) -> list[Any]:
@@ -120,12 +120,12 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
     return Stack(rows, norms, jnp.isfinite(norms), total, arrange, place, blank)
 
 
-def _groups(found: dict[int, jax.Array], everything: bool) -> list[list[int]]:
-    """Leaves that are laid side by side: the small ones, or all."""
+def _groups(found: dict[int, jax.Array]) -> list[list[int]]:
+    """Leaves that are laid side by side: the small ones."""
     groups: dict[Any, list[int]] = {}
     for i, x in found.items():
-        apart = not (everything or (_local(x) and x[0].size < SMALL))
-        groups.setdefault(i if apart else str(x.dtype), []).append(i)
+        small = _local(x) and x[0].size < SMALL
+        groups.setdefault(str(x.dtype) if small else i, []).append(i)
     return list(groups.values())
 
 
@@ -154,29 +154,67 @@ def _padded(x: jax.Array, parts: int) -> jax.Array:
 
 def _exchanged(x: jax.Array, axis_name: Any) -> jax.Array:
     """Own rows of all coordinates for all rows of own coordinates, (n, width)."""
-    x = _tree.vary(x, (axis_name,) if isinstance(axis_name, str) else tuple(axis_name))
+    x = _tree.vary(x, _names(axis_name))
     received = lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
     return received.reshape(-1, x.shape[-1])
 
 
 def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
     """``x`` of every device on every device, alike on all: shape (devices, ...)."""
-    apart = jnp.zeros((lax.axis_size(axis_name), *x.shape), x.dtype)
-    return lax.psum(apart.at[lax.axis_index(axis_name)].set(x), axis_name)
+    x = _tree.vary(x, _names(axis_name))
+    namespace: Any = lax
+    if not _tree.varying_axes(x):
+        return lax.all_gather(x, axis_name)
+    if hasattr(lax, "all_gather_invariant"):  # before jax 0.10
+        return namespace.all_gather_invariant(x, axis_name)
+    return namespace.all_gather(x, axis_name, to="invarying")
+
+
+def _names(axis_name: Any) -> tuple[Any, ...]:
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+# A centre: none, a vector in the layout of the rows, or the integer index of a row.
+Centre = list[jax.Array] | jax.Array | None
 
 
 def row_norms(
-    rows: list[jax.Array],
-    axis_name: Any = None,
-    centre: list[jax.Array] | None = None,
+    rows: list[jax.Array], axis_name: Any = None, centre: Centre = None
 ) -> jax.Array:
     """``|v_i - z|``, shape (n,); no overflow, no underflow."""
     if not rows:
         return jnp.zeros(0)
-    norms = _tree.row_norms(rows, centre)
+
+    def squares(factors):
+        def one(x, z):
+            x = _tree.wide(x) if z is None else _tree.wide(x) - z[None]
+            x = x if factors is None else x * like(factors, x)
+            axes = tuple(range(1, x.ndim))
+            return jnp.sum(jnp.real(x * jnp.conj(x)), axis=axes)
+
+        # Without a centre and factors there is no copy to keep small.
+        chunked = factors is not None or centre is not None
+        sums = [
+            _sum_over_chunks(one, x, part) if chunked else one(x, None)
+            for x, part in zip(rows, _parts(centre, rows), strict=True)
+        ]
+        sums = [lax.optimization_barrier(s) for s in sums]
+        return sum(sums[1:], sums[0])
+
+    norms = _tree.square_roots(squares)
     if axis_name is None:
         return norms
-    return _tree.row_norms([everywhere(norms, axis_name).T])
+    shares = everywhere(norms, axis_name).T
+    return _tree.square_roots(
+        lambda factors: jnp.sum(
+            (shares if factors is None else shares * factors[:, None]) ** 2, axis=1
+        )
+    )
+
+
+def _parts(centre: Centre, rows: list[jax.Array]) -> list[Any]:
+    """Of every leaf what stands for its centre."""
+    return list(centre) if isinstance(centre, list) else [centre] * len(rows)
 
 
 def combine(stack: Stack, weights: jax.Array) -> list[jax.Array]:
@@ -204,21 +242,21 @@ def like(per_row: jax.Array, x: jax.Array) -> jax.Array:
     return per_row.reshape(-1, *[1] * (x.ndim - 1))
 
 
-def gram(stack: Stack, scale: jax.Array, centre: list[jax.Array] | None) -> jax.Array:
+def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
     """``<s_i (v_i - z), s_j (v_j - z)>``, shape (n, n), 0 for rows that are not valid.
 
     Without the centre near-identical rows would cancel.
     """
 
     def product(x, z):
-        apart = _tree.wide(x) - z[None]
-        part = like(scale.astype(apart.dtype), x) * apart
+        x = _tree.wide(x) if z is None else _tree.wide(x) - z[None]
+        part = like(scale.astype(x.dtype), x) * x
         return _inner(jnp.where(like(stack.valid, x), part, 0))
 
-    products = []
-    for k, x in enumerate(stack.rows):
-        z = jnp.zeros(x.shape[1:]) if centre is None else centre[k]
-        products.append(lax.optimization_barrier(_sum_over_chunks(product, x, z)))
+    products = [
+        lax.optimization_barrier(_sum_over_chunks(product, x, part))
+        for x, part in zip(stack.rows, _parts(centre, stack.rows), strict=True)
+    ]
     return stack.total(sum(products[1:], products[0]))
 
 
@@ -226,26 +264,38 @@ def _chunks(x: jax.Array) -> tuple[int, int]:
     """Number and width of chunks of columns (n, width) that stay in a cache."""
     if not _local(x) or x.size <= CHUNK:
         return 1, 0
-    width = max(CHUNK // x.shape[0], 1)
-    return x.shape[1] // width, width
+    count = -(-x.size // CHUNK)
+    return count, -(-x.shape[1] // count)
 
 
 def _sum_over_chunks(
-    f: Callable[[jax.Array, jax.Array], jax.Array], x: jax.Array, z: jax.Array
+    f: Callable[[jax.Array, Any], jax.Array], x: jax.Array, centre: Any
 ) -> jax.Array:
-    """The sum of ``f`` over chunks of the columns of ``x`` and ``z``."""
+    """The sum of ``f`` over chunks of the columns of ``x`` and their centre."""
+    by_row = centre is not None and jnp.issubdtype(centre.dtype, jnp.integer)
+
+    def around(columns, z):
+        return f(columns, _row(columns, centre) if by_row else z)
+
     count, width = _chunks(x)
     if not width:
-        return f(x, z)
+        return around(x, centre)
 
-    def add(i, total):
-        columns = lax.dynamic_slice_in_dim(x, i * width, width, 1)
-        return total + f(columns, lax.dynamic_slice_in_dim(z, i * width, width))
+    def part(i):
+        # The last chunk reaches back, to columns that then count as zero.
+        begin = jnp.minimum(i * width, x.shape[1] - width)
+        fresh = begin + jnp.arange(width) >= i * width
 
-    first = f(x[:, :width], z[:width])
-    total = lax.fori_loop(1, count, add, first)
-    rest = count * width
-    return total if rest == x.shape[1] else total + f(x[:, rest:], z[rest:])
+        def cut(a):
+            a = lax.dynamic_slice_in_dim(a, begin, width, a.ndim - 1)
+            return jnp.where(jnp.broadcast_to(fresh, a.shape), a, 0)
+
+        return around(cut(x), None if by_row or centre is None else cut(centre))
+
+    like_sum = jax.eval_shape(part, jnp.asarray(0))
+    zeros = jnp.zeros(like_sum.shape, like_sum.dtype)
+    zeros = _tree.vary(zeros, _tree.varying_axes(x))
+    return lax.fori_loop(0, count, lambda i, total: total + part(i), zeros)
 
 
 def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
@@ -253,12 +303,24 @@ def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
     count, width = _chunks(x)
     if not width:
         return f(x)
-    parts = lax.map(
-        lambda i: f(lax.dynamic_slice_in_dim(x, i * width, width, 1)), jnp.arange(count)
-    )
-    parts = jnp.moveaxis(parts, 0, -2)
-    whole = parts.reshape(*parts.shape[:-2], count * width)
-    return jnp.concatenate([whole, f(x[:, count * width :])], axis=-1)
+
+    def part(i):
+        begin = jnp.minimum(i * width, x.shape[1] - width)
+        return f(lax.dynamic_slice_in_dim(x, begin, width, 1))
+
+    like_part = jax.eval_shape(part, jnp.asarray(0))
+    shape = (*like_part.shape[:-1], x.shape[1])
+    zeros = _tree.vary(jnp.zeros(shape, like_part.dtype), _tree.varying_axes(x))
+
+    def write(i, whole):
+        begin = jnp.minimum(i * width, x.shape[1] - width)
+        return lax.dynamic_update_slice_in_dim(whole, part(i), begin, whole.ndim - 1)
+
+    return lax.fori_loop(0, count, write, zeros)
+
+
+def _row(x: jax.Array, i: jax.Array) -> jax.Array:
+    return _tree.wide(lax.dynamic_index_in_dim(x, i, keepdims=False))
 
 
 def _inner(x: jax.Array) -> jax.Array:
@@ -280,13 +342,6 @@ def middle(values: jax.Array, valid: jax.Array) -> jax.Array:
     """Index of the (lower) median of the valid values."""
     order = jnp.argsort(jnp.where(valid, values, jnp.inf))
     return order[jnp.maximum(jnp.sum(valid) - 1, 0) // 2]
-
-
-def row(stack: Stack, i: jax.Array) -> list[jax.Array]:
-    """``v_i`` in float32 or wider."""
-    return [
-        _tree.wide(lax.dynamic_index_in_dim(x, i, keepdims=False)) for x in stack.rows
-    ]
 
 
 def rank_weighted(stack: Stack, weights: jax.Array) -> list[jax.Array]:

@@ -237,29 +237,10 @@ def norms(groups: list[list[jax.Array]]) -> jax.Array:
         moved = [[x * factors[i] for x in group] for i, group in enumerate(groups)]
         return _sums_of_squares(moved)
 
-    return _square_roots(squares)
+    return square_roots(squares)
 
 
-def row_norms(
-    leaves: list[jax.Array], centre: list[jax.Array] | None = None
-) -> jax.Array:
-    """``|v_i - z|`` of the rows of leaves of shape (rows, ...), shape (rows,)."""
-
-    def squares(factors):
-        sums = []
-        for k, x in enumerate(leaves):
-            x = wide(x) if centre is None else wide(x) - centre[k][None]
-            if factors is not None:
-                x = x * factors.reshape(-1, *[1] * (x.ndim - 1))
-            axes = tuple(range(1, x.ndim))
-            square = jnp.sum(jnp.real(x * jnp.conj(x)), axis=axes)
-            sums.append(lax.optimization_barrier(square))
-        return sum(sums[1:], sums[0])
-
-    return _square_roots(squares)
-
-
-def _square_roots(squares: Callable[[Any], jax.Array]) -> jax.Array:
+def square_roots(squares: Callable[[Any], jax.Array]) -> jax.Array:
     """Norms from ``squares(factors)``, sums of squares of what is scaled by factors."""
     plain = squares(None)
     info = jnp.finfo(plain.dtype)

@@ -189,14 +189,12 @@ def centred(stack: Stack, axis_name: Any) -> Centred:
     The row in the middle of the distances to the row of median norm: outliers are
     neither, and near-identical rows do not cancel.
     """
-    reference = _stack.row(stack, _stack.middle(stack.norms, stack.valid))
+    reference = _stack.middle(stack.norms, stack.valid)
     distance = _stack.row_norms(stack.rows, axis_name, reference)
     valid = stack.valid & jnp.isfinite(distance)
     unit, shrink = units(distance, valid)
     i = _stack.middle(distance, valid)
-    matrix = _stack.gram(
-        stack._replace(valid=valid), shrink / unit, _stack.row(stack, i)
-    )
+    matrix = _stack.gram(stack._replace(valid=valid), shrink / unit, i)
 
     def weights(c):
         c = jnp.where(valid, c * shrink, 0)
@@ -527,7 +525,7 @@ def flag(
         _check_count(stack, rank, f"flag({rank})")
         size = jnp.where(stack.valid, stack.norms, 0)
         inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-        matrix = _stack.gram(stack, inverse, None)
+        matrix = _stack.gram(stack, inverse)
         basis = flag_basis(matrix, rank, num_iters)
         unit = jnp.maximum(jnp.max(size), jnp.finfo(size.dtype).tiny)
         mean = (size / unit) @ matrix @ basis / jnp.maximum(jnp.sum(stack.valid), 1)

@@ -435,7 +435,7 @@ def gram(stack: _stack.Stack) -> jax.Array:
     """The Gram matrix in units of the squared greatest norm."""
     most = jnp.max(jnp.where(stack.valid, stack.norms, 0))
     scale = jnp.where(stack.valid, 1 / jnp.where(most > 0, most, 1), 0)
-    return _stack.gram(stack, scale, None)
+    return _stack.gram(stack, scale)
 
 
 def shortest(gram: jax.Array, valid: jax.Array) -> jax.Array:
