@@ -272,10 +272,11 @@ def _sum_over_chunks(
     f: Callable[[jax.Array, Any], jax.Array], x: jax.Array, centre: Any
 ) -> jax.Array:
     """The sum of ``f`` over chunks of the columns of ``x`` and their centre."""
+    index: Any = centre
     by_row = centre is not None and jnp.issubdtype(centre.dtype, jnp.integer)
 
     def around(columns, z):
-        return f(columns, _row(columns, centre) if by_row else z)
+        return f(columns, _row(columns, index) if by_row else z)
 
     count, width = _chunks(x)
     if not width:
