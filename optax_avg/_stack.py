@@ -124,21 +124,14 @@ def _groups(found: dict[int, jax.Array]) -> list[list[int]]:
     """Leaves that are laid side by side: the small ones."""
     groups: dict[Any, list[int]] = {}
     for i, x in found.items():
-        small = _local(x) and x[0].size < SMALL
+        small = _tree.is_local(x) and x[0].size < SMALL
         groups.setdefault(str(x.dtype) if small else i, []).append(i)
     return list(groups.values())
 
 
-def _local(x: jax.Array) -> bool:
-    """Whether reshaping moves nothing between devices."""
-    return bool(jax.typeof(x).sharding.mesh.empty) or bool(
-        jax.sharding.get_abstract_mesh().manual_axes
-    )
-
-
 def _join(leaves: list[jax.Array]) -> jax.Array:
     """Leaves (rows, ...) side by side, shape (rows, d); a sharded one as it is."""
-    if len(leaves) == 1 and not _local(leaves[0]):
+    if len(leaves) == 1 and not _tree.is_local(leaves[0]):
         return leaves[0]
     flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in leaves]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
@@ -262,7 +255,7 @@ def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
 
 def _chunks(x: jax.Array) -> tuple[int, int]:
     """Number and width of chunks of columns (n, width) that stay in a cache."""
-    if not _local(x) or x.size <= CHUNK:
+    if not _tree.is_local(x) or x.size <= CHUNK:
         return 1, 0
     count = -(-x.size // CHUNK)
     return count, -(-x.shape[1] // count)

@@ -131,6 +131,44 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(float32_or_wider(x.dtype))
 
 
+def is_local(x: jax.Array) -> bool:
+    """Whether reshaping moves nothing between devices."""
+    return bool(jax.typeof(x).sharding.mesh.empty) or bool(
+        jax.sharding.get_abstract_mesh().manual_axes
+    )
+
+
+def join_small(
+    leaves: list[jax.Array],
+) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:
+    """Small leaves of a dtype as one vector, and the way back.
+
+    A thousand leaves take minutes to compile where each one is reduced.
+    """
+    groups: dict[Any, list[int]] = {}
+    for i, x in enumerate(leaves):
+        small = x.size < 2**12 and is_local(x)
+        groups.setdefault(x.dtype if small else i, []).append(i)
+
+    def joined(group):
+        if len(group) == 1:
+            return leaves[group[0]]
+        return jnp.concatenate([leaves[i].reshape(-1) for i in group])
+
+    def split(parts):
+        out: dict[int, jax.Array] = {}
+        for group, part in zip(groups.values(), parts, strict=True):
+            begin = 0
+            for i in group:
+                size = leaves[i].size
+                own = part if len(group) == 1 else part[begin : begin + size]
+                out[i] = own.reshape(leaves[i].shape)
+                begin += size
+        return [out[i] for i in range(len(leaves))]
+
+    return [joined(group) for group in groups.values()], split
+
+
 def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32 or wider, with exactly the value that it was rounded to.
 
@@ -157,8 +195,13 @@ def all_finite(tree: Any) -> jax.Array:
         )
     else:
         finite = _all_finite(*leaves)
-    axes = varying_axes(finite)
-    return lax.pmin(finite.astype(jnp.int32), axes) > 0 if axes else finite
+    return agreed(finite)
+
+
+def agreed(condition: jax.Array) -> jax.Array:
+    """Whether it holds on all devices of ``shard_map`` over which it differs."""
+    axes = varying_axes(condition)
+    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
 
 
 def _all_finite(*leaves: jax.Array) -> jax.Array:
@@ -177,11 +220,16 @@ def _all_finite_on_cpu(*leaves: jax.Array) -> jax.Array:
         if x.ndim > 1 and x.size >= 2**18 and x.dtype == jnp.float32:
             zeros = lax.optimization_barrier(jnp.zeros(x.shape[-1]))
             sums.append(jnp.sum(jnp.tensordot(x, zeros, axes=1)))  # on all cores
+        elif x.size < 2**12:  # sums of scalars take minutes to compile
+            alike.setdefault(x.dtype, []).append(x.reshape(-1))
         else:
             alike.setdefault((x.shape, x.dtype), []).append(0 * x)
-    for group in alike.values():
+    for kind, group in alike.items():
+        add = functools.partial(functools.reduce, jnp.add)
+        join = lambda vectors: 0 * jnp.concatenate(vectors)
+        together = add if isinstance(kind, tuple) else join
         batches = [group[i : i + 16] for i in range(0, len(group), 16)]
-        sums += [jnp.sum(functools.reduce(jnp.add, batch)) for batch in batches]
+        sums += [jnp.sum(together(batch)) for batch in batches]
     return _all_zero(sums)
 
 

@@ -185,9 +185,10 @@ def track_location(
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
         radii = _radii(tau, state, len(groups))
-        step, inside, sizes = _by_group(proximal, groups, delta, radii)
-        # A decomposition that failed leaves a NaN in the size.
-        finite = _tree.all_finite(list(delta.values())) & ~jnp.any(jnp.isnan(sizes))
+        by_shape = distance == "spectral"
+        step, inside, sizes = _by_group(proximal, groups, delta, radii, by_shape)
+        # Sizes are norms or means: finite if and only if all differences are.
+        finite = _tree.agreed(jnp.all(jnp.isfinite(sizes)))
         cut = jnp.any(inside < 1) & ~first
         new = list(old)
         for i, d in delta.items():
@@ -357,6 +358,7 @@ def _by_group(
     groups: list[list[int]],
     delta: dict[int, jax.Array],
     radii: jax.Array,
+    by_shape: bool,
 ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
     """Steps by position, and shares inside and sizes by group."""
     step, inside, sizes = {}, [jnp.ones(0)], [jnp.ones(0)]
@@ -366,8 +368,11 @@ def _by_group(
             inside.append(jnp.ones(1))
             sizes.append(jnp.zeros(1))
             continue
-        found = proximal([delta[i] for i in members], radius)
-        step |= dict(zip(members, found.leaves, strict=True))
+        leaves, split = [delta[i] for i in members], lambda parts: parts
+        if not by_shape:
+            leaves, split = _tree.join_small(leaves)
+        found = proximal(leaves, radius)
+        step |= dict(zip(members, split(found.leaves), strict=True))
         inside.append(found.inside[None])
         sizes.append(found.size[None])
     return step, jnp.concatenate(inside), jnp.concatenate(sizes)
