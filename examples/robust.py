@@ -148,11 +148,24 @@ def spoiled(
     }
 
 
+@functools.cache
+def runner(method: str, *settings: tuple[str, int]) -> Callable[..., Any]:
+    """All seeds and the whole grid of one method, compiled once per shape."""
+    factory, has_radius = METHODS[method]
+
+    def make(lr, tau):
+        return optax.chain(factory(tau) if has_radius else factory(), optax.sgd(lr))
+
+    one = functools.partial(train, make, dict(settings))
+    over_seeds = jax.vmap(one, (0, 0, None, None))
+    return jax.jit(jax.vmap(over_seeds, (None, None, 0, 0)))
+
+
 def run(
     method: str, images: Images, bad: tuple[float, float], args: argparse.Namespace
 ) -> dict[str, Any]:
     """The best of the grid on held-out images, then the seeds that count."""
-    factory, has_radius = METHODS[method]
+    has_radius = METHODS[method][1]
     settings = {
         "steps": args.steps,
         "width": args.width,
@@ -160,18 +173,12 @@ def run(
         "classes": int(images.train_y.max()) + 1,
     }
 
-    def make(lr, tau):
-        return optax.chain(factory(tau) if has_radius else factory(), optax.sgd(lr))
-
-    one = functools.partial(train, make, settings)
-
     def all_runs(seeds, grid):
         data = [spoiled(images, seed, *bad) for seed in seeds]
         stacked = {k: jnp.asarray(np.stack([d[k] for d in data])) for k in data[0]}
         keys = jnp.stack([jax.random.key(seed) for seed in seeds])
         lr, tau = jnp.asarray(grid).T
-        over_seeds = jax.vmap(one, (0, 0, None, None))
-        return jax.jit(jax.vmap(over_seeds, (None, None, 0, 0)))(stacked, keys, lr, tau)
+        return runner(method, *settings.items())(stacked, keys, lr, tau)
 
     grid = [*itertools.product(RATES, RADII if has_radius else (1.0,))]
     held, _ = all_runs(range(1000, 1000 + SEARCHED), grid)

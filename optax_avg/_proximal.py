@@ -95,7 +95,11 @@ def linf(delta: Leaves, tau: Any) -> Step:
     theta = lax.while_loop(lambda pair: pair[1] > pair[0], ascend, start)[1]
     shrunk = [jnp.sign(d) * jnp.maximum(a - theta, 0) for d, a in zip(delta, depths)]
     kept = [jnp.where(inside, d, s) for d, s in zip(delta, shrunk)]
-    return Step(kept, inside.astype(top.dtype), total)
+    # A sum that overflows is no sign of an element that is not finite.
+    size = jnp.where(
+        jnp.isinf(top), top, jnp.minimum(total, jnp.finfo(total.dtype).max)
+    )
+    return Step(kept, inside.astype(top.dtype), size)
 
 
 def spectral(delta: Leaves, tau: Any) -> Step:
