@@ -104,7 +104,8 @@ def train(
 ) -> tuple[jax.Array, jax.Array]:
     """Accuracy on the held-out and on the test images, of one run."""
     tx = make(lr, tau)
-    begin, *keys = jax.random.split(key, settings["steps"] + 1)
+    begin, later = jax.random.split(key)
+    keys = jax.random.split(later, settings["steps"])
     inputs, classes = data["x"].shape[1], settings["classes"]
     params = start(begin, inputs, settings["width"], classes)
 
@@ -117,8 +118,9 @@ def train(
         updates, state = tx.update(grads, state, params)
         return (optax.apply_updates(params, updates), state), None
 
-    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), jnp.stack(keys))
-    right = lambda x, y: jnp.mean(jnp.argmax(logits(params, x), axis=-1) == y)
+    (params, _), _ = jax.lax.scan(step, (params, tx.init(params)), keys)
+    outputs = jax.vmap(logits, (None, 0))
+    right = lambda x, y: jnp.mean(jnp.argmax(outputs(params, x), axis=-1) == y)
     return (
         right(data["held_x"], data["held_y"]),
         right(data["test_x"], data["test_y"]),
@@ -212,7 +214,7 @@ def plot(path: Path, found: dict[str, dict[str, dict[str, Any]]]) -> None:
 def parse_args(argv: Sequence[str] | None) -> tuple[argparse.Namespace, Images]:
     parser = argparse.ArgumentParser(description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--seeds", type=positive(int), default=5)
-    parser.add_argument("--steps", type=positive(int), default=600)
+    parser.add_argument("--steps", type=positive(int), default=1500)
     parser.add_argument("--batch-size", type=positive(int), default=32)
     parser.add_argument("--width", type=positive(int), default=32)
     parser.add_argument("--wrong-labels", type=float, default=0.2, help="their share")
