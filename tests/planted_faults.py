@@ -35,6 +35,9 @@ FORMS = "tests/test_sharpness_forms.py"
 LANDSCAPE = "tests/test_landscape.py"
 LOCATION = "tests/test_location.py"
 CLIPPING = "tests/test_clipping.py"
+AGGREGATION = "tests/test_aggregation.py"
+SURGERY = "tests/test_surgery.py"
+TAIL_INDEX = "tests/test_tail_index.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -93,8 +96,8 @@ FAULTS = {
     ),
     "shards judge finiteness alone": Fault(
         "optax_avg/_tree.py",
-        "if axes else finite",
-        "if axes and False else finite",
+        "if axes else condition",
+        "if axes and False else condition",
         f"{CONTRACT} -k agrees_on_finiteness",
     ),
     "averages take the dtype of the parameters": Fault(
@@ -313,6 +316,66 @@ FAULTS = {
         "_tree.wide(step) - lr",
         "_tree.wide(step) + lr",
         f"{SHARPNESS} -k decoupled",
+    ),
+    "the Gram matrix is not centred": Fault(
+        "optax_avg/aggregation.py",
+        "_stack.gram(stack._replace(valid=valid), shrink / unit, i)",
+        "_stack.gram(stack._replace(valid=valid), shrink / unit)",
+        f"{AGGREGATION} -k near_identical",
+    ),
+    "far rows overflow": Fault(
+        "optax_avg/aggregation.py",
+        "far = valid & (distance > FAR * unit)",
+        "far = valid & False & (distance > FAR * unit)",
+        f"{AGGREGATION} -k how_far",
+    ),
+    "a bad row is multiplied by zero": Fault(
+        "optax_avg/_stack.py",
+        "return product(jnp.where(like(stack.valid, x), x, 0))",
+        "return product(x)",
+        f"{AGGREGATION} -k bad_rows",
+    ),
+    "the last chunk counts columns twice": Fault(
+        "optax_avg/_stack.py",
+        "fresh = begin + jnp.arange(width) >= i * width",
+        "fresh = begin + jnp.arange(width) >= 0",
+        f"{AGGREGATION} -k chunks",
+    ),
+    "the network leaves out its last stage": Fault(
+        "optax_avg/_stack.py",
+        "            if q == p:\n",
+        "            if q == p or p == 1 == q // 2:\n",
+        f"{AGGREGATION} -k zeros_and_ones",
+    ),
+    "Krum counts itself among its neighbours": Fault(
+        "optax_avg/aggregation.py",
+        "others = valid[None] & ~jnp.eye(n, dtype=bool)",
+        "others = valid[None] & jnp.ones((n, n), dtype=bool)",
+        f"{AGGREGATION} -k equals_the_definition",
+    ),
+    "centered clipping forgets its location": Fault(
+        "optax_avg/aggregation.py",
+        "return leaves, stack.place(leaves, memory)",
+        "return leaves, memory",
+        f"{AGGREGATION} -k vclip",
+    ),
+    "the solver keeps negative coordinates": Fault(
+        "optax_avg/surgery.py",
+        "return v, jnp.where(free, v, slope) < -tolerance",
+        "return v, jnp.where(free, 0, slope) < -tolerance",
+        f"{SURGERY} -k equals_the_definition",
+    ),
+    "Bloop projects on the first gradient": Fault(
+        "optax_avg/surgery.py",
+        "reference = {i: jnp.where(first, 0, r) for i, r in reference.items()}",
+        "reference = {i: jnp.where(False, 0, r) for i, r in reference.items()}",
+        f"{SURGERY} -k bloop_by_hand",
+    ),
+    "differences of overlapping pairs": Fault(
+        "optax_avg/tail_index.py",
+        "counts = finite & (state.tail_step % 2 == 1)",
+        "counts = finite & (state.tail_step >= 1)",
+        f"{TAIL_INDEX} -k stream",
     ),
 }
 
