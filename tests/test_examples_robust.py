@@ -2,6 +2,7 @@
 
 import json
 
+import jax
 import jax.numpy as jnp
 import matplotlib.image
 import numpy as np
@@ -69,3 +70,53 @@ def test_bad_arguments(robust, argv, message, tmp_path, capsys):
         robust.main([*argv, "--out", str(tmp_path)])
     assert error.value.code == 2
     assert message in capsys.readouterr().err
+
+
+@pytest.fixture
+def byzantine(load_example):
+    return load_example("byzantine")
+
+
+def test_workers(byzantine, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "140")
+    names = ("mean", "trimmed mean")
+    some = {n: byzantine.AGGREGATORS[n] for n in names}
+    monkeypatch.setattr(byzantine, "AGGREGATORS", some)
+    argv = ["--steps", "30", "--seeds", "2", "--width", "8"]
+    byzantine.main([*argv, "--out", str(tmp_path / "out")])
+    numbers = json.loads((tmp_path / "out" / "byzantine.json").read_text())
+    found = numbers["test accuracy, %"]
+    assert [*found] == ["gradients", "momentum"]
+    assert [*found["gradients"]] == [*names]
+    assert [*found["gradients"]["mean"]] == [*byzantine.ATTACKS]
+    # Three flipped signs of ten leave 4/10 of the mean, a slower start.
+    mean = found["gradients"]["mean"]
+    assert np.mean(mean["none"]) > np.mean(mean["sign flip"]) + 1
+    assert "│ trimmed mean " in capsys.readouterr().out
+
+
+def test_lies(byzantine):
+    """Against the three attacks by hand, on two devices' worth of workers."""
+    rng = np.random.default_rng(0)
+    rows = rng.normal(size=(10, 3))
+    honest = rows[3:]
+    lies = np.arange(10) < 3
+    wanted = {
+        "none": rows,
+        "sign flip": np.concatenate([-rows[:3], honest]),
+        "ALIE": np.concatenate(
+            [np.tile(honest.mean(0) - 0.18 * honest.std(0), (3, 1)), honest]
+        ),
+        "inner product": np.concatenate(
+            [np.tile(-0.1 * honest.mean(0), (3, 1)), honest]
+        ),
+    }
+    for i, (name, expected) in enumerate(wanted.items()):
+        found = jax.vmap(
+            lambda r, lie, i=i: byzantine.sent(r, lie, jnp.asarray(i)),
+            axis_name="workers",
+        )(jnp.asarray(rows).reshape(5, 2, 3), jnp.asarray(lies).reshape(5, 2))
+        np.testing.assert_allclose(
+            found.reshape(10, 3), expected, rtol=1e-5, atol=1e-6, err_msg=name
+        )
+        assert [*byzantine.ATTACKS][i] == name
