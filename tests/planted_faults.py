@@ -351,7 +351,7 @@ FAULTS = {
         "optax_avg/aggregation.py",
         "others = valid[None] & ~jnp.eye(n, dtype=bool)",
         "others = valid[None] & jnp.ones((n, n), dtype=bool)",
-        f"{AGGREGATION} -k equals_the_definition",
+        f"{AGGREGATION} -k krum_scores",
     ),
     "centered clipping forgets its location": Fault(
         "optax_avg/aggregation.py",

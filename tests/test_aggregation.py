@@ -19,6 +19,7 @@ from optax.experimental import aggregating
 
 import optax_avg as oa
 from optax_avg import _stack
+from optax_avg.aggregation import krum_scores
 
 N = 8
 # A factory of the aggregator, and the same on the rows of a float64 matrix.
@@ -306,6 +307,32 @@ def test_chunks_cover_all_columns(monkeypatch):
     monkeypatch.setattr(_stack, "SMALL", 4)
     found, _ = once(oa.geometric_median(), tree)
     chex.assert_trees_all_close(found, wanted, rtol=1e-5)
+
+
+@pytest.mark.parametrize("d", [7, 11, 15])
+@pytest.mark.parametrize("centre", ["none", "row", "vector"])
+def test_chunks_count_each_column_once(d, centre, monkeypatch):
+    monkeypatch.setattr(_stack, "CHUNK", 4 * 5)
+    v = np.random.default_rng(d).normal(size=(5, d))
+    stack = _stack.stack_of(jnp.float32(v), 0, None)
+    middle = {"none": None, "row": jnp.asarray(3), "vector": [jnp.float32(v[1])]}
+    around = v - {"none": 0, "row": v[3], "vector": v[1]}[centre]
+    gram = _stack.gram(stack, jnp.ones(5), middle[centre])
+    np.testing.assert_allclose(gram, around @ around.T, rtol=1e-4, atol=1e-5)
+    norms = _stack.row_norms(stack.rows, None, middle[centre])
+    wanted = np.linalg.norm(around, axis=1)
+    np.testing.assert_allclose(norms, wanted, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("f", [0, 1, 3])
+def test_krum_scores(f):
+    v = np.random.default_rng(f).normal(size=(8, 3))
+    squared = np.sum((v[:, None] - v[None]) ** 2, axis=-1)
+    wanted = [
+        np.sort(np.delete(row, i))[: 6 - f].sum() for i, row in enumerate(squared)
+    ]
+    found = krum_scores(jnp.float32(v @ v.T), jnp.ones(8, bool), f)
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)
 
 
 def test_geometric_median_and_centered_clip_share_a_fixed_point():
