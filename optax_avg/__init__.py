@@ -41,6 +41,7 @@ Several objectives
     their state                     BloopState
 
 Families of plain functions
+    posthoc         averages chosen after training, from snapshots of others
     surgery         project_out, the one orthogonal projection
     rules           the sharpness family: where to take gradients, how to combine them
     weights         w(t), the one number that tells one average from another
@@ -48,7 +49,7 @@ Families of plain functions
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
-from optax_avg import landscape, rules, schedules, surgery, weights
+from optax_avg import landscape, posthoc, rules, schedules, surgery, weights
 from optax_avg.aggregation import (
     AggregationState,
     centered_clip,
@@ -213,6 +214,7 @@ __all__ = [
     "pcgrad",
     "perp_grad",
     "polyak_average",
+    "posthoc",
     "power_ema",
     "rules",
     "sam",

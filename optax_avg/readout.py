@@ -63,7 +63,7 @@ def average_names(state: Any) -> list[str]:
       >>> oa.average_names(oa.power_ema([0.05, 0.10]).init(jnp.zeros(1)))
       ['power_ema_0.05', 'power_ema_0.1']
     """
-    return sorted({name for node in _nodes(state) for name in _trees(node)})
+    return sorted({name for node in average_states(state) for name in trees_of(node)})
 
 
 def is_average_state(node: Any) -> bool:
@@ -97,11 +97,11 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
         raise ValueError(f"there is no average named {name!r}; there is {names}.")
     paths = jax.tree.flatten_with_path(params)[0]
     found: list[Any] = [None] * len(paths)
-    for node in _nodes(state):
-        if name not in _trees(node):
+    for node in average_states(state):
+        if name not in trees_of(node):
             continue
         absorbed = jax.tree.leaves(node.absorbed)[0]
-        aligned = _tree.align(_read(node, name, absorbed), params)
+        aligned = _tree.align(read_average(node, name, absorbed), params)
         for i, (value, (path, leaf)) in enumerate(zip(aligned, paths, strict=True)):
             if value is None:
                 continue
@@ -114,23 +114,23 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
     return found
 
 
-def _nodes(state: Any) -> list[Any]:
+def average_states(state: Any) -> list[Any]:
     """The states of averages, in the order of the chain."""
     state = getattr(state, "opt_state", state)
     leaves = jax.tree.leaves(state, is_leaf=is_average_state)
     return [node for node in leaves if is_average_state(node)]
 
 
-def _trees(node: Any) -> dict[str, Any]:
+def trees_of(node: Any) -> dict[str, Any]:
     """The trees of one state by name."""
     if isinstance(node, AverageState):
         return node.averages
     return node.windows if isinstance(node, WindowState) else node.corrected
 
 
-def _read(node: Any, name: str, absorbed: jax.Array) -> Any:
+def read_average(node: Any, name: str, absorbed: jax.Array) -> Any:
     """The average itself, from what the state keeps."""
-    tree = jax.tree.map(_on_device, _trees(node)[name])
+    tree = jax.tree.map(_on_device, trees_of(node)[name])
     if isinstance(node, AverageState) and name in node.compensations:
         rest = jax.tree.map(_on_device, node.compensations[name])
         return jax.tree.map(lambda a, c: _tree.wide(a) + _tree.wide(c), tree, rest)

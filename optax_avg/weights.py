@@ -455,6 +455,46 @@ def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:
     return jnp.where(positive, m / jnp.where(positive, total, 1), 1), total
 
 
+def sequence(weight: Weight, steps: int, *, every: int = 1) -> np.ndarray:
+    """The weights ``w(1), ..., w(steps)`` that an average gives to its newest iterate.
+
+    Args:
+      weight: any weight of this module, or a function of ``t`` or ``(t, dt)``.
+      steps: number of iterates absorbed; at least 1.
+      every: optimizer steps between iterates.
+
+    Returns:
+      A float64 array of shape (steps,).
+
+    Raises:
+      ValueError: If ``steps`` is below 1.
+
+    Example:
+      >>> import optax_avg as oa
+      >>> oa.weights.sequence(oa.weights.uniform(), 4).round(4).tolist()
+      [1.0, 0.5, 0.3333, 0.25]
+    """
+    if steps < 1:
+        raise ValueError(f"a sequence of weights needs steps >= 1, got {steps}.")
+    weight = with_stride(weight)
+    # Powers of two compile a few times only, however often this is asked for.
+    t = np.arange(1, 1 + max(64, 2 ** (steps - 1).bit_length()), dtype=np.float64)
+
+    def at(f):
+        found = jax.vmap(lambda i: jnp.asarray(f(i, every), float))(t)
+        return np.asarray(found)[:steps]
+
+    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
+        if not isinstance(weight, Mass):
+            return at(weight)
+        r, m = at(weight.retain), at(weight.add)
+    w, total = np.empty(steps), 0.0
+    for i in range(steps):
+        total = r[i] * total + m[i]
+        w[i] = m[i] / total if total > 0 else 1.0
+    return w
+
+
 def profile(weight: Weight, steps: int, *, every: int = 1) -> Profile:
     """Exact weights that an average puts on each of its first ``steps`` iterates.
 
@@ -477,22 +517,8 @@ def profile(weight: Weight, steps: int, *, every: int = 1) -> Profile:
       >>> round(p.relative_width, 3), round(p.mean_age)
       (0.1, 111)
     """
-    if steps < 1:
-        raise ValueError(f"profile needs steps >= 1, got {steps}.")
-    weight = with_stride(weight)
-    t = np.arange(1, steps + 1, dtype=np.float64)
-    with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
-        if isinstance(weight, Mass):
-            r, m = (
-                np.asarray(jax.vmap(lambda i, f=f: jnp.asarray(f(i, every), float))(t))
-                for f in weight
-            )
-            w, total = np.empty(steps), 0.0
-            for i in range(steps):
-                total = r[i] * total + m[i]
-                w[i] = m[i] / total if total > 0 else 1.0
-        else:
-            w = np.asarray(jax.vmap(lambda i: jnp.asarray(weight(i, every), float))(t))
+    w = sequence(weight, steps, every=every)
+    t = np.arange(1, steps + 1)
     kept = np.append(np.cumprod((1 - w)[::-1])[::-1], 1.0)
     p, initial = w * kept[1:], float(kept[0])
     mean = float(np.sum(p * t))

@@ -1,0 +1,417 @@
+"""Snapshots of averages on disk, and averages of other widths made of them.
+
+    average = sum_i x_i snapshot_i,    x from optax_avg.posthoc.coefficients
+
+A snapshot is an ordinary Orbax checkpoint, a directory by step. Each leaf carries a
+number by which it is known again: what does not come back as it was saved is reported
+by name and left out.
+"""
+
+import contextlib
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_avg import _tree, readout
+from optax_avg import weights as weights_
+from optax_avg.posthoc import _disk, _integrity, _reconstruct
+from optax_avg.posthoc._profiles import CONSTRAINED, Kind, Power, Recorded, Window
+from optax_avg.posthoc._reconstruct import Part, Plan
+from optax_avg.windows import BemaState, WindowState
+
+PARAMETERS = "parameters"
+
+
+class SnapshotStore:
+    """Snapshots of averages in a directory.
+
+    Args:
+      directory: a local path, or any that Orbax writes to; made by the first snapshot.
+      weights: of the averages by name, as given to :func:`optax_avg.average`; needed
+        for all but :func:`optax_avg.power_ema` with several widths and
+        :func:`optax_avg.window_average`.
+      every: optimizer steps between the iterates of the averages in ``weights``.
+      dtype: of the snapshots, ``jnp.bfloat16`` or ``jnp.float16`` for half the disk;
+        by default that of the averages. Sums are float32 or wider.
+
+    Raises:
+      ValueError: If an argument is out of range.
+      ImportError: If Orbax is not installed.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_avg as oa, tempfile
+      >>> tx = optax.chain(optax.sgd(1.0), oa.power_ema([0.05, 0.10]))
+      >>> params = {"w": jnp.zeros(2)}
+      >>> opt_state = tx.init(params)
+      >>> grads = {"w": -jnp.ones(2)}
+      >>> with tempfile.TemporaryDirectory() as directory:
+      ...     with oa.posthoc.SnapshotStore(directory) as store:
+      ...         for step in range(1, 33):
+      ...             updates, opt_state = tx.update(grads, opt_state, params)
+      ...             params = optax.apply_updates(params, updates)
+      ...             if step % 4 == 0:
+      ...                 saved = store.save(opt_state, step)
+      ...         average = store.reconstruct(params, sigma_rel=0.15)
+      >>> [round(x, 1) for x in average["w"].tolist()]
+      [26.7, 26.7]
+
+    References:
+      Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
+      Models", 2024, 2312.02696.
+    """
+
+    def __init__(
+        self,
+        directory: Any,
+        *,
+        weights: Mapping[str, weights_.Weight] | None = None,
+        every: int = 1,
+        dtype: Any = None,
+    ) -> None:
+        _disk.orbax()
+        _tree.check_integer("every", every, 1)
+        if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
+            raise ValueError(f"dtype must be a floating point type, got {dtype!r}.")
+        path = os.fspath(directory)
+        self.directory = path if _disk.is_remote(path) else os.path.abspath(path)
+        self._weights = {
+            name: weights_.with_stride(weight)
+            for name, weight in (weights or {}).items()
+        }
+        self._every = every
+        self._dtype = dtype
+        self._writer: _disk.Writer | None = None
+        self._in_flight: int | None = None
+
+    def __enter__(self) -> "SnapshotStore":
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        self.close()
+
+    def save(self, opt_state: Any, step: int, params: Any = None) -> bool:
+        """Begins to write a snapshot and returns; the disk works in the background.
+
+        A snapshot of the same step is replaced. State and parameters may be donated as
+        soon as this returns.
+
+        Args:
+          opt_state: an optimizer state with averages, as for
+            :func:`optax_avg.averaged_params`, or None.
+          step: of the training; not negative.
+          params: parameters to keep beside the averages, for :meth:`mean`.
+
+        Returns:
+          Whether there was anything to write: False before the averages have begun
+          and, with a warning, where one is not finite.
+
+        Raises:
+          ValueError: If the weights of an average are not known, or ``step`` is not an
+            integer.
+          RuntimeError: If another store writes to this directory.
+          OSError: If this snapshot, or the one before, could not be written.
+        """
+        step = _whole_step(step)
+        kept, absorbed, kinds, sequences = {}, {}, {}, {}
+        for name, tree, count, kind in self._averages(opt_state):
+            kept[name], absorbed[name] = _by_path(tree, self._dtype), count
+            kinds[name] = kind
+            if "recorded" in kind:
+                weight = self._weights[name]
+                sequences[name] = weights_.sequence(weight, count, every=self._every)
+        if params is not None:
+            kept[PARAMETERS] = _by_path(_tree.select(params, None), self._dtype)
+            absorbed[PARAMETERS], kinds[PARAMETERS] = max(step, 1), {"window": 1}
+        kept = {name: leaves for name, leaves in kept.items() if leaves}
+        leaves = _signed(kept, step)
+        if not leaves:
+            return False
+        self.wait()
+        if self._writer is None:
+            self._writer = _disk.open_writer(self.directory)
+        self._in_flight = step
+        with self._reported():
+            record = _disk.Record(step, absorbed, kinds, leaves)
+            _disk.write(self._writer.manager, record, kept, sequences)
+        return True
+
+    def wait(self) -> None:
+        """Waits for the snapshot in flight.
+
+        Raises:
+          OSError: If it could not be written; those before it are whole.
+        """
+        if self._writer is not None:
+            with self._reported():
+                self._writer.manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits for the snapshot in flight and lets others write to the directory.
+
+        Raises:
+          OSError: If it could not be written.
+        """
+        self.wait()
+        self._let_go()
+
+    def truncate(self, step: int) -> None:
+        """Removes the snapshots after ``step``, where training resumes.
+
+        Args:
+          step: the last one that stays.
+        """
+        self.wait()
+        if self._writer is None:
+            self._writer = _disk.open_writer(self.directory)
+        for later in self._writer.manager.all_steps():
+            if later > step:
+                self._writer.manager.delete(later)
+
+    def steps(self) -> list[int]:
+        """Steps of the finished snapshots, in ascending order."""
+        self.wait()
+        with _disk.reader_of(self.directory):
+            return _disk.steps_of(self.directory)
+
+    def plan(
+        self,
+        *,
+        sigma_rel: float | None = None,
+        half_life: float | None = None,
+        window: int | None = None,
+        weight: weights_.Weight | None = None,
+        step: int | None = None,
+        names: Sequence[str] | None = None,
+        normalize: str = CONSTRAINED,
+    ) -> Plan:
+        """How an average would be put together.
+
+        Args:
+          sigma_rel: relative width of a power function, in (0, 12^-1/2).
+          half_life: of an EMA, in iterates.
+          window: iterates in a uniform mean of the latest.
+          weight: or any weight of :mod:`optax_avg.weights`.
+          step: at which the average ends, one of :meth:`steps`; by default the last.
+          names: of averages to make it of; by default all.
+          normalize: see :func:`optax_avg.posthoc.coefficients`.
+
+        Returns:
+          A :class:`Plan`.
+
+        Raises:
+          ValueError: If not exactly one target is given, or there are no snapshots.
+        """
+        goal = _target(sigma_rel, half_life, window, weight, self._every)
+        self.wait()
+        with _disk.reader_of(self.directory) as reader:
+            records = _reconstruct.records_of(reader)
+            return _reconstruct.planned(reader, records, goal, step, names, normalize)
+
+    def reconstruct(
+        self,
+        params: Any = None,
+        *,
+        sigma_rel: float | None = None,
+        half_life: float | None = None,
+        window: int | None = None,
+        weight: weights_.Weight | None = None,
+        step: int | None = None,
+        names: Sequence[str] | None = None,
+        normalize: str = CONSTRAINED,
+    ) -> Any:
+        """An average that was not kept, from the snapshots.
+
+        Goes leaf by leaf: no more is in memory than the result and two leaves. A
+        snapshot that cannot be read, or not as it was written, is reported by a warning
+        and left out, and so is how much the snapshots lack to express the target.
+
+        Args:
+          params: a tree of arrays or of ``jax.ShapeDtypeStruct`` that the result is
+            like in structure, dtypes and shardings; leaves that were not averaged come
+            from it. By default nested dicts in float32 or wider.
+          sigma_rel: see :meth:`plan`, as all that follow.
+          half_life: of an EMA, in iterates.
+          window: iterates in a uniform mean of the latest.
+          weight: or any weight of :mod:`optax_avg.weights`.
+          step: at which the average ends.
+          names: of averages to make it of.
+          normalize: see :func:`optax_avg.posthoc.coefficients`.
+
+        Returns:
+          A tree like ``params``.
+
+        Raises:
+          ValueError: If there is nothing to make it of, or ``params`` has other leaves.
+        """
+        goal = _target(sigma_rel, half_life, window, weight, self._every)
+        self.wait()
+        with _disk.reader_of(self.directory) as reader:
+            records = _reconstruct.records_of(reader)
+
+            def parts(records):
+                plan = _reconstruct.planned(
+                    reader, records, goal, step, names, normalize
+                )
+                _reconstruct.warn_of_residual(plan)
+                return plan.parts
+
+            return _reconstruct.summed(reader, records, parts, params)
+
+    def mean(
+        self,
+        params: Any = None,
+        *,
+        steps: Sequence[int] | None = None,
+        name: str = PARAMETERS,
+    ) -> Any:
+        """The uniform mean of snapshots: SWA, LAWA and SWAD after the fact.
+
+        Args:
+          params: see :meth:`reconstruct`.
+          steps: of the snapshots; by default all. See :func:`swad_window`.
+          name: of what is averaged.
+
+        Returns:
+          A tree like ``params``.
+
+        Raises:
+          ValueError: If there is no such snapshot.
+        """
+        self.wait()
+        with _disk.reader_of(self.directory) as reader:
+            records = _reconstruct.records_of(reader)
+            have = [s for s, record in records.items() if name in record.leaves]
+            wanted = have if steps is None else sorted(set(steps))
+            missing = [s for s in wanted if s not in have]
+            if missing or not wanted:
+                raise ValueError(
+                    f"{self.directory} has no snapshot of {name!r} at steps "
+                    f"{missing}; it has {have}."
+                )
+
+            def parts(records):
+                left = [s for s in wanted if s in records]
+                if not left:
+                    raise ValueError(f"no snapshot of {name!r} could be read.")
+                return [Part(s, name, 1 / len(left)) for s in left]
+
+            return _reconstruct.summed(reader, records, parts, params)
+
+    def _averages(self, opt_state: Any) -> Iterator[tuple[str, Any, int, Any]]:
+        """Name, tree, number of iterates and kind of the averages that have begun."""
+        seen = set()
+        for node in readout.average_states(opt_state):
+            counts = np.unique(np.asarray(node.absorbed)).tolist()
+            if isinstance(node, BemaState) or counts == [0]:
+                continue
+            if len(counts) > 1:
+                raise ValueError("stacked averages differ in the number of iterates.")
+            for name in readout.trees_of(node):
+                if name in seen or name == PARAMETERS:
+                    raise ValueError(
+                        f"two averages are named {name!r}; give one another name=."
+                    )
+                seen.add(name)
+                tree = readout.read_average(node, name, jnp.asarray(counts[0]))
+                yield name, tree, counts[0], self._kind(name, node)
+
+    def _kind(self, name: str, node: Any) -> dict[str, Any]:
+        if isinstance(node, WindowState):
+            return {"window": int(jax.tree.leaves(node.windows)[0].shape[0])}
+        if name in self._weights:
+            return {"recorded": True}
+        width = re.fullmatch(r"power_ema_([\d.e+-]+)", name)
+        if width:
+            return {"power": weights_.gamma_from_sigma_rel(float(width[1]))}
+        raise ValueError(
+            f"the weights of the average {name!r} are not known; write SnapshotStore("
+            f"directory, weights={{{name!r}: optax_avg.weights.ema(0.999)}})."
+        )
+
+    @contextlib.contextmanager
+    def _reported(self) -> Iterator[None]:
+        """Names the snapshot that failed, and leaves the store usable."""
+        try:
+            yield
+        except Exception as error:
+            with contextlib.suppress(Exception):
+                self._let_go()
+            raise OSError(
+                f"the snapshot of step {self._in_flight} could not be written to "
+                f"{self.directory}; those before it are whole. {error}"
+            ) from error
+
+    def _let_go(self) -> None:
+        writer, self._writer = self._writer, None
+        if writer is not None:
+            _disk.close_writer(writer)
+
+
+def _whole_step(step: Any) -> int:
+    whole = isinstance(step, (int, np.integer)) and not isinstance(step, bool)
+    if isinstance(step, jax.Array) and step.ndim == 0:
+        whole = bool(jnp.issubdtype(step.dtype, jnp.integer))
+    if not whole or int(step) < 0:
+        raise ValueError(f"step must be an integer >= 0, got {step!r}.")
+    return int(step)
+
+
+def _by_path(tree: Any, dtype: Any) -> dict[_disk.Path, jax.Array]:
+    found: dict[_disk.Path, jax.Array] = {}
+    for keys, leaf in jax.tree.flatten_with_path(tree)[0]:
+        x, path = jnp.asarray(leaf), _disk.path_of(keys)
+        if path in found:
+            raise ValueError(f"two leaves are named {'/'.join(path)!r}.")
+        found[path] = (
+            x if dtype is None or jnp.iscomplexobj(x) else x.astype(jnp.dtype(dtype))
+        )
+    return found
+
+
+def _signed(
+    kept: dict[str, dict[_disk.Path, jax.Array]], step: int
+) -> dict[str, list[_disk.Leaf]]:
+    """What is recorded of the leaves; nothing, with a warning, if one is not finite."""
+    signed = {}
+    for name, leaves in kept.items():
+        numbers, finite = jax.device_get(_integrity.signature(list(leaves.values())))
+        signed[name] = [
+            _disk.Leaf(path, x.shape, str(x.dtype), int(number))
+            for (path, x), number in zip(leaves.items(), numbers, strict=True)
+        ]
+        if not finite.all():
+            bad = signed[name][int(np.argmin(finite))]
+            warnings.warn(
+                f"no snapshot of step {step}: {'/'.join((name, *bad.path))} is not "
+                f"finite in {bad.dtype}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+            return {}
+    return signed
+
+
+def _target(
+    sigma_rel: Any, half_life: Any, window: Any, weight: Any, every: int
+) -> Callable[[int], Kind]:
+    """From a number of iterates to the average that is wanted."""
+    if sum(x is not None for x in (sigma_rel, half_life, window, weight)) != 1:
+        raise ValueError(
+            "there must be one target; write reconstruct(params, sigma_rel=0.08), or "
+            "half_life=, window= or weight=."
+        )
+    if sigma_rel is not None:
+        power = Power(weights_.gamma_from_sigma_rel(float(sigma_rel)))
+        return lambda t: power
+    if window is not None:
+        _tree.check_integer("window", window, 1)
+        return lambda t: Window(window)
+    if half_life is not None:
+        weight, every = weights_.ema(weights_.decay_from_half_life(float(half_life))), 1
+    return lambda t: Recorded(weights_.sequence(weight, t, every=every))
