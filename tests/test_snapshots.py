@@ -1,0 +1,566 @@
+"""Snapshots on disk: what comes back, in which form, and after which accidents."""
+
+import contextlib
+import json
+import os
+import subprocess
+import sys
+import textwrap
+import warnings
+from pathlib import Path
+
+import chex
+import flax.nnx as nnx
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_avg as oa
+from optax_avg.posthoc import SnapshotStore, _disk, _integrity
+
+WIDTHS = [0.05, 0.10]
+KEPT = ["power_ema_0.05", "power_ema_0.1"]
+
+
+def walk(steps, tx, params, seed=0, each=None):
+    """A random walk of the parameters under averages; ``each(step, state, params)``."""
+
+    @jax.jit
+    def advance(state, params, key):
+        keys = jax.random.split(key, len(jax.tree.leaves(params)))
+        grads = jax.tree.unflatten(
+            jax.tree.structure(params),
+            [
+                jax.random.normal(k, x.shape).astype(x.dtype)
+                for k, x in zip(keys, jax.tree.leaves(params), strict=True)
+            ],
+        )
+        updates, state = tx.update(grads, state, params)
+        return state, optax.apply_updates(params, updates)
+
+    state, trace = tx.init(params), []
+    for step in range(1, steps + 1):
+        state, params = advance(state, params, jax.random.key(seed * 1000 + step))
+        trace.append(params)
+        if each is not None:
+            each(step, state, params)
+    return state, params, trace
+
+
+def small():
+    return {
+        "dense": {"kernel": jnp.ones((4, 3)), "bias": jnp.zeros(3)},
+        "s": jnp.ones([]),
+    }
+
+
+def filled(directory, steps=32, every=4, tx=None, params=None, **options):
+    """A store with snapshots of a walk, the last state, parameters and the trace."""
+    tx = tx or optax.chain(optax.sgd(0.1), oa.power_ema(WIDTHS))
+    store = SnapshotStore(directory, **options)
+
+    def each(step, state, params):
+        if step % every == 0:
+            assert store.save(state, step, params)
+
+    state, params, trace = walk(steps, tx, params or small(), each=each)
+    store.wait()
+    return store, state, params, trace
+
+
+@pytest.fixture
+def open_stores():
+    with contextlib.ExitStack() as stack:
+        yield stack.enter_context
+
+
+def test_a_kept_average_comes_back(tmp_path, open_stores):
+    store, state, params, _ = filled(tmp_path)
+    open_stores(store)
+    assert store.steps() == [4, 8, 12, 16, 20, 24, 28, 32]
+    for width, name in zip(WIDTHS, KEPT, strict=True):
+        wanted = oa.averaged_params(state, params, name)
+        found = store.reconstruct(params, sigma_rel=width)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+        nested = store.reconstruct(sigma_rel=width)
+        chex.assert_trees_all_close(nested, wanted, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("target", "weight"),
+    [
+        ({"sigma_rel": 0.15}, oa.weights.power_function(sigma_rel=0.15)),
+        ({"sigma_rel": 0.07}, oa.weights.power_function(sigma_rel=0.07)),
+        ({"half_life": 6.0}, oa.weights.ema(0.5 ** (1 / 6))),
+        ({"weight": oa.weights.polynomial(3)}, oa.weights.polynomial(3)),
+        ({"window": 12}, None),
+    ],
+)
+def test_the_error_is_within_the_residual(target, weight, tmp_path, open_stores):
+    """By Cauchy and Schwarz: ``|p - sum x_i p_i| |x_k|`` for each coordinate ``k``."""
+    store, _, params, trace = filled(tmp_path)
+    open_stores(store)
+    if weight is None:
+        p = np.repeat([0, 1 / 12], [20, 12])
+    else:
+        p = oa.weights.profile(weight, 32).weights
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the residual
+        found = store.reconstruct(params, **target)
+    plan = store.plan(**target)
+    assert plan.residual < 0.5
+    for leaf, *iterates in zip(
+        jax.tree.leaves(found), *map(jax.tree.leaves, trace), strict=True
+    ):
+        x = np.stack(iterates).astype(np.float64)
+        true = np.tensordot(p, x, axes=1)
+        bound = plan.residual * np.linalg.norm(p) * np.linalg.norm(x, axis=0)
+        assert (np.abs(np.asarray(leaf) - true) <= bound + 1e-4).all()
+
+
+def test_more_snapshots_come_closer(tmp_path, open_stores):
+    tx = optax.chain(
+        optax.sgd(0.1), oa.power_ema(WIDTHS), oa.power_ema(0.2, name="true")
+    )
+    weight = {"true": oa.weights.power_function(sigma_rel=0.2)}
+    errors = []
+    for every in (16, 8, 4):
+        store, state, params, _ = filled(
+            tmp_path / str(every), 128, every, tx, weights=weight
+        )
+        open_stores(store)
+        wanted = oa.averaged_params(state, params, "true")
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", UserWarning)  # of the residual
+            found = store.reconstruct(params, sigma_rel=0.2, names=KEPT)
+        difference = jax.tree.map(jnp.subtract, found, wanted)
+        errors.append(float(optax.global_norm(difference)))
+    assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
+
+
+def test_recorded_averages_of_any_kind(tmp_path, open_stores):
+    """An EMA, one that counts its start, and windows, each exactly by its weights."""
+    averages = {"fast": oa.weights.ema(0.8), "start": oa.weights.ema(0.9, debias=False)}
+    tx = optax.chain(
+        optax.sgd(0.1), oa.average(averages), oa.window_average(5, name="lawa")
+    )
+    store, state, params, trace = filled(tmp_path, 24, 3, tx, weights=averages)
+    open_stores(store)
+    for name, target in (
+        ("fast", {"half_life": oa.weights.half_life_from_decay(0.8)}),
+        ("start", {"weight": averages["start"]}),
+        ("lawa", {"window": 5}),
+    ):
+        found = store.reconstruct(params, **target)
+        wanted = oa.averaged_params(state, params, name)
+        chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+    # Windows of five every three steps make windows of eight: 5 + 5 - the overlap.
+    eight = store.plan(window=8, names=["lawa"])
+    assert 0 < eight.residual < 0.5
+
+
+def test_an_earlier_step(tmp_path, open_stores):
+    states = {}
+    store = open_stores(SnapshotStore(tmp_path))
+    tx = optax.chain(optax.sgd(0.1), oa.power_ema(WIDTHS))
+
+    def each(step, state, params):
+        if step % 4 == 0:
+            store.save(state, step)
+            states[step] = oa.averaged_params(state, params, KEPT[1]), params
+
+    walk(24, tx, small(), each=each)
+    wanted, params = states[12]
+    found = store.reconstruct(params, sigma_rel=0.1, step=12)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    assert max(part.step for part in store.plan(sigma_rel=0.1, step=12).parts) == 12
+
+
+def test_means_of_parameters(tmp_path, open_stores):
+    store, _, params, trace = filled(tmp_path)
+    open_stores(store)
+    losses = [9, 8, 3, 1, 1.1, 1.2, 8, 8]
+    steps = [store.steps()[i] for i in oa.posthoc.swad_window(losses, n_tolerance=2)]
+    assert steps == [16, 20, 24]
+    wanted = jax.tree.map(lambda *x: sum(x) / 3, *(trace[s - 1] for s in steps))
+    found = store.mean(params, steps=steps)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+    everything = jax.tree.map(lambda *x: sum(x) / 8, *trace[3::4])
+    chex.assert_trees_all_close(store.mean(), everything, rtol=1e-5, atol=1e-6)
+    with pytest.raises(ValueError, match=r"no snapshot of 'parameters' at steps \[5\]"):
+        store.mean(params, steps=[4, 5])
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_half_precision_on_disk(dtype, tmp_path, open_stores):
+    store, _, params, _ = filled(tmp_path / "half", dtype=dtype)
+    full, *_ = filled(tmp_path / "full")
+    open_stores(store)
+    open_stores(full)
+    found = store.reconstruct(params, sigma_rel=0.08)
+    wanted = full.reconstruct(params, sigma_rel=0.08)
+    size = sum(abs(part.weight) for part in store.plan(sigma_rel=0.08).parts)
+    eps = float(jnp.finfo(dtype).eps)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(wanted), strict=True):
+        assert a.dtype == jnp.float32
+        assert float(jnp.max(jnp.abs(a - b))) <= size * eps * 4
+    assert not jax.tree.all(jax.tree.map(jnp.array_equal, found, wanted))
+
+
+def test_what_overflows_on_disk_is_not_kept(tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path, dtype=jnp.float16))
+    with pytest.warns(RuntimeWarning, match=r"no snapshot of step 1.*w.*float16"):
+        assert not store.save(None, 1, {"a": jnp.ones(2), "w": jnp.full(2, 1e6)})
+    assert store.save(None, 2, {"a": jnp.ones(2), "w": jnp.ones(2)})
+    assert store.steps() == [2]
+
+
+def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
+    tx = oa.average(lambda t: 1 / t, name="power_ema_0.1", skip_nonfinite=False)
+    params = {"b": jnp.ones(2), "w": jnp.array([1.0, jnp.nan])}
+    state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[1]
+    store = open_stores(SnapshotStore(tmp_path))
+    with pytest.warns(RuntimeWarning, match="power_ema_0.1/w is not finite"):
+        assert not store.save(state, 1)
+    with pytest.raises(ValueError, match="there is no directory|no snapshot"):
+        store.reconstruct(sigma_rel=0.1)
+
+
+def test_nothing_before_the_averages_begin(tmp_path, open_stores):
+    tx = oa.power_ema(WIDTHS, start=5)
+    store = open_stores(SnapshotStore(tmp_path))
+    assert not store.save(tx.init(small()), 0)
+
+
+class Pair(nnx.Module):
+    def __init__(self, rngs):
+        self.first = nnx.Linear(3, 4, rngs=rngs)
+        self.rest = nnx.List([nnx.Linear(4, 2, rngs=rngs)])
+
+
+def test_flax_nnx(tmp_path, open_stores):
+    model = Pair(nnx.Rngs(0))
+    tx = optax.chain(optax.sgd(0.1), oa.power_ema(WIDTHS))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    store = open_stores(SnapshotStore(tmp_path))
+    for step in (1, 2, 3):
+        optimizer.update(
+            model, jax.tree.map(jnp.ones_like, nnx.state(model, nnx.Param))
+        )
+        store.save(optimizer, step)
+    params = nnx.state(model, nnx.Param)
+    found = store.reconstruct(params, sigma_rel=0.1)
+    wanted = oa.averaged_params(optimizer, params, KEPT[1])
+    assert jax.tree.structure(found) == jax.tree.structure(params)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+TREES = {
+    "one array": lambda: jnp.ones(3),
+    "keys with marks": lambda: {"a/b.c": jnp.ones(2), "~": {"0": jnp.ones(1)}},
+    "sequences": lambda: [(jnp.ones(2), jnp.zeros(2)), jnp.ones(3)],
+    "bf16": lambda: {"w": jnp.ones((3, 2), jnp.bfloat16)},
+    "complex": lambda: {"w": jnp.ones(3, jnp.complex64) * (1 + 2j)},
+    "no elements": lambda: {"w": jnp.ones(3), "e": jnp.ones((0, 4))},
+    "scalars": lambda: {"w": jnp.ones([]), "v": jnp.zeros([])},
+}
+
+
+@pytest.mark.parametrize("name", TREES)
+def test_trees(name, tmp_path, open_stores):
+    store, state, params, _ = filled(tmp_path, 8, 2, params=TREES[name]())
+    open_stores(store)
+    found = store.reconstruct(params, sigma_rel=0.1)
+    wanted = oa.averaged_params(state, params, KEPT[1])
+    chex.assert_trees_all_equal_shapes_and_dtypes(found, params)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-2 if name == "bf16" else 1e-5)
+
+
+def test_leaves_that_are_not_averaged_come_from_params(tmp_path, open_stores):
+    params = {"w": jnp.ones(2), "count": jnp.arange(3), "frozen": jnp.zeros(2)}
+    tx = oa.power_ema(WIDTHS, where=lambda path, leaf: "frozen" not in str(path))
+    state = tx.init(params)
+    zeros = {"w": jnp.ones(2), "count": jnp.zeros(3, int), "frozen": jnp.zeros(2)}
+    state = tx.update(zeros, state, params)[1]
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(state, 1)
+    found = store.reconstruct(params | {"frozen": jnp.full(2, 7.0)}, sigma_rel=0.1)
+    wanted = {"w": jnp.full(2, 2.0), "count": jnp.arange(3), "frozen": jnp.full(2, 7.0)}
+    chex.assert_trees_all_close(found, wanted)
+    assert set(store.reconstruct(sigma_rel=0.1)) == {"w"}
+
+
+def test_state_may_be_donated_at_once(tmp_path, open_stores):
+    tx = oa.power_ema(WIDTHS)
+    params = {"w": jnp.arange(1_000_000.0)}
+    step = jax.jit(lambda s, p: tx.update(p, s, p)[1], donate_argnums=0)
+    state = step(tx.init(params), params)
+    wanted = np.asarray(oa.averaged_params(state, params, KEPT[0])["w"]).copy()
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(state, 1)
+    later = step(state, jax.tree.map(lambda x: -9 * x, params))
+    jax.block_until_ready(later)
+    found = store.reconstruct(params, sigma_rel=0.05)
+    np.testing.assert_array_equal(found["w"], wanted)
+
+
+@pytest.mark.parametrize("explicit", [True, False])
+def test_sharded_arrays_stay_sharded(explicit, tmp_path, open_stores):
+    kind = jax.sharding.AxisType.Explicit if explicit else jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(kind,))
+    rows, columns = NamedSharding(mesh, P("d", None)), NamedSharding(mesh, P(None, "d"))
+    params = {"w": jax.device_put(jnp.arange(128.0).reshape(16, 8), rows)}
+    tx = oa.power_ema(WIDTHS)
+    state = tx.update(params, tx.init(params), params)[1]
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(state, 1)
+    like = {"w": jax.ShapeDtypeStruct((16, 8), jnp.bfloat16, sharding=columns)}
+    for target, sharding in ((params, rows), (like, columns)):
+        found = store.reconstruct(target, sigma_rel=0.05)["w"]
+        assert found.sharding.is_equivalent_to(sharding, 2)
+        assert found.dtype == target["w"].dtype
+        wanted = np.arange(128.0).reshape(16, 8) * 2
+        np.testing.assert_allclose(np.float32(found), wanted, rtol=1e-2)
+    assert {d for s in found.addressable_shards for d in [s.device]} == set(
+        mesh.devices.flat
+    )
+
+
+def test_memory_is_the_result_and_two_leaves(tmp_path, open_stores, monkeypatch):
+    leaf = 50_000
+    params = {f"l{i}": jnp.ones(leaf) for i in range(12)} | {"s": jnp.ones(10)}
+    store, *_ = filled(tmp_path, 6, 2, params=params)
+    open_stores(store)
+    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype), params)
+    del params
+    before = sum(x.nbytes for x in jax.live_arrays())
+    most = []
+    read = _disk.read_leaves
+
+    def seen(*args):
+        found = read(*args)
+        most.append(sum(x.nbytes for x in jax.live_arrays()) - before)
+        return found
+
+    monkeypatch.setattr(_disk, "read_leaves", seen)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # of the residual
+        result = store.reconstruct(shapes, sigma_rel=0.2)
+    whole = sum(x.nbytes for x in jax.tree.leaves(result))
+    assert max(most) <= whole + 2 * leaf * 4 + 1000
+    # The first leaf is there long before the rest: nothing is read whole.
+    assert most[0] <= 2 * leaf * 4 + 1000
+
+
+# --- accidents ---
+
+
+def files_of(directory, step, item):
+    folder = Path(directory) / str(step) / item
+    return [path for path in folder.rglob("*") if path.is_file()]
+
+
+def flip(path):
+    data = bytearray(path.read_bytes())
+    middle = len(data) // 2
+    data[middle : middle + 4] = bytes(b ^ 0xFF for b in data[middle : middle + 4])
+    path.write_bytes(bytes(data))
+
+
+def truncate(path):
+    path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+@pytest.mark.parametrize("item", ["averages", "record"])
+@pytest.mark.parametrize("harm", [flip, truncate, Path.unlink])
+def test_broken_snapshots_are_named_and_left_out(item, harm, tmp_path, open_stores):
+    params = {"w": jax.random.normal(jax.random.key(0), (100, 100)), "v": jnp.ones(3)}
+    store, state, params, _ = filled(tmp_path, 24, 4, params=params)
+    open_stores(store)
+    for path in files_of(tmp_path, 12, item):
+        harm(path)
+    with pytest.warns(RuntimeWarning, match="snapshot of step 12 is left out") as seen:
+        found = store.reconstruct(params, sigma_rel=0.08)
+    assert len([w for w in seen if w.category is RuntimeWarning]) == 1
+    whole, *_ = filled(tmp_path / "whole", 24, 4, params=None)
+    open_stores(whole)
+    clean = SnapshotStore(tmp_path)
+    parts = {(p.step, p.name): p.weight for p in whole.plan(sigma_rel=0.08).parts}
+    assert (12, KEPT[0]) in parts
+    wanted = oa.averaged_params(state, params, KEPT[1])
+    difference = jax.tree.map(jnp.subtract, found, wanted)
+    assert float(optax.global_norm(difference)) < 0.2 * float(optax.global_norm(wanted))
+    clean.close()
+
+
+def test_one_flipped_bit_anywhere_is_noticed():
+    rng = np.random.default_rng(0)
+    for dtype in (jnp.float32, jnp.bfloat16, jnp.complex64):
+        x = np.asarray(jnp.asarray(rng.normal(size=(7, 5)), dtype))
+        known = int(_integrity.signature([jnp.asarray(x)])[0][0])
+        raw = x.view(np.uint8).reshape(-1)
+        for bit in range(8 * raw.size):
+            changed = raw.copy()
+            changed[bit // 8] ^= 1 << (bit % 8)
+            y = jnp.asarray(changed.view(x.dtype).reshape(x.shape))
+            assert int(_integrity.signature([y])[0][0]) != known
+
+
+@hypothesis.given(st.integers(0, 34), st.integers(0, 34))
+def test_exchanged_elements_are_noticed(i, j):
+    x = np.random.default_rng(1).normal(size=35).astype(np.float32)
+    y = x.copy()
+    y[[i, j]] = y[[j, i]]
+    numbers = [int(_integrity.signature([jnp.asarray(v)])[0][0]) for v in (x, y)]
+    assert (numbers[0] == numbers[1]) == (i == j)
+
+
+def test_half_written_snapshots_are_not_there(tmp_path, open_stores):
+    store, _, params, _ = filled(tmp_path, 12, 4)
+    open_stores(store)
+    wanted = store.reconstruct(params, sigma_rel=0.1)
+    unfinished = tmp_path / "16.orbax-checkpoint-tmp-1"
+    unfinished.mkdir()
+    (unfinished / "averages").write_text("half")
+    assert store.steps() == [4, 8, 12]
+    chex.assert_trees_all_equal(store.reconstruct(params, sigma_rel=0.1), wanted)
+
+
+def test_one_writer(tmp_path, open_stores):
+    first = open_stores(SnapshotStore(tmp_path))
+    second = open_stores(SnapshotStore(tmp_path))
+    first.save(None, 1, small())
+    with pytest.raises(RuntimeError, match="already has a writer"):
+        second.save(None, 2, small())
+    assert second.steps() == [1]  # reading is free
+    first.close()
+    assert second.save(None, 2, small())
+    assert second.steps() == [1, 2]
+
+
+def test_a_step_is_replaced_and_later_ones_removed(tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path))
+    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0)):
+        store.save(None, step, {"w": jnp.full(2, value)})
+    assert store.steps() == [1, 2, 3]
+    np.testing.assert_array_equal(store.mean(steps=[2])["w"], [20.0, 20.0])
+    store.truncate(1)
+    assert store.steps() == [1]
+    assert store.save(None, 2, {"w": jnp.ones(2)})
+
+
+FULL_DISK = """
+    import resource, sys, jax.numpy as jnp, numpy as np, warnings
+    from optax_avg.posthoc import SnapshotStore
+    store = SnapshotStore(sys.argv[1])
+    small, large = {"w": jnp.ones(10)}, {"w": jnp.asarray(np.random.rand(300_000))}
+    store.save(None, 1, small); store.wait()
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+    try:
+        store.save(None, 2, large); store.wait()
+    except OSError as error:
+        print("said:", str(error)[:300].replace(chr(10), " "))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    print("steps", store.steps(), store.mean()["w"].sum())
+    store.save(None, 3, large); store.close()
+    print("steps", SnapshotStore(sys.argv[1]).steps())
+"""
+
+
+def run(script, *args):
+    root = str(Path(__file__).resolve().parent.parent)
+    done = subprocess.run(
+        [sys.executable, "-c", textwrap.dedent(script), *map(str, args)],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": root},
+        timeout=240,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
+def test_full_disk(tmp_path):
+    code, out, errors = run(FULL_DISK, tmp_path)
+    assert code == 0, errors
+    assert "said: the snapshot of step 2 could not be written" in out
+    assert "steps [1] 10.0" in out
+    assert "steps [1, 3]" in out
+
+
+def test_without_orbax(monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
+    with pytest.raises(ImportError, match=r"optax_avg\[posthoc\]"):
+        SnapshotStore(tmp_path)
+
+
+def test_out_of_reach_is_said_with_what_would_do(tmp_path, open_stores):
+    store, _, params, _ = filled(tmp_path)
+    open_stores(store)
+    with pytest.warns(
+        UserWarning, match=r"miss .* by \d+.*sigma_rel from .* to"
+    ) as seen:
+        store.reconstruct(params, sigma_rel=0.02)
+    assert "snapshots would do" in str(seen[0].message)
+    plan = store.plan(sigma_rel=0.1)
+    assert plan.residual < 1e-6
+    assert plan.advice == ""
+
+
+def test_a_snapshot_is_an_ordinary_orbax_checkpoint(tmp_path, open_stores):
+    store, state, params, _ = filled(tmp_path, 4, 4)
+    open_stores(store)
+    import orbax.checkpoint as ocp
+
+    path = tmp_path / "4" / "averages"
+    like = {
+        name: jax.tree.map(jnp.zeros_like, params) for name in [*KEPT, "parameters"]
+    }
+    found = ocp.StandardCheckpointer().restore(path, like)
+    chex.assert_trees_all_equal(found["parameters"], params)
+    wanted = oa.averaged_params(state, params, KEPT[0])
+    chex.assert_trees_all_equal(found[KEPT[0]], wanted)
+    record = json.loads((tmp_path / "4" / "record" / "metadata").read_text())
+    assert record["absorbed"][KEPT[0]] == 4
+
+
+def test_bad_arguments(tmp_path, open_stores):
+    store, state, params, _ = filled(tmp_path, 8, 4)
+    open_stores(store)
+    ema = optax.chain(optax.sgd(0.1), oa.ema_params(0.9))
+    ema_state = ema.update(params, ema.init(params), params)[1]
+    twice = (oa.polyak_average().init(params), oa.polyak_average().init(params))
+    begun = jax.tree.map(lambda x: x + 1, twice)
+    named = SnapshotStore(tmp_path / "other", weights={"polyak": oa.weights.uniform()})
+    other = dict(params, dense={"kernel": jnp.ones((4, 3))})
+    cases = [
+        (lambda: store.reconstruct(params), "one target"),
+        (lambda: store.plan(sigma_rel=0.1, window=3), "one target"),
+        (lambda: store.plan(sigma_rel=0.3), "sigma_rel must lie in"),
+        (lambda: store.plan(window=0), "window must be an integer"),
+        (lambda: store.plan(sigma_rel=0.1, step=5), r"at step 5; there are \[4, 8\]"),
+        (lambda: store.plan(sigma_rel=0.1, names=["x"]), "no snapshot of \\['x'\\]"),
+        (lambda: store.reconstruct(other, sigma_rel=0.1), "no leaf dense/bias"),
+        (
+            lambda: store.reconstruct(dict(params, s=jnp.ones(4)), sigma_rel=0.1),
+            r"params\['s'\] has shape \(4,\)",
+        ),
+        (lambda: store.save(state, -1), "step must be an integer"),
+        (lambda: store.save(state, 1.5), "step must be an integer"),
+        (lambda: store.save(state, True), "step must be an integer"),
+        (lambda: store.save(ema_state, 1), "weights of the average 'ema'"),
+        (lambda: named.save(begun, 1), "two averages are named 'polyak'"),
+        (lambda: SnapshotStore(tmp_path, every=0), "every must be an integer"),
+        (lambda: SnapshotStore(tmp_path, dtype=jnp.int8), "floating point"),
+        (lambda: SnapshotStore(tmp_path / "none").steps(), "there is no directory"),
+    ]
+    for call, message in cases:
+        with pytest.raises(ValueError, match=message):
+            call()
