@@ -41,6 +41,7 @@ Several objectives
     their state                     BloopState
 
 Families of plain functions
+    merging         finished models into one: soups, task vectors, Fisher, spheres
     posthoc         averages chosen after training, from snapshots of others
     surgery         project_out, the one orthogonal projection
     rules           the sharpness family: where to take gradients, how to combine them
@@ -49,7 +50,15 @@ Families of plain functions
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
-from optax_avg import landscape, posthoc, rules, schedules, surgery, weights
+from optax_avg import (
+    landscape,
+    merging,
+    posthoc,
+    rules,
+    schedules,
+    surgery,
+    weights,
+)
 from optax_avg.aggregation import (
     AggregationState,
     centered_clip,
@@ -206,6 +215,7 @@ __all__ = [
     "lookahead",
     "lr_weighted_average",
     "median_of_means",
+    "merging",
     "mgda",
     "migrate_state",
     "momentum_sam",

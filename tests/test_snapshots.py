@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 import textwrap
@@ -22,6 +23,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_avg as oa
+from optax_avg import _tree
 from optax_avg.posthoc import SnapshotStore, _disk, _integrity
 
 WIDTHS = [0.05, 0.10]
@@ -69,7 +71,8 @@ def filled(directory, steps=32, every=4, tx=None, params=None, **options):
         if step % every == 0:
             assert store.save(state, step, params)
 
-    state, params, trace = walk(steps, tx, params or small(), each=each)
+    params = small() if params is None else params
+    state, params, trace = walk(steps, tx, params, each=each)
     store.wait()
     return store, state, params, trace
 
@@ -140,7 +143,7 @@ def test_more_snapshots_come_closer(tmp_path, open_stores):
             warnings.simplefilter("ignore", UserWarning)  # of the residual
             found = store.reconstruct(params, sigma_rel=0.2, names=KEPT)
         difference = jax.tree.map(jnp.subtract, found, wanted)
-        errors.append(float(optax.global_norm(difference)))
+        errors.append(float(_tree.norm(difference)))
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
@@ -150,7 +153,7 @@ def test_recorded_averages_of_any_kind(tmp_path, open_stores):
     tx = optax.chain(
         optax.sgd(0.1), oa.average(averages), oa.window_average(5, name="lawa")
     )
-    store, state, params, trace = filled(tmp_path, 24, 3, tx, weights=averages)
+    store, state, params, _ = filled(tmp_path, 24, 3, tx, weights=averages)
     open_stores(store)
     for name, target in (
         ("fast", {"half_life": oa.weights.half_life_from_decay(0.8)}),
@@ -228,7 +231,7 @@ def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
     store = open_stores(SnapshotStore(tmp_path))
     with pytest.warns(RuntimeWarning, match="power_ema_0.1/w is not finite"):
         assert not store.save(state, 1)
-    with pytest.raises(ValueError, match="there is no directory|no snapshot"):
+    with pytest.raises(ValueError, match="there is no snapshot of the averages"):
         store.reconstruct(sigma_rel=0.1)
 
 
@@ -388,15 +391,12 @@ def test_broken_snapshots_are_named_and_left_out(item, harm, tmp_path, open_stor
     with pytest.warns(RuntimeWarning, match="snapshot of step 12 is left out") as seen:
         found = store.reconstruct(params, sigma_rel=0.08)
     assert len([w for w in seen if w.category is RuntimeWarning]) == 1
-    whole, *_ = filled(tmp_path / "whole", 24, 4, params=None)
-    open_stores(whole)
-    clean = SnapshotStore(tmp_path)
-    parts = {(p.step, p.name): p.weight for p in whole.plan(sigma_rel=0.08).parts}
-    assert (12, KEPT[0]) in parts
+    # As if it had never been written.
+    shutil.rmtree(tmp_path / "12")
+    chex.assert_trees_all_equal(found, store.reconstruct(params, sigma_rel=0.08))
     wanted = oa.averaged_params(state, params, KEPT[1])
     difference = jax.tree.map(jnp.subtract, found, wanted)
-    assert float(optax.global_norm(difference)) < 0.2 * float(optax.global_norm(wanted))
-    clean.close()
+    assert float(_tree.norm(difference)) < 0.2 * float(_tree.norm(wanted))
 
 
 def test_one_flipped_bit_anywhere_is_noticed():
@@ -436,6 +436,7 @@ def test_one_writer(tmp_path, open_stores):
     first = open_stores(SnapshotStore(tmp_path))
     second = open_stores(SnapshotStore(tmp_path))
     first.save(None, 1, small())
+    first.wait()
     with pytest.raises(RuntimeError, match="already has a writer"):
         second.save(None, 2, small())
     assert second.steps() == [1]  # reading is free

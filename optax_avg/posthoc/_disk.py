@@ -167,7 +167,8 @@ def write(
     if sequences:
         items[SEQUENCES] = ocp.args.PyTreeSave(sequences)
     items[RECORD] = ocp.args.JsonSave(record._asdict())
-    manager.save(record.step, args=ocp.args.Composite(**items))
+    # Orbax would pass over a step before the last one.
+    manager.save(record.step, args=ocp.args.Composite(**items), force=True)
 
 
 def read_record(reader: Reader, step: int) -> Record:

@@ -21,7 +21,7 @@ def signature(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 def _fingerprint(x: jax.Array) -> jax.Array:
     if jnp.iscomplexobj(x):
-        return _fingerprint(jnp.real(x)) + 2 * _fingerprint(jnp.imag(x))
+        return _fingerprint(jnp.real(x)) + 3 * _fingerprint(jnp.imag(x))
     unsigned: Any = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)
     bits = lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
     place, stride = jnp.zeros((), jnp.uint32), 1

@@ -1,0 +1,43 @@
+"""Finished models into one.
+
+    x = x_0 + sum_t C_t (x_t - x_0)
+
+Merges go leaf by leaf, so that a tree of one leaf is merged as it is within the whole,
+and checkpoints larger than memory can be. Sums are float32 or wider, results have the
+dtypes of the first model; leaves that are not floating point come from it. A zero that
+all trees share, as of a pruning mask, stays zero.
+"""
+
+from optax_avg.merging.curvature import fisher, gradient_matching, squared_gradients
+from optax_avg.merging.soups import (
+    Soup,
+    dawin,
+    diwa,
+    greedy_soup,
+    uniform,
+    variance_corrected,
+    weighted,
+    wise_ft,
+)
+from optax_avg.merging.spheres import karcher, slerp
+from optax_avg.merging.task_vectors import dare, model_stock, task_arithmetic, ties
+
+__all__ = [
+    "Soup",
+    "dare",
+    "dawin",
+    "diwa",
+    "fisher",
+    "gradient_matching",
+    "greedy_soup",
+    "karcher",
+    "model_stock",
+    "slerp",
+    "squared_gradients",
+    "task_arithmetic",
+    "ties",
+    "uniform",
+    "variance_corrected",
+    "weighted",
+    "wise_ft",
+]

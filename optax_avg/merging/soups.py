@@ -1,0 +1,236 @@
+"""Weighted means of models.
+
+x = sum_t w_t x_t,    sum_t w_t = 1
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from optax_avg import _tree
+from optax_avg.merging._leaves import check_alike, checked_weights, over, weighted_sum
+
+
+def uniform(models: Sequence[Any]) -> Any:
+    """The uniform soup, ``1/n sum_t x_t``.
+
+    Args:
+      models: trees of one structure.
+
+    Returns:
+      A tree like the first.
+
+    Raises:
+      ValueError: If there are no models or they differ in structure or shapes.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> oa.merging.uniform([jnp.array([1.0, 3.0]), jnp.array([3.0, 3.0])]).tolist()
+      [2.0, 3.0]
+
+    References:
+      Wortsman et al., "Model Soups: Averaging Weights of Multiple Fine-Tuned Models
+      Improves Accuracy without Increasing Inference Time", 2022, 2203.05482.
+    """
+    models = list(models)
+    return weighted(models, [1 / max(len(models), 1)] * len(models))
+
+
+def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
+    """``sum_t w_t x_t`` with weights that sum to one.
+
+    Args:
+      models: trees of one structure.
+      weights: one a model; may be negative.
+
+    Returns:
+      A tree like the first.
+
+    Raises:
+      ValueError: If models differ, or the weights do not sum to one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> oa.merging.weighted([jnp.array(1.0), jnp.array(5.0)], [0.25, 0.75]).item()
+      4.0
+    """
+    w = checked_weights(models, weights)
+    return over(lambda xs: weighted_sum(w, xs), models)
+
+
+def wise_ft(base: Any, tuned: Any, alpha: float) -> Any:
+    """WiSE-FT: ``(1 - alpha) x_0 + alpha x_1``.
+
+    Args:
+      base: the model before fine-tuning.
+      tuned: the model after it.
+      alpha: any number; in [0, 1] on the segment between them.
+
+    Returns:
+      A tree like ``base``.
+
+    Raises:
+      ValueError: If the models differ.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> oa.merging.wise_ft(jnp.array(1.0), jnp.array(5.0), 0.5).item()
+      3.0
+
+    References:
+      Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", 2022, 2109.01903.
+    """
+    return weighted([base, tuned], [1 - alpha, alpha])
+
+
+class Soup(NamedTuple):
+    """A soup and what is in it.
+
+    Attributes:
+      params: the uniform mean of the models chosen.
+      chosen: their indices, in the order in which they were added.
+      score: of ``params``.
+    """
+
+    params: Any
+    chosen: list[int]
+    score: float
+
+
+def greedy_soup(models: Sequence[Any], score: Callable[[Any], Any]) -> Soup:
+    """Adds models in the order of their scores, each if the mean gets no worse.
+
+    This is DiWA's restricted selection as well.
+
+    Args:
+      models: trees of one structure.
+      score: of a tree, larger is better; on held-out data. A score that is not finite
+        is the worst.
+
+    Returns:
+      A :class:`Soup`.
+
+    Raises:
+      ValueError: If the models differ, or no score is finite.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> models = [jnp.array(x) for x in (9.0, 1.0, -2.0)]
+      >>> oa.merging.greedy_soup(models, lambda x: -abs(x)).chosen
+      [1, 2]
+
+    References:
+      Wortsman et al., 2022, 2203.05482, recipe 1. Rame et al., "Diverse Weight
+      Averaging for Out-of-Distribution Generalization", 2022, 2205.09739.
+    """
+    check_alike(models)
+
+    def finite(params):
+        found = float(score(params))
+        return found if math.isfinite(found) else -math.inf
+
+    scores = [finite(model) for model in models]
+    order = sorted(range(len(models)), key=lambda i: -scores[i])
+    if scores[order[0]] == -math.inf:
+        raise ValueError(
+            "no score is finite; score returns a number, larger is better."
+        )
+    chosen, params, best = [order[0]], models[order[0]], scores[order[0]]
+    for i in order[1:]:
+        tried = uniform([models[j] for j in [*chosen, i]])
+        found = finite(tried)
+        if found >= best:
+            chosen, params, best = [*chosen, i], tried, found
+    return Soup(params, chosen, best)
+
+
+diwa = greedy_soup
+
+
+def variance_corrected(
+    models: Sequence[Any], weights: Sequence[float] | None = None
+) -> Any:
+    """The weighted mean, each leaf rescaled to the variance of its inputs.
+
+    ``m + (x - m) sqrt(sum_t w_t var x_t/var x)``, ``x = sum_t w_t x_t`` of mean ``m``:
+    averaging models that are not aligned shrinks what their layers put out.
+
+    Args:
+      models: trees of one structure.
+      weights: of sum one; by default equal.
+
+    Returns:
+      A tree like the first.
+
+    Raises:
+      ValueError: If the models differ, or the weights do not sum to one.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> a, b = jnp.array([1.0, -1.0, 1.0, -1.0]), jnp.array([1.0, 1.0, -1.0, -1.0])
+      >>> oa.merging.variance_corrected([a, b]).round(3).tolist()
+      [1.4140000343322754, 0.0, 0.0, -1.4140000343322754]
+
+    References:
+      Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation
+      Repair", 2023, 2211.08403, states the collapse of variance that this undoes.
+    """
+    n = len(models)
+    w = checked_weights(models, [1 / max(n, 1)] * n if weights is None else weights)
+
+    def one(xs):
+        x = weighted_sum(w, xs)
+        mean = jnp.mean(x) if x.size else x
+        wanted = sum(a * _variance(v) for a, v in zip(w, xs, strict=True))
+        got = _variance(x)
+        ratio = jnp.where(got > 0, wanted / jnp.where(got > 0, got, 1), 1)
+        moved = mean + (x - mean) * jnp.sqrt(jnp.maximum(ratio, 0))
+        # What all of them prune stays pruned.
+        pruned = jnp.all(jnp.stack([v == 0 for v in xs]), axis=0)
+        return jnp.where(pruned, 0, moved)
+
+    return over(one, models)
+
+
+def dawin(logits: Sequence[Any]) -> jax.Array:
+    """DaWin: coefficients of an interpolation for each sample, from entropies.
+
+    ``w_t = exp(-H_t)/sum_s exp(-H_s)`` with the entropy ``H_t`` of what model ``t``
+    predicts: the surer a model is, the more it counts.
+
+    Args:
+      logits: arrays of shape (..., classes), one a model, on the same samples.
+
+    Returns:
+      Coefficients of shape (models, ...), float32; pass those of a sample, or of a
+      cluster of alike samples, to :func:`weighted`.
+
+    Raises:
+      ValueError: If there are none or their shapes differ.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> sure, unsure = jnp.array([9.0, -9.0]), jnp.array([0.0, 0.0])
+      >>> [round(w, 3) for w in oa.merging.dawin([sure, unsure]).tolist()]
+      [0.667, 0.333]
+
+    References:
+      Oh et al., "DaWin: Training-Free Dynamic Weight Interpolation for Robust
+      Adaptation", 2025, 2410.03782.
+    """
+    shapes = {jnp.shape(x) for x in logits}
+    if len(shapes) != 1 or not next(iter(shapes)):
+        raise ValueError(f"logits must be arrays of one shape, got {sorted(shapes)}.")
+    logs = [jax.nn.log_softmax(_tree.wide(jnp.asarray(x)), axis=-1) for x in logits]
+    # p log p is 0 where p is.
+    entropies = [
+        -jnp.sum(jnp.where(p > -1e9, jnp.exp(p) * p, 0), axis=-1) for p in logs
+    ]
+    return jax.nn.softmax(-jnp.stack(entropies), axis=0)
+
+
+def _variance(x: jax.Array) -> jax.Array:
+    return jnp.var(x) if x.size else jnp.zeros([])

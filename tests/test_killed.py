@@ -1,0 +1,106 @@
+"""A training run that is killed at random moments, and what its snapshots are then."""
+
+import multiprocessing
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+import optax_avg as oa
+from optax_avg.posthoc import SnapshotStore
+
+EVERY = 5
+NAME = "power_ema_0.05"
+
+
+def training():
+    """Parameters and averages of a deterministic run: ``(first, advance)``."""
+    tx = optax.chain(optax.sgd(0.1), oa.power_ema([0.05, 0.10]))
+    params = {"w": jnp.ones((300, 100)), "b": jnp.zeros(7)}
+
+    @jax.jit
+    def advance(step, params, state):
+        grads = jax.tree.map(lambda x: jnp.sin(step + x), params)
+        updates, state = tx.update(grads, state, params)
+        return optax.apply_updates(params, updates), state
+
+    return params, tx.init(params), advance
+
+
+def train(directory, told):
+    """Resumes after the newest snapshot; tells which snapshots are safe."""
+    params, state, advance = training()
+    store = SnapshotStore(directory)
+    newest = max(store.steps()) if Path(directory).exists() else 0
+    step, before = 0, None
+    with open(told, "a", buffering=1) as notes:
+        while True:
+            step += 1
+            params, state = advance(step, params, state)
+            if step <= newest or step % EVERY:
+                continue
+            store.save(state, step)
+            # A save waits for the one before it.
+            notes.write(f"{before}\n" if before else "begun\n")
+            before = step
+
+
+def killed_after(seconds, directory, told):
+    """One run, killed that long after its first snapshot began."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(
+        ["orbax.checkpoint", "optax_avg.posthoc", "filelock"]
+    )
+    begun = told.read_text().count("begun") if told.exists() else 0
+    process = context.Process(target=train, args=(str(directory), str(told)))
+    process.start()
+    deadline = time.monotonic() + 120
+    while not told.exists() or told.read_text().count("begun") == begun:
+        assert process.is_alive(), "the run ended by itself"
+        assert time.monotonic() < deadline, "no snapshot in two minutes"
+        time.sleep(0.01)
+    time.sleep(seconds)
+    os.kill(process.pid, signal.SIGKILL)
+    process.join()
+    assert process.exitcode == -signal.SIGKILL
+
+
+def killed_often(times, tmp_path):
+    directory, told = tmp_path / "store", tmp_path / "told"
+    rng = random.Random(0)
+    for _ in range(times):
+        killed_after(rng.uniform(0, 0.6), directory, told)
+        safe = {int(line) for line in told.read_text().split() if line.isdigit()}
+        with SnapshotStore(directory) as store:
+            steps = store.steps()
+            # At most the one in flight is missing: all before the newest are there.
+            assert safe <= set(steps)
+            assert steps == list(range(EVERY, max(steps, default=0) + 1, EVERY))
+            if steps:
+                store.reconstruct(sigma_rel=0.1, step=max(steps))  # no warning
+    with SnapshotStore(directory) as store:
+        steps = store.steps()
+        assert len(steps) >= times // 2
+        params, state, advance = training()
+        for step in range(1, max(steps) + 1):
+            params, state = advance(step, params, state)
+            if step in steps:
+                found = store.mean(steps=[step], name=NAME)
+                wanted = oa.averaged_params(state, params, NAME)
+                jax.tree.map(np.testing.assert_array_equal, found, wanted)
+
+
+def test_killed_five_times(tmp_path):
+    killed_often(5, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times(tmp_path):
+    killed_often(50, tmp_path)

@@ -1,0 +1,416 @@
+"""Merges against float64, their special cases, masks, bad input and checkpoints."""
+
+import functools
+
+import chex
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_merging as reference
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+import optax_avg as oa
+from optax_avg import merging
+
+W = [0.5, 0.3, 0.2]
+SHAPES = {"kernel": (5, 4), "bias": (7,)}
+# A merge of models and a base, and the same on float64 vectors.
+CASES = {
+    "uniform": (lambda ms, b: merging.uniform(ms), lambda xs, x0: np.mean(xs, axis=0)),
+    "weighted": (
+        lambda ms, b: merging.weighted(ms, W),
+        lambda xs, x0: np.average(xs, axis=0, weights=W),
+    ),
+    "wise_ft": (
+        lambda ms, b: merging.wise_ft(b, ms[0], 0.3),
+        lambda xs, x0: 0.7 * x0 + 0.3 * xs[0],
+    ),
+    "task_arithmetic": (
+        lambda ms, b: merging.task_arithmetic(ms, b, 0.4),
+        lambda xs, x0: x0 + 0.4 * sum(x - x0 for x in xs),
+    ),
+    "ties": (
+        lambda ms, b: merging.ties(ms, b, 0.4, scale=1.5),
+        lambda xs, x0: reference.ties(xs, x0, 0.4, 1.5),
+    ),
+    "model_stock": (merging.model_stock, reference.model_stock),
+    "slerp": (
+        lambda ms, b: merging.slerp(ms[0], ms[1], 0.3),
+        lambda xs, x0: reference.slerp(xs[0], xs[1], 0.3),
+    ),
+    "karcher": (
+        lambda ms, b: merging.karcher(ms, W),
+        lambda xs, x0: reference.karcher(xs, W),
+    ),
+    "variance_corrected": (
+        lambda ms, b: merging.variance_corrected(ms, W),
+        lambda xs, x0: reference.variance_corrected(xs, W),
+    ),
+    "fisher": (
+        lambda ms, b: merging.fisher(ms, [square(m) for m in ms], W),
+        lambda xs, x0: reference.fisher(xs, [x**2 for x in xs], W),
+    ),
+    "gradient_matching": (
+        lambda ms, b: merging.gradient_matching(
+            ms, [square(m) for m in ms], b, square(b), 0.6, 0.1
+        ),
+        lambda xs, x0: reference.gradient_matching(
+            xs, [x**2 for x in xs], x0, x0**2, 0.6, 0.1
+        ),
+    ),
+}
+COMPILED = {name: jax.jit(ours) for name, (ours, _) in CASES.items()}
+every_case = pytest.mark.parametrize("case", CASES)
+
+
+def square(tree):
+    return jax.tree.map(lambda x: x**2, tree)
+
+
+def models_and_base(seed, dtype=jnp.float32, n=3):
+    rng = np.random.default_rng(seed)
+    base = {name: rng.normal(size=shape) for name, shape in SHAPES.items()}
+    models = [
+        {name: x + rng.normal(size=x.shape) for name, x in base.items()}
+        for _ in range(n)
+    ]
+    cast = functools.partial(jax.tree.map, lambda x: jnp.asarray(x, dtype))
+    return [cast(m) for m in models], cast(base)
+
+
+def float64(models, base, name):
+    flat = lambda tree: np.asarray(tree[name], np.float64).reshape(-1)
+    return [flat(m) for m in models], flat(base)
+
+
+@every_case
+@hypothesis.given(st.integers(0, 10**6))
+def test_equals_the_reference(case, seed):
+    _, theirs = CASES[case]
+    models, base = models_and_base(seed)
+    found = COMPILED[case](models, base)
+    for name, shape in SHAPES.items():
+        wanted = theirs(*float64(models, base, name)).reshape(shape)
+        np.testing.assert_allclose(found[name], wanted, rtol=2e-4, atol=2e-5)
+
+
+@every_case
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_low_precision_is_rounded_once(case, dtype):
+    ours, theirs = CASES[case]
+    models, base = models_and_base(3, dtype)
+    if case in ("fisher", "gradient_matching"):
+        pytest.skip("their curvature is squared in the low precision of this test")
+    found = ours(models, base)
+    for name, shape in SHAPES.items():
+        assert found[name].dtype == dtype
+        wanted = theirs(*float64(models, base, name)).reshape(shape)
+        eps = float(jnp.finfo(dtype).eps)
+        np.testing.assert_allclose(np.float64(found[name]), wanted, rtol=eps, atol=eps)
+
+
+@every_case
+def test_jit_leaves_alone_and_other_leaves(case):
+    """Compiled; leaf by leaf as within the whole; integers come from the first model."""
+    ours, _ = CASES[case]
+    models, base = models_and_base(4)
+    found = ours(models, base)
+    chex.assert_trees_all_close(
+        jax.jit(ours)(models, base), found, rtol=1e-5, atol=1e-6
+    )
+    for name in SHAPES:
+        alone = ours([m[name] for m in models], base[name])
+        np.testing.assert_allclose(alone, found[name], rtol=1e-6)
+    counted = [m | {"steps": jnp.asarray(t)} for t, m in enumerate(models)]
+    whole = ours(counted, base | {"steps": jnp.asarray(9)})
+    assert whole["steps"] == (9 if case == "wise_ft" else 0)
+    chex.assert_trees_all_close({k: whole[k] for k in SHAPES}, found, rtol=1e-6)
+
+
+@every_case
+def test_a_shared_mask_is_kept(case):
+    ours, _ = CASES[case]
+    models, base = models_and_base(5)
+    mask = {
+        name: np.arange(np.prod(s)).reshape(s) % 3 > 0 for name, s in SHAPES.items()
+    }
+    prune = lambda tree: jax.tree.map(lambda x, keep: jnp.where(keep, x, 0), tree, mask)
+    found = ours([prune(m) for m in models], prune(base))
+    for name, keep in mask.items():
+        np.testing.assert_array_equal(np.asarray(found[name])[~keep], 0)
+        assert (np.asarray(found[name])[keep] != 0).any()
+
+
+@every_case
+def test_one_model_many_times_is_that_model(case):
+    if case in ("wise_ft", "task_arithmetic", "ties", "gradient_matching", "fisher"):
+        pytest.skip("moves from the base by a scale of its own")
+    models, base = models_and_base(6)
+    found = CASES[case][0]([models[0]] * 3, base)
+    chex.assert_trees_all_close(found, models[0], rtol=1e-5, atol=1e-6)
+
+
+@every_case
+@pytest.mark.parametrize("scale", [1e-30, 1e15])
+def test_scale(case, scale):
+    if case in ("fisher", "gradient_matching"):
+        pytest.skip("squares of these leave float32 in the test, not in the merge")
+    models, base = models_and_base(7)
+    big = functools.partial(jax.tree.map, lambda x: x * scale)
+    found = COMPILED[case]([big(m) for m in models], big(base))
+    wanted = big(COMPILED[case](models, base))
+    if case == "variance_corrected" and scale < 1:  # variances of 1e-60 are zero
+        wanted = big(merging.weighted(models, W))
+    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5 * scale)
+
+
+@every_case
+@pytest.mark.parametrize("shape", [(), (0, 3), (1,)])
+def test_scalars_and_empty_leaves(case, shape):
+    models = [{"x": jnp.full(shape, v)} for v in (1.0, 2.0, 4.0)]
+    found = CASES[case][0](models, {"x": jnp.full(shape, 0.5)})
+    assert found["x"].shape == shape
+    assert np.isfinite(found["x"]).all()
+
+
+@every_case
+def test_sharded(case):
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    rows = NamedSharding(mesh, P("d"))
+    rng = np.random.default_rng(8)
+    trees = [{"w": np.float32(rng.normal(size=(16, 3)))} for _ in range(4)]
+    plain = [jax.tree.map(jnp.asarray, t) for t in trees]
+    spread = [jax.device_put(t, rows) for t in trees]
+    merge = jax.jit(CASES[case][0])
+    found, wanted = merge(spread[:3], spread[3]), merge(plain[:3], plain[3])
+    chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+# --- identities ---
+
+
+def test_special_cases_of_each_other():
+    models, base = models_and_base(9)
+    zeros, ones = jax.tree.map(jnp.zeros_like, base), jax.tree.map(jnp.ones_like, base)
+    close = functools.partial(chex.assert_trees_all_close, rtol=1e-5, atol=1e-6)
+    uniform = merging.uniform(models)
+    close(merging.task_arithmetic(models, base, 1 / 3), uniform)
+    close(merging.fisher(models, [ones] * 3), uniform)
+    close(merging.fisher(models, [zeros] * 3), uniform)
+    # Gradient matching without curvature of its own is task arithmetic.
+    close(
+        merging.gradient_matching(models, [zeros] * 3, base, ones, 0.7),
+        merging.task_arithmetic(models, base, 0.7),
+    )
+    # Without a base Hessian, at scale 1, it is Fisher merging.
+    hs = [square(m) for m in models]
+    close(
+        merging.gradient_matching(models, hs, base, zeros), merging.fisher(models, hs)
+    )
+    close(merging.gradient_matching(models, [zeros] * 3, base, zeros), base)
+    close(merging.wise_ft(base, models[0], 0.0), base)
+    close(merging.wise_ft(base, models[0], 1.0), models[0])
+    close(merging.slerp(models[0], models[1], 0.0), models[0])
+    close(merging.slerp(models[0], models[1], 1.0), models[1])
+    assert merging.diwa is merging.greedy_soup
+
+
+def test_model_stock_at_its_ends():
+    """Orthogonal models know nothing: the base; parallel ones all: their mean."""
+    base = jnp.zeros(3)
+    across = [jnp.array([1.0, 0, 0]), jnp.array([0, 1.0, 0])]
+    np.testing.assert_allclose(merging.model_stock(across, base), base, atol=1e-7)
+    along = [jnp.array([1.0, 0, 0]), jnp.array([3.0, 0, 0])]
+    np.testing.assert_allclose(merging.model_stock(along, base), [2, 0, 0], rtol=1e-6)
+    against = [jnp.array([1.0, 0, 0]), jnp.array([-1.0, 0.5, 0])]
+    np.testing.assert_allclose(merging.model_stock(against, base), base, atol=1e-7)
+    # cos 60 degrees = 1/2: t = 2/3 of two models, by the paper's equation 3.
+    two = [jnp.array([1.0, 0]), jnp.array([0.5, 0.75**0.5])]
+    found = merging.model_stock(two, jnp.zeros(2))
+    np.testing.assert_allclose(found, 2 / 3 * (two[0] + two[1]) / 2, rtol=1e-5)
+
+
+def test_slerp_near_parallel_and_opposite_is_a_line():
+    a = jnp.array([1.0, 2.0, 3.0])
+    for b in (a, 2 * a, a + 1e-6, -a, jnp.zeros(3)):
+        np.testing.assert_allclose(
+            merging.slerp(a, b, 0.25), 0.75 * a + 0.25 * b, rtol=1e-5, atol=1e-6
+        )
+
+
+def test_karcher_of_two_is_the_middle_of_their_arc():
+    (a, b, _), _ = models_and_base(10)
+    unit = lambda tree: jax.tree.map(lambda x: x / jnp.linalg.norm(x), tree)
+    found = merging.karcher([unit(a), unit(b)])
+    chex.assert_trees_all_close(found, merging.slerp(unit(a), unit(b), 0.5), rtol=1e-4)
+    zero = jnp.zeros(3)
+    np.testing.assert_array_equal(merging.karcher([zero, zero]), zero)
+
+
+def test_ties_compares_globally_as_the_authors_do():
+    """All elements in one vector, as the authors' code has it."""
+    models, base = models_and_base(11)
+    found = merging.ties(models, base, 0.3, scope="global")
+    join = lambda t: np.concatenate([np.ravel(t[k]) for k in SHAPES]).astype(np.float64)
+    wanted = reference.ties([join(m) for m in models], join(base), 0.3, 1.0)
+    np.testing.assert_allclose(join(found), wanted, rtol=1e-5, atol=1e-6)
+    assert not np.allclose(join(merging.ties(models, base, 0.3)), wanted)
+
+
+def test_ties_of_everything_that_agrees_is_task_arithmetic():
+    rng = np.random.default_rng(0)
+    models = [jnp.asarray(1 + rng.random(9)) for _ in range(3)]
+    found = merging.ties(models, jnp.ones(9), 1.0)
+    wanted = merging.task_arithmetic(models, jnp.ones(9), 1 / 3)
+    np.testing.assert_allclose(found, wanted, rtol=1e-6)
+
+
+def test_dare():
+    base, model = {"a": jnp.ones(4000), "b": jnp.zeros(9)}, {"a": jnp.full(4000, 3.0)}
+    model["b"] = jnp.ones(9)
+    first, second = merging.dare([model, model], base, 0.25, key=0)
+    assert set(np.unique(first["a"])) == {1.0, 9.0}  # 1 + 2/0.25
+    assert abs(float(jnp.mean(first["a"] == 9.0)) - 0.25) < 0.03
+    assert not np.array_equal(first["a"], second["a"])
+    again = merging.dare([model], base, 0.25, key=jax.random.key(0))[0]
+    chex.assert_trees_all_equal(again, first)
+    # A leaf alone, by its name, meets the same fate.
+    alone = merging.dare([{"a": model["a"]}], {"a": base["a"]}, 0.25, key=0)[0]
+    np.testing.assert_array_equal(alone["a"], first["a"])
+    whole = merging.dare([model], base, 1.0, key=3)[0]
+    chex.assert_trees_all_close(whole, model)
+
+
+def test_greedy_soup_adds_what_helps():
+    target = jnp.array([1.0, 1.0])
+    points = [[1.0, 0.0], [0.0, 3.0], [1.2, 2.0], [5.0, 5.0]]
+    seen = []
+
+    def score(x):
+        seen.append(x)
+        return -jnp.sum((x - target) ** 2)
+
+    soup = merging.greedy_soup([jnp.array(p) for p in points], score)
+    # Scores -1, -5, -1.04, -32; (0 + 2) is nearly the target, the others harm.
+    assert soup.chosen == [0, 2]
+    np.testing.assert_allclose(soup.params, [1.1, 1.0], rtol=1e-6)
+    np.testing.assert_allclose(soup.score, -0.01, rtol=1e-4)
+    assert len(seen) == 4 + 3
+    nan = merging.greedy_soup([jnp.array(0.0), jnp.array(1.0)], lambda x: jnp.log(x))
+    assert nan.chosen == [1]
+
+
+def test_variance_corrected_keeps_the_variance():
+    models, _ = models_and_base(12)
+    found = merging.variance_corrected(models)
+    for name in SHAPES:
+        wanted = np.mean([np.var(m[name]) for m in models])
+        np.testing.assert_allclose(np.var(found[name]), wanted, rtol=1e-5)
+    constant = merging.variance_corrected([jnp.ones(3), jnp.full(3, 2.0)])
+    np.testing.assert_allclose(constant, 1.5)
+
+
+def test_dawin():
+    logits = [jnp.array([[2.0, 0.0], [0.0, 0.0]]), jnp.array([[0.0, 0.0], [0.0, 9.0]])]
+    found = merging.dawin(logits)
+    assert found.shape == (2, 2)
+    np.testing.assert_allclose(found.sum(axis=0), 1, rtol=1e-6)
+
+    def entropy(x):
+        p = np.exp(x) / np.exp(x).sum()
+        return -(p * np.log(p)).sum()
+
+    h = np.array([[entropy(np.float64(row)) for row in x] for x in logits])
+    np.testing.assert_allclose(found, np.exp(-h) / np.exp(-h).sum(axis=0), rtol=1e-5)
+    sure = merging.dawin(
+        [jnp.array([jnp.inf * 0 + 1e4, -1e4]), jnp.array([0.0, -jnp.inf])]
+    )
+    np.testing.assert_allclose(sure, [0.5, 0.5])
+    # Per sample, under vmap.
+    models = [jnp.array(1.0), jnp.array(3.0)]
+    each = jax.vmap(lambda w: merging.weighted(models, w))(found.T)
+    np.testing.assert_allclose(each, found.T @ np.array([1.0, 3.0]), rtol=1e-6)
+
+
+@pytest.mark.parametrize("batch", [1, 4, 7, 50])
+def test_squared_gradients(batch):
+    rng = np.random.default_rng(0)
+    x, y = np.float32(rng.normal(size=(7, 3))), np.float32(rng.normal(size=7))
+    params = {"w": jnp.ones(3), "b": jnp.zeros([]), "n": jnp.arange(2)}
+
+    def loss(p, example):
+        a, b = example
+        return (a @ p["w"] + p["b"] - b) ** 2 / 2
+
+    found = jax.jit(lambda p: merging.squared_gradients(loss, p, (x, y), batch=batch))(
+        params
+    )
+    residual = x.astype(np.float64).sum(axis=1) - y
+    wanted = ((residual[:, None] * x) ** 2).mean(axis=0)
+    np.testing.assert_allclose(found["w"], wanted, rtol=1e-5)
+    np.testing.assert_allclose(found["b"], (residual**2).mean(), rtol=1e-5)
+    np.testing.assert_array_equal(found["n"], 0)
+
+
+def test_squared_gradients_hold_no_more_than_a_batch():
+    examples, params = jnp.ones((256, 4)), jnp.ones((4, 5000))
+
+    def memory(batch):
+        found = lambda p: merging.squared_gradients(
+            lambda p, e: jnp.sum((e @ p) ** 2), p, examples, batch=batch
+        )
+        stats = jax.jit(found).lower(params).compile().memory_analysis()
+        return stats.temp_size_in_bytes
+
+    one = params.size * 4
+    assert memory(4) < 16 * one
+    assert memory(256) > 200 * one
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda a, b: merging.uniform([]), "there are no models"),
+        (lambda a, b: merging.greedy_soup([], lambda x: 0), "there are no models"),
+        (lambda a, b: merging.weighted([a, a], [1.0]), "as many weights"),
+        (
+            lambda a, b: merging.weighted([a, a], [1.0, 1.0]),
+            "sum to one, got a sum of 2",
+        ),
+        (lambda a, b: merging.weighted([a, a], [np.nan, 1.0]), "sum to one"),
+        (lambda a, b: merging.uniform([a, b]), r"tree 1 has shape \(3,\) at \['v'\]"),
+        (
+            lambda a, b: merging.uniform([a, {"u": a["u"]}]),
+            r"tree 1 has no leaf \['v'\]",
+        ),
+        (lambda a, b: merging.uniform([{"u": a["u"]}, a]), r"has a leaf \['v'\] more"),
+        (lambda a, b: merging.uniform([(jnp.ones(1),), [jnp.ones(1)]]), "structure"),
+        (lambda a, b: merging.task_arithmetic([a], b), r"at \['v'\]"),
+        (lambda a, b: merging.model_stock([a], a), "at least two models"),
+        (lambda a, b: merging.ties([a], a, 0.0), "density must lie in"),
+        (lambda a, b: merging.ties([a], a, 0.5, scope="x"), "scope must be"),
+        (lambda a, b: merging.dare([a], a, 1.5, 0), "density must lie in"),
+        (lambda a, b: merging.fisher([a, a], [a]), "as many fishers"),
+        (lambda a, b: merging.gradient_matching([a], [], a, a), "as many hessians"),
+        (lambda a, b: merging.gradient_matching([a], [a], a, a, 1, -1), "damping"),
+        (lambda a, b: merging.karcher([a, a], [2.0, -1.0]), "must not be negative"),
+        (lambda a, b: merging.dawin([jnp.ones(2), jnp.ones(3)]), "arrays of one shape"),
+        (lambda a, b: merging.greedy_soup([a], lambda x: np.nan), "no score is finite"),
+        (
+            lambda a, b: merging.squared_gradients(lambda p, e: 0.0, a, (jnp.ones(0),)),
+            "arrays of one length",
+        ),
+        (
+            lambda a, b: merging.squared_gradients(lambda p, e: 0.0, a, [1.0]),
+            "arrays of one length",
+        ),
+    ],
+)
+def test_bad_input(call, message):
+    a = {"u": jnp.ones(2), "v": jnp.ones(2)}
+    with pytest.raises(ValueError, match=message):
+        call(a, {"u": jnp.ones(2), "v": jnp.ones(3)})
