@@ -189,6 +189,15 @@ CLIPS = {
     for name, case in CLIPS.items()
 }
 CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS
+# They share all code with another case but a formula, which has tests of its own: the
+# suite runs the longer parts of the contract on them only with the slow tests.
+SIBLINGS = {
+    *("ema_params_biased", "polyak_average", "tail_average", "power_ema"),
+    *("asam", "awp", "cr_sam", "dnsam", "esam", "friendly_sam", "gam_hvp", "gnp"),
+    *("gsam", "sam_on", "usam", "wsam"),
+    *("cclip", "clipped_ema", "clip_by_coordinate_quantile"),
+    *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),
+}
 
 
 def params_of(dtype: Any) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 from cases import (
     AVERAGES,
     CASES,
+    SIBLINGS,
     grads_of,
     jitted,
     observe,
@@ -29,6 +30,13 @@ import optax_avg as oa
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+each_kind = pytest.mark.parametrize(
+    "case",
+    [
+        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SIBLINGS))
+        for name, case in CASES.items()
+    ],
+)
 every_average = pytest.mark.parametrize("case", AVERAGES.values(), ids=AVERAGES.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
 
@@ -125,7 +133,7 @@ def test_one_trace_serves_all_steps(case):
     assert len(traces) == 1
 
 
-@every_case
+@each_kind
 @every_dtype
 def test_scan_keeps_state_and_updates(case, dtype):
     tx, params = chain(case), params_of(dtype)
@@ -231,7 +239,7 @@ def test_init_copies(case):
     assert len(set(own)) == len(own)
 
 
-@every_case
+@each_kind
 def test_vmap_equals_a_loop(case):
     tx, params = chain(case), params_of(jnp.float32)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), params)
@@ -271,7 +279,7 @@ def test_partition_merges_its_parts(case):
     )
 
 
-@every_case
+@each_kind
 def test_inject_hyperparams(case):
     params = params_of(jnp.float32)
     injected = optax.inject_hyperparams(case.factory, static_args=case.static)
@@ -281,7 +289,7 @@ def test_inject_hyperparams(case):
     check_close(observe(*with_injection[::-1]), observe(*plain[::-1]), rtol=1e-5)
 
 
-@every_case
+@each_kind
 def test_multi_steps_moves_once_per_real_step(case):
     params = params_of(jnp.float32)
     tx = chain(case)
@@ -300,7 +308,7 @@ def test_multi_steps_moves_once_per_real_step(case):
     )
 
 
-@every_case
+@each_kind
 def test_apply_if_finite_rolls_back(case):
     params = params_of(jnp.float32)
     tx = optax.apply_if_finite(chain(case), max_consecutive_errors=5)
@@ -328,7 +336,7 @@ def test_non_finite_iterate_is_left_out_whole(case):
     chex.assert_trees_all_equal(read(state, params), before)
 
 
-@every_case
+@each_kind
 def test_key_in_the_state_beside_it(case):
     params = params_of(jnp.float32)
     tx = beside(case, optax.sgd(0.1), optax.add_noise(0.1, 0.5, 0))
@@ -344,7 +352,7 @@ def float_gradients(params):
     )
 
 
-@every_case
+@each_kind
 def test_leaves_that_are_not_float(case):
     params = {
         **params_of(jnp.float32),
@@ -374,7 +382,7 @@ def test_leaves_that_are_not_float(case):
         assert average["key"].dtype == params["key"].dtype
 
 
-@every_case
+@each_kind
 def test_masked_and_empty_trees(case):
     tx = case.make()
     update = jax.jit(functools.partial(tx.update, grad_fn=lambda params: params))
@@ -453,7 +461,7 @@ def spread(params, mesh):
     )
 
 
-@every_case
+@each_kind
 @pytest.mark.parametrize(
     "kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
 )
@@ -477,7 +485,7 @@ def test_sharded_params_give_sharded_averages(case, kind, request):
     check_close(seen, observe(plain[1], plain[0]), rtol=1e-5)
 
 
-@every_case
+@each_kind
 @pytest.mark.parametrize("check_vma", [True, False])
 def test_shard_map_of_data_parallel_steps(case, check_vma):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
@@ -544,7 +552,7 @@ def test_shard_map_of_sharded_params_agrees_on_finiteness(case):
     assert int(state.rejected) > 0
 
 
-@every_case
+@each_kind
 def test_pmap(case):
     tx, params = chain(case), params_of(jnp.float32)
     replicated = jax.tree.map(lambda x: jnp.stack([x] * 8), params)
@@ -573,7 +581,7 @@ def test_lowers_for_every_platform(case):
     assert exported.platforms == platforms
 
 
-@every_case
+@each_kind
 def test_orbax_round_trip_continues_bit_for_bit(case, tmp_path):
     tx = chain(case)
     advance = jitted(tx)

@@ -5,7 +5,6 @@ import os
 import random
 import signal
 import time
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -38,7 +37,7 @@ def train(directory, told):
     """Resumes after the newest snapshot; tells which snapshots are safe."""
     params, state, advance = training()
     store = SnapshotStore(directory)
-    newest = max(store.steps()) if Path(directory).exists() else 0
+    newest = max(store.steps(), default=0)
     step, before = 0, None
     with open(told, "a", buffering=1) as notes:
         while True:

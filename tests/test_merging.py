@@ -13,7 +13,6 @@ import reference_merging as reference
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
-import optax_avg as oa
 from optax_avg import merging
 
 W = [0.5, 0.3, 0.2]
@@ -115,7 +114,7 @@ def test_low_precision_is_rounded_once(case, dtype):
 
 @every_case
 def test_jit_leaves_alone_and_other_leaves(case):
-    """Compiled; leaf by leaf as within the whole; integers come from the first model."""
+    """Compiled; leaf by leaf as within the whole; integers come first."""
     ours, _ = CASES[case]
     models, base = models_and_base(4)
     found = ours(models, base)

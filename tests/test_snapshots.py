@@ -238,7 +238,9 @@ def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
 def test_nothing_before_the_averages_begin(tmp_path, open_stores):
     tx = oa.power_ema(WIDTHS, start=5)
     store = open_stores(SnapshotStore(tmp_path))
+    assert store.steps() == []
     assert not store.save(tx.init(small()), 0)
+    assert store.steps() == []
 
 
 class Pair(nnx.Module):
@@ -560,7 +562,7 @@ def test_bad_arguments(tmp_path, open_stores):
         (lambda: named.save(begun, 1), "two averages are named 'polyak'"),
         (lambda: SnapshotStore(tmp_path, every=0), "every must be an integer"),
         (lambda: SnapshotStore(tmp_path, dtype=jnp.int8), "floating point"),
-        (lambda: SnapshotStore(tmp_path / "none").steps(), "there is no directory"),
+        (lambda: SnapshotStore(tmp_path / "none").mean(), "there is no directory"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):

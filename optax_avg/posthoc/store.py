@@ -174,10 +174,9 @@ class SnapshotStore:
                 self._writer.manager.delete(later)
 
     def steps(self) -> list[int]:
-        """Steps of the finished snapshots, in ascending order."""
+        """Steps of the finished snapshots, ascending; none before the first."""
         self.wait()
-        with _disk.reader_of(self.directory):
-            return _disk.steps_of(self.directory)
+        return _disk.steps_of(self.directory)
 
     def plan(
         self,
