@@ -135,7 +135,7 @@ def test_more_snapshots_come_closer(tmp_path, open_stores):
     errors = []
     for every in (16, 8, 4):
         store, state, params, _ = filled(
-            tmp_path / str(every), 128, every, tx, weights=weight
+            tmp_path / str(every), 64, every, tx, weights=weight
         )
         open_stores(store)
         wanted = oa.averaged_params(state, params, "true")

@@ -18,9 +18,13 @@ def checked_weights(models: Sequence[Any], weights: Any) -> Any:
     """
     if len(weights) != len(models):
         raise ValueError(f"{len(models)} models need as many weights, got {weights}.")
-    if any(isinstance(w, jax.core.Tracer) for w in [weights, *weights]):
+    try:
+        w = np.asarray(weights, np.float64)
+    except (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.ConcretizationTypeError,
+    ):
         return jnp.stack([jnp.asarray(w) for w in weights])
-    w = np.asarray(weights, np.float64)
     if len(w) and not abs(w.sum() - 1) < 1e-6:
         raise ValueError(f"weights must sum to one, got a sum of {w.sum():g}.")
     return w

@@ -85,6 +85,19 @@ def is_remote(directory: str) -> bool:
     return "://" in directory
 
 
+def absolute(directory: Any) -> str:
+    """The directory as Orbax wants it."""
+    path = os.fspath(directory)
+    return path if is_remote(path) else os.path.abspath(path)
+
+
+def is_store(directory: str) -> bool:
+    """Whether there are snapshots in a directory."""
+    path = absolute(directory)
+    steps = steps_of(path) if is_remote(path) or os.path.isdir(path) else []
+    return any(os.path.isdir(os.path.join(path, str(s), RECORD)) for s in steps[:1])
+
+
 def _manager(directory: str) -> Any:
     ocp = orbax()
     return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions())

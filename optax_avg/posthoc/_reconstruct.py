@@ -54,6 +54,30 @@ class Plan(NamedTuple):
     advice: str
 
 
+def target_of(
+    sigma_rel: Any = None,
+    half_life: Any = None,
+    window: Any = None,
+    weight: Any = None,
+    every: int = 1,
+) -> Callable[[int], Kind]:
+    """From a number of iterates to the average that is wanted."""
+    if sum(x is not None for x in (sigma_rel, half_life, window, weight)) != 1:
+        raise ValueError(
+            "there must be one target; write reconstruct(params, sigma_rel=0.08), or "
+            "half_life=, window= or weight=."
+        )
+    if sigma_rel is not None:
+        power = Power(weights.gamma_from_sigma_rel(float(sigma_rel)))
+        return lambda t: power
+    if window is not None:
+        _tree.check_integer("window", window, 1)
+        return lambda t: Window(window)
+    if half_life is not None:
+        weight, every = weights.ema(weights.decay_from_half_life(float(half_life))), 1
+    return lambda t: Recorded(weights.sequence(weight, t, every=every))
+
+
 def records_of(reader: _disk.Reader) -> dict[int, _disk.Record]:
     """Records by step of the snapshots that can be read; the others are reported."""
     records = {}
@@ -61,11 +85,12 @@ def records_of(reader: _disk.Reader) -> dict[int, _disk.Record]:
         try:
             records[step] = _disk.read_record(reader, step)
         except _disk.SnapshotError as broken:
-            _report(broken)
+            report(broken)
     return records
 
 
-def _report(broken: _disk.SnapshotError) -> None:
+def report(broken: _disk.SnapshotError) -> None:
+    """Names a snapshot that is left out."""
     warnings.warn(
         f"the snapshot of step {broken.step} is left out: {broken}",
         RuntimeWarning,
@@ -93,7 +118,7 @@ def planned(
         if name in (names or [n for n in record.leaves if n != "parameters"])
         and (step is None or record.step <= step)
     ]
-    kinds = _kinds(reader, chosen)
+    kinds = kinds_of(reader, chosen)
     chosen = [(record, name) for record, name in chosen if (record.step, name) in kinds]
     if not chosen or step not in (None, chosen[-1][0].step):
         have = sorted({record.step for record in records.values()})
@@ -116,7 +141,7 @@ def planned(
     return Plan(parts, found.residual, found.condition, advice)
 
 
-def _kinds(
+def kinds_of(
     reader: _disk.Reader, chosen: list[tuple[_disk.Record, str]]
 ) -> dict[tuple[int, str], Kind]:
     """What each snapshot of an average is, without those that cannot be told."""
@@ -135,7 +160,7 @@ def _kinds(
                     sequences[name] = _disk.read_sequence(reader, record, name)
                 kinds[record.step, name] = Recorded(sequences[name])
             except _disk.SnapshotError as broken:
-                _report(broken)
+                report(broken)
     return kinds
 
 
@@ -167,46 +192,70 @@ def warn_of_residual(plan: Plan) -> None:
         )
 
 
-def summed(
-    reader: _disk.Reader,
-    records: dict[int, _disk.Record],
-    parts_of: Callable[[dict[int, _disk.Record]], list[Part]],
-    params: Any,
+def without_broken(
+    records: dict[int, _disk.Record], make: Callable[[dict[int, _disk.Record]], Any]
 ) -> Any:
-    """``sum_i x_i snapshot_i``; starts again without a snapshot that proves broken."""
+    """``make(records)``, again without a snapshot that proves broken on the way."""
     while True:
         try:
-            return _sum(reader, records, parts_of(records), params)
+            return make(records)
         except _disk.SnapshotError as broken:
-            _report(broken)
+            report(broken)
             records = {s: r for s, r in records.items() if s != broken.step}
 
 
-def _sum(
+def summed(
     reader: _disk.Reader,
     records: dict[int, _disk.Record],
     parts: list[Part],
     params: Any,
 ) -> Any:
-    leaves = records[parts[-1].step].leaves[parts[-1].name]
-    for part in parts:
-        _check_alike(leaves, records[part.step].leaves[part.name], part)
+    """``sum_i x_i snapshot_i``, like ``params``."""
+    leaves = leaves_of(records, parts)
     like, place = _layout(leaves, params)
     result: dict[int, jax.Array] = {}
     for batch in _disk.batches(leaves):
-        shardings = [_sharding(like[i]) for i in batch]
-        total = None
-        for part in parts:
-            record = records[part.step]
-            read = _disk.read_leaves(reader, record, part.name, batch, shardings)
-            x = jnp.asarray(part.weight, jnp.float32)
-            total = _scaled(x, read) if total is None else _added(x, read, total)
-            del read
-        for i, leaf in zip(batch, total or [], strict=True):
+        shardings = [sharding_of(like[i]) for i in batch]
+        total = summed_leaves(reader, records, parts, batch, shardings)
+        for i, leaf in zip(batch, total, strict=True):
             dtype = leaf.dtype if like[i] is None else like[i].dtype
             result[i] = leaf.astype(dtype)
         del total
     return place(result)
+
+
+def leaves_of(records: dict[int, _disk.Record], parts: list[Part]) -> list[_disk.Leaf]:
+    """The leaves that all parts of a sum have.
+
+    Raises:
+      ValueError: If they differ.
+    """
+    leaves = records[parts[-1].step].leaves[parts[-1].name]
+    for part in parts:
+        _check_alike(leaves, records[part.step].leaves[part.name], part)
+    return leaves
+
+
+def summed_leaves(
+    reader: _disk.Reader,
+    records: dict[int, _disk.Record],
+    parts: list[Part],
+    indices: list[int],
+    shardings: list[Any],
+) -> list[jax.Array]:
+    """Some leaves of a sum of snapshots, in float32 or wider.
+
+    Raises:
+      SnapshotError: If a snapshot is broken.
+    """
+    total = None
+    for part in parts:
+        record = records[part.step]
+        read = _disk.read_leaves(reader, record, part.name, indices, shardings)
+        x = jnp.asarray(part.weight, jnp.float32)
+        total = _scaled(x, read) if total is None else _added(x, read, total)
+        del read
+    return total or []
 
 
 @jax.jit
@@ -276,6 +325,7 @@ def _layout(
     return like, place
 
 
-def _sharding(like: Any) -> Any:
+def sharding_of(like: Any) -> Any:
+    """Where a leaf of the result goes: as in ``like``, else the first device."""
     sharding = getattr(like, "sharding", None)
     return sharding or jax.sharding.SingleDeviceSharding(jax.local_devices()[0])

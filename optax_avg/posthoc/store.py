@@ -8,10 +8,9 @@ by name and left out.
 """
 
 import contextlib
-import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -21,7 +20,7 @@ import numpy as np
 from optax_avg import _tree, readout
 from optax_avg import weights as weights_
 from optax_avg.posthoc import _disk, _integrity, _reconstruct
-from optax_avg.posthoc._profiles import CONSTRAINED, Kind, Power, Recorded, Window
+from optax_avg.posthoc._profiles import CONSTRAINED
 from optax_avg.posthoc._reconstruct import Part, Plan
 from optax_avg.windows import BemaState, WindowState
 
@@ -78,8 +77,7 @@ class SnapshotStore:
         _tree.check_integer("every", every, 1)
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype!r}.")
-        path = os.fspath(directory)
-        self.directory = path if _disk.is_remote(path) else os.path.abspath(path)
+        self.directory = _disk.absolute(directory)
         self._weights = {
             name: weights_.with_stride(weight)
             for name, weight in (weights or {}).items()
@@ -206,7 +204,7 @@ class SnapshotStore:
         Raises:
           ValueError: If not exactly one target is given, or there are no snapshots.
         """
-        goal = _target(sigma_rel, half_life, window, weight, self._every)
+        goal = _reconstruct.target_of(sigma_rel, half_life, window, weight, self._every)
         self.wait()
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader)
@@ -248,19 +246,17 @@ class SnapshotStore:
         Raises:
           ValueError: If there is nothing to make it of, or ``params`` has other leaves.
         """
-        goal = _target(sigma_rel, half_life, window, weight, self._every)
+        goal = _reconstruct.target_of(sigma_rel, half_life, window, weight, self._every)
         self.wait()
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader)
 
-            def parts(records):
-                plan = _reconstruct.planned(
-                    reader, records, goal, step, names, normalize
-                )
+            def made(left):
+                plan = _reconstruct.planned(reader, left, goal, step, names, normalize)
                 _reconstruct.warn_of_residual(plan)
-                return plan.parts
+                return _reconstruct.summed(reader, left, plan.parts, params)
 
-            return _reconstruct.summed(reader, records, parts, params)
+            return _reconstruct.without_broken(records, made)
 
     def mean(
         self,
@@ -294,13 +290,14 @@ class SnapshotStore:
                     f"{missing}; it has {have}."
                 )
 
-            def parts(records):
-                left = [s for s in wanted if s in records]
-                if not left:
+            def made(left):
+                whole = [s for s in wanted if s in left]
+                if not whole:
                     raise ValueError(f"no snapshot of {name!r} could be read.")
-                return [Part(s, name, 1 / len(left)) for s in left]
+                parts = [Part(s, name, 1 / len(whole)) for s in whole]
+                return _reconstruct.summed(reader, left, parts, params)
 
-            return _reconstruct.summed(reader, records, parts, params)
+            return _reconstruct.without_broken(records, made)
 
     def _averages(self, opt_state: Any) -> Iterator[tuple[str, Any, int, Any]]:
         """Name, tree, number of iterates and kind of the averages that have begun."""
@@ -394,23 +391,3 @@ def _signed(
             )
             return {}
     return signed
-
-
-def _target(
-    sigma_rel: Any, half_life: Any, window: Any, weight: Any, every: int
-) -> Callable[[int], Kind]:
-    """From a number of iterates to the average that is wanted."""
-    if sum(x is not None for x in (sigma_rel, half_life, window, weight)) != 1:
-        raise ValueError(
-            "there must be one target; write reconstruct(params, sigma_rel=0.08), or "
-            "half_life=, window= or weight=."
-        )
-    if sigma_rel is not None:
-        power = Power(weights_.gamma_from_sigma_rel(float(sigma_rel)))
-        return lambda t: power
-    if window is not None:
-        _tree.check_integer("window", window, 1)
-        return lambda t: Window(window)
-    if half_life is not None:
-        weight, every = weights_.ema(weights_.decay_from_half_life(float(half_life))), 1
-    return lambda t: Recorded(weights_.sequence(weight, t, every=every))

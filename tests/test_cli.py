@@ -1,0 +1,434 @@
+"""The command: results equal to the library's, streams, interruptions, bad input."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+import warnings
+from pathlib import Path
+
+import chex
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import optax
+import orbax.checkpoint as ocp
+import pytest
+import safetensors.numpy
+
+import optax_avg as oa
+from optax_avg import _checkpoints, cli, merging
+
+ROOT = Path(__file__).resolve().parent.parent
+TYPES = {
+    "layer.w": np.float32,
+    "layer.b": np.float64,
+    "emb": ml_dtypes.bfloat16,
+    "half": np.float16,
+}
+
+
+def model(seed):
+    """Leaves of several dtypes, scalars, integers of 64 bits."""
+    rng = np.random.default_rng(seed)
+    shapes = {"layer.w": (30, 20), "layer.b": (20,), "emb": (7, 5), "half": ()}
+    flat = {n: rng.normal(size=s).astype(TYPES[n]) for n, s in shapes.items()}
+    return flat | {"n": np.arange(3) + 2**40}
+
+
+@pytest.fixture
+def files(tmp_path, monkeypatch):
+    """``a``, ``b``, ``c`` and ``base`` in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    models = {name: model(seed) for seed, name in enumerate(("a", "b", "c", "base"))}
+    for name, flat in models.items():
+        safetensors.numpy.save_file(flat, f"{name}.safetensors")
+    return models
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command; its exit code, output and errors."""
+
+    def one(*args):
+        monkeypatch.setattr(sys, "argv", ["optax-avg", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, errors = capsys.readouterr()
+        return code, out, errors
+
+    return one
+
+
+def checked(result):
+    code, out, errors = result
+    assert code == 0, errors
+    return out
+
+
+def names(*stems):
+    return [f"{stem}.safetensors" for stem in stems]
+
+
+MERGES = {
+    "soup": ([], lambda xs, x0: merging.uniform(xs)),
+    "soup weighted": (
+        ["--weights", "0.5,0.2,0.3"],
+        lambda xs, x0: merging.weighted(xs, [0.5, 0.2, 0.3]),
+    ),
+    "model-stock": (["--base"], merging.model_stock),
+    "task-arithmetic": (
+        ["--scale", "0.3", "--base"],
+        lambda xs, x0: merging.task_arithmetic(xs, x0, 0.3),
+    ),
+    "ties": (["--density", "0.5", "--base"], lambda xs, x0: merging.ties(xs, x0, 0.5)),
+    "ties dare": (
+        ["--dare", "--seed", "3", "--density", "0.5", "--base"],
+        lambda xs, x0: merging.ties(merging.dare(xs, x0, 0.5, 3), x0, 1.0),
+    ),
+    "karcher": ([], lambda xs, x0: merging.karcher(xs)),
+    "variance-corrected": ([], lambda xs, x0: merging.variance_corrected(xs)),
+    "fisher": (
+        [x for name in "cab" for x in ("--fisher", f"{name}.safetensors")],
+        lambda xs, x0: merging.fisher(xs, [xs[2], xs[0], xs[1]]),
+    ),
+    "gradient-matching": (
+        [x for name in "abc" for x in ("--hessian", f"{name}.safetensors")]
+        + ["--base-hessian", "base.safetensors", "--damping", "30", "--base"],
+        lambda xs, x0: merging.gradient_matching(xs, xs, x0, x0, damping=30.0),
+    ),
+}
+
+
+def nested(flat):
+    """As the command names leaves: by the parts between dots."""
+    tree = {"layer": {"w": flat["layer.w"], "b": flat["layer.b"]}}
+    return tree | {n: x for n, x in flat.items() if "." not in n}
+
+
+@pytest.mark.parametrize("name", MERGES)
+def test_merges_equal_those_in_memory(name, files, run):
+    options, rule = MERGES[name]
+    options = [*options, "base.safetensors"] if "--base" in options[-1:] else options
+    args = ["merge", name.split()[0], *names("a", "b", "c"), *options]
+    checked(run(*args, "--out", "out.safetensors"))
+    found = safetensors.numpy.load_file("out.safetensors")
+    with jax.enable_x64(True):
+        wanted = rule([nested(files[n]) for n in "abc"], nested(files["base"]))
+    for leaf, x in files["a"].items():
+        part = wanted["layer"][leaf[6:]] if "." in leaf else wanted[leaf]
+        assert found[leaf].dtype == x.dtype
+        assert found[leaf].shape == x.shape
+        eps = float(jnp.finfo(x.dtype).eps) if leaf in TYPES else 0
+        # A sum of another order may round another way.
+        np.testing.assert_allclose(
+            np.float64(found[leaf]), np.float64(part), rtol=max(2 * eps, 1e-6), atol=eps
+        )
+
+
+@pytest.mark.parametrize("name", ["wise-ft", "slerp"])
+def test_merges_of_two(name, files, run):
+    args = {
+        "wise-ft": ["a.safetensors", "--base", "b.safetensors", "--alpha", "0.25"],
+        "slerp": [*names("b", "a"), "--t", "0.25"],
+    }[name]
+    checked(run("merge", name, *args, "--out", "out.safetensors"))
+    found = safetensors.numpy.load_file("out.safetensors")["layer.w"]
+    rule = {"wise-ft": merging.wise_ft, "slerp": merging.slerp}[name]
+    wanted = rule(files["b"]["layer.w"], files["a"]["layer.w"], 0.25)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-6)
+
+
+def save_orbax(path, flat, only=None):
+    tree = {
+        k: jnp.asarray(x) for k, x in flat.items() if x.size and x.dtype != np.int64
+    }
+    tree = nested(tree)
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(Path(path).absolute(), tree if only is None else {only: tree})
+    return tree
+
+
+@pytest.mark.parametrize("batch", [1, 2**25])
+def test_orbax_in_and_out(batch, files, run, monkeypatch):
+    monkeypatch.setattr(cli, "BATCH", batch)
+    trees = [save_orbax(f"{name}_dir", files[name], "params") for name in "ab"]
+    out = ["--out", "merged", "--only", "params"]
+    checked(run("merge", "soup", "a_dir", "b_dir", *out))
+    like = jax.tree.map(jnp.zeros_like, trees[0])
+    with ocp.StandardCheckpointer() as checkpointer:
+        found = checkpointer.restore(Path("merged").absolute(), like)
+    chex.assert_trees_all_close(found, merging.uniform(trees), rtol=1e-2, atol=1e-6)
+    np.testing.assert_allclose(
+        found["layer"]["w"], merging.uniform(trees)["layer"]["w"], rtol=1e-6
+    )
+    assert "params" not in checked(run("inspect", "merged"))
+    assert "layer.w" in checked(run("inspect", "a_dir", "--only", "params"))
+
+
+def store_of_averages(directory):
+    tx = optax.chain(optax.sgd(0.1), oa.power_ema([0.05, 0.10]), oa.ema_params(0.9))
+    params = {"w": jnp.ones((20, 30)), "b": jnp.zeros(4)}
+    state = tx.init(params)
+    with oa.posthoc.SnapshotStore(
+        directory, weights={"ema": oa.weights.ema(0.9)}
+    ) as store:
+        for step in range(1, 33):
+            grads = jax.tree.map(lambda x, i=step: jnp.sin(x + i), params)
+            updates, state = tx.update(grads, state, params)
+            params = optax.apply_updates(params, updates)
+            if step % 4 == 0:
+                store.save(state, step)
+    return params
+
+
+def test_reconstruct(tmp_path, run):
+    params = store_of_averages(tmp_path / "store")
+    out = tmp_path / "out.safetensors"
+    widths = ["--sigma-rel", "0.08", "--step", "28", "--name", "power_ema_0.1"]
+    widths += ["--name", "power_ema_0.05", "--out", out]
+    checked(run("reconstruct", tmp_path / "store", *widths))
+    store = oa.posthoc.SnapshotStore(tmp_path / "store")
+    kept = ["power_ema_0.05", "power_ema_0.1"]
+    wanted = store.reconstruct(params, sigma_rel=0.08, step=28, names=kept)
+    found = safetensors.numpy.load_file(out)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-6)
+    half = ["--half-life", "6.5", "--dtype", "bfloat16", "--out", tmp_path / "half"]
+    checked(run("reconstruct", tmp_path / "store", *half))
+    assert "bfloat16" in checked(run("inspect", tmp_path / "half"))
+
+
+def test_reconstruct_names_what_is_broken_and_out_of_reach(tmp_path, run):
+    store_of_averages(tmp_path / "store")
+    for path in (tmp_path / "store" / "16" / "averages").rglob("*"):
+        if path.is_file():
+            path.write_bytes(b"")
+    for target, said in (
+        (["--sigma-rel", "0.08"], "snapshot of step 16 is left out"),
+        (["--sigma-rel", "0.01"], "miss the weights"),
+    ):
+        out = ["--out", tmp_path / f"{target[1]}.safetensors"]
+        code, _, errors = run("reconstruct", tmp_path / "store", *target, *out)
+        assert code == 0
+        assert f"warning: the snapshot{'s' if 'miss' in said else ''} " in errors
+        assert said in errors
+        assert out[1].exists()
+
+
+def test_inspect_a_store(tmp_path, run):
+    store_of_averages(tmp_path)
+    out = checked(run("inspect", tmp_path))
+    assert "8 snapshots, steps 4 to 32" in out
+    rows = {line.split()[1]: line.split() for line in out.splitlines() if "│ " in line}
+    # Mean ages T/(gamma + 2), and of the EMA by its weights.
+    gamma = oa.weights.gamma_from_sigma_rel(0.1)
+    assert abs(float(rows["power_ema_0.1"][7]) - 32 / (gamma + 2)) < 0.6
+    assert abs(float(rows["power_ema_0.1"][5]) - 0.1) < 0.005
+    age = oa.weights.profile(oa.weights.ema(0.9), 32).mean_age
+    assert abs(float(rows["ema"][7]) - age) < 1e-2
+    assert "604 numbers" not in out  # three averages of 604
+    assert "1,812 numbers" in out
+
+
+# --- nothing is lost, nothing is half written ---
+
+
+def test_nothing_is_replaced_without_force(files, run):
+    Path("out.safetensors").write_text("mine")
+    soup = ["merge", "soup", *names("a", "b"), "--out", "out.safetensors"]
+    code, _, errors = run(*soup)
+    assert code == 1
+    assert "error: out.safetensors exists; pass --force" in errors
+    assert Path("out.safetensors").read_text() == "mine"
+    checked(run(*soup, "--force"))
+    assert len(safetensors.numpy.load_file("out.safetensors")) == 5
+    Path("dir").mkdir()
+    (Path("dir") / "mine").write_text("mine")
+    code, _, _ = run(*soup[:-1], "dir")
+    assert code == 1
+    assert (Path("dir") / "mine").exists()
+
+
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_what_fails_on_the_way_leaves_nothing(out, files, run, monkeypatch):
+    def broken(trees):
+        raise RuntimeError("no such luck")
+
+    before = sorted(os.listdir())
+    monkeypatch.setattr(merging, "weighted", lambda xs, w: broken(xs))
+    code, _, errors = run("merge", "soup", *names("a", "b"), "--out", out)
+    assert code == 1
+    assert "no such luck" in errors
+    assert sorted(os.listdir()) == before
+    Path("out.safetensors").write_text("mine")
+    code, *_ = run("merge", "soup", *names("a", "b"), "--out", out, "--force")
+    assert code == 1
+    assert Path("out.safetensors").read_text() == "mine"
+
+
+SLOW = """
+import sys, time
+from optax_avg import _checkpoints, cli
+write = _checkpoints.write_checkpoint
+
+def slowly(out, leaves, load, **options):
+    def one(i):
+        print("writing", flush=True)
+        time.sleep(0.2)
+        return load(i)
+    write(out, leaves, one, **options)
+
+cli.write_checkpoint = slowly
+cli.main()
+"""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
+@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+def test_interrupted(number, out, files, tmp_path):
+    before = sorted(os.listdir())
+    process = subprocess.Popen(
+        [sys.executable, "-c", SLOW, "merge", "soup", *names("a", "b"), "--out", out],
+        cwd=tmp_path,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+    assert process.stdout is not None
+    assert process.stdout.readline() == "writing\n"
+    time.sleep(0.3)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert (
+        process.returncode
+        == {
+            signal.SIGINT: 130,
+            signal.SIGTERM: 143,
+            signal.SIGKILL: -9,
+        }[number]
+    ), errors
+    left = [name for name in sorted(os.listdir()) if name not in before]
+    if number == signal.SIGKILL:  # what cannot clean up leaves no result by its name
+        assert all(n.startswith(".out") and n.endswith(".partial") for n in left)
+    else:
+        assert left == []
+        assert "Traceback" not in errors
+
+
+def test_a_few_leaves_at_a_time(files, run, monkeypatch):
+    """No more than two batches of arrays are alive while sixteen are merged."""
+    for name in "xy":
+        leaves = {f"l{i:02}": np.ones(1000, np.float32) for i in range(16)}
+        safetensors.numpy.save_file(leaves, f"{name}.safetensors")
+    monkeypatch.setattr(cli, "BATCH", 4000)
+    sizes = []
+    read = _checkpoints.open_checkpoint
+
+    def counted(path, only):
+        source = read(path, only)
+
+        def seen(indices):
+            sizes.append(sum(source.leaves[i].nbytes for i in indices))
+            return source.read(indices)
+
+        return source._replace(read=seen)
+
+    monkeypatch.setattr(cli, "open_checkpoint", counted)
+    for out in ("out.safetensors", "out"):
+        sizes.clear()
+        checked(run("merge", "soup", "x.safetensors", "y.safetensors", "--out", out))
+        assert max(sizes) == 4000
+        assert sum(sizes) == 2 * 16 * 4000  # each leaf is read once
+
+
+@pytest.mark.parametrize(
+    ("args", "code", "message"),
+    [
+        ("merge soup a.safetensors nope.safetensors", 1, "no checkpoint at nope"),
+        ("merge soup a.safetensors empty", 1, "neither an Orbax checkpoint nor"),
+        ("merge soup a.safetensors text.safetensors", 1, "text.safetensors cannot be"),
+        (
+            "merge soup a.safetensors odd.safetensors",
+            1,
+            r"layer.w has shape (2,) in odd",
+        ),
+        ("merge soup a.safetensors less.safetensors", 1, "has no leaf emb, which a"),
+        ("merge soup less.safetensors a.safetensors", 1, "has a leaf emb, less"),
+        ("merge soup a.safetensors --only x", 1, "has no subtree 'x'; at its top are"),
+        ("merge soup a.safetensors --weights 1,2", 2, "must be 1 numbers of sum one"),
+        ("merge soup a.safetensors --weights x", 2, "are not numbers"),
+        ("merge soup", 2, "Missing argument"),
+        ("merge model-stock a.safetensors", 2, "Missing option '--base'"),
+        (
+            "merge model-stock a.safetensors --base b.safetensors",
+            1,
+            "at least two models",
+        ),
+        ("merge fisher a.safetensors", 2, "Missing option '--fisher'"),
+        (
+            "merge fisher a.safetensors --fisher b.safetensors --fisher c.safetensors",
+            2,
+            "as many --fisher",
+        ),
+        ("reconstruct nope --sigma-rel 0.1", 1, "there is no directory"),
+        ("reconstruct empty --sigma-rel 0.1", 1, "there is no snapshot"),
+        ("reconstruct empty", 1, "there must be one target"),
+        ("reconstruct empty --sigma-rel 0.5", 1, "sigma_rel must lie in"),
+        ("reconstruct empty --sigma-rel 0.1 --dtype int8", 2, "not a floating point"),
+        ("reconstruct empty --sigma-rel 0.1 --dtype x", 2, "not a dtype"),
+        ("inspect nope", 1, "no checkpoint at"),
+    ],
+)
+def test_bad_input(args, code, message, files, run):
+    Path("empty").mkdir()
+    Path("text.safetensors").write_text("no tensors here")
+    less = {k: v for k, v in files["a"].items() if k != "emb"}
+    safetensors.numpy.save_file(less, "less.safetensors")
+    odd = files["a"] | {"layer.w": np.ones(2, np.float32)}
+    safetensors.numpy.save_file(odd, "odd.safetensors")
+    out = [] if args.startswith("inspect") else ["--out", "out"]
+    found, _, errors = run(*args.split(), *out)
+    assert found == code, errors
+    assert message in errors
+    assert "Traceback" not in errors
+    assert not Path("out").exists()
+
+
+def test_several_items_are_named(files, run):
+    for item in ("state", "ema"):
+        save_orbax(f"run/{item}", files["a"])
+    code, _, errors = run("inspect", "run")
+    assert code == 1
+    assert "['ema', 'state']" in errors
+    assert "layer.w" in checked(run("inspect", "run/ema"))
+
+
+def test_leaves_without_elements(files, run):
+    leaves = {"e": np.zeros((0, 4), np.float32), "x": np.ones(2, np.float32)}
+    safetensors.numpy.save_file(leaves, "x.safetensors")
+    soup = ["merge", "soup", "x.safetensors", "x.safetensors", "--out"]
+    checked(run(*soup, "out.safetensors"))
+    assert safetensors.numpy.load_file("out.safetensors")["e"].shape == (0, 4)
+    code, _, errors = run(*soup, "out")
+    assert code == 1
+    assert "without elements, as e is" in errors
+    assert not Path("out").exists()
+
+
+def test_help(run):
+    assert "merge" in checked(run("--help"))
+    for args in (["reconstruct"], ["inspect"], ["merge"], ["merge", "ties"]):
+        assert "--help" in checked(run(*args, "--help"))
+
+
+def test_warnings_go_back_to_what_they_were(files, run):
+    shown = warnings.showwarning
+    checked(run("inspect", "a.safetensors"))
+    assert warnings.showwarning is shown
