@@ -1,6 +1,7 @@
 """The command: results equal to the library's, streams, interruptions, bad input."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,8 @@ import pytest
 import safetensors.numpy
 
 import optax_avg as oa
-from optax_avg import _checkpoints, cli, merging
+from optax_avg import cli, merging
+from optax_avg.cli import _checkpoints, _merge, _output
 
 ROOT = Path(__file__).resolve().parent.parent
 TYPES = {
@@ -157,7 +159,7 @@ def save_orbax(path, flat, only=None):
 
 @pytest.mark.parametrize("batch", [1, 2**25])
 def test_orbax_in_and_out(batch, files, run, monkeypatch):
-    monkeypatch.setattr(cli, "BATCH", batch)
+    monkeypatch.setattr(_output, "BATCH", batch)
     trees = [save_orbax(f"{name}_dir", files[name], "params") for name in "ab"]
     out = ["--out", "merged", "--only", "params"]
     checked(run("merge", "soup", "a_dir", "b_dir", *out))
@@ -188,8 +190,20 @@ def store_of_averages(directory):
     return params
 
 
-def test_reconstruct(tmp_path, run):
-    params = store_of_averages(tmp_path / "store")
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    directory = tmp_path_factory.mktemp("once")
+    return directory, store_of_averages(directory)
+
+
+@pytest.fixture
+def params(once, tmp_path):
+    """Of a store that is copied to ``tmp_path / "store"``."""
+    shutil.copytree(once[0], tmp_path / "store")
+    return once[1]
+
+
+def test_reconstruct(tmp_path, params, run):
     out = tmp_path / "out.safetensors"
     widths = ["--sigma-rel", "0.08", "--step", "28", "--name", "power_ema_0.1"]
     widths += ["--name", "power_ema_0.05", "--out", out]
@@ -204,8 +218,8 @@ def test_reconstruct(tmp_path, run):
     assert "bfloat16" in checked(run("inspect", tmp_path / "half"))
 
 
+@pytest.mark.usefixtures("params")
 def test_reconstruct_names_what_is_broken_and_out_of_reach(tmp_path, run):
-    store_of_averages(tmp_path / "store")
     for path in (tmp_path / "store" / "16" / "averages").rglob("*"):
         if path.is_file():
             path.write_bytes(b"")
@@ -221,9 +235,9 @@ def test_reconstruct_names_what_is_broken_and_out_of_reach(tmp_path, run):
         assert out[1].exists()
 
 
+@pytest.mark.usefixtures("params")
 def test_inspect_a_store(tmp_path, run):
-    store_of_averages(tmp_path)
-    out = checked(run("inspect", tmp_path))
+    out = checked(run("inspect", tmp_path / "store"))
     assert "8 snapshots, steps 4 to 32" in out
     rows = {line.split()[1]: line.split() for line in out.splitlines() if "│ " in line}
     # Mean ages T/(gamma + 2), and of the EMA by its weights.
@@ -234,6 +248,33 @@ def test_inspect_a_store(tmp_path, run):
     assert abs(float(rows["ema"][7]) - age) < 1e-2
     assert "604 numbers" not in out  # three averages of 604
     assert "1,812 numbers" in out
+
+
+def test_inspect_an_optimizer_state(tmp_path, run):
+    params = {"w": jnp.ones((20, 30))}
+    tx = optax.chain(
+        optax.adam(0.1),
+        oa.power_ema([0.05, 0.10]),
+        oa.window_average(5),
+        oa.ema_params(0.9),
+    )
+    state = tx.init(params)
+    for _ in range(7):
+        _, state = tx.update(params, state, params)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
+        tree = {"params": params, "opt_state": state}
+        writer.save(tmp_path / "state", args=ocp.args.PyTreeSave(tree))
+    out = checked(run("inspect", tmp_path / "state"))
+    rows = {line.split()[1]: line.split() for line in out.splitlines() if "│ " in line}
+    wanted = oa.weights.profile(oa.weights.power_function(sigma_rel=0.1), 7)
+    row = rows["power_ema_0.1"]
+    assert row[3] == "7"
+    assert float(row[5]) == pytest.approx(wanted.relative_width, rel=1e-2)
+    assert float(row[7]) == pytest.approx(wanted.mean_age, rel=1e-2)
+    assert rows["window_average"][3] == "7"
+    assert rows["window_average"][7] == "2"  # ages 0 to 4
+    assert rows["ema"][3:] == ["7", *"││││"]  # its weights are not in the state
+    assert "opt_state.1.averages.power_ema_0.05.w" in rows
 
 
 # --- nothing is lost, nothing is half written ---
@@ -274,7 +315,8 @@ def test_what_fails_on_the_way_leaves_nothing(out, files, run, monkeypatch):
 
 SLOW = """
 import sys, time
-from optax_avg import _checkpoints, cli
+from optax_avg import cli
+from optax_avg.cli import _checkpoints, _merge, _output
 write = _checkpoints.write_checkpoint
 
 def slowly(out, leaves, load, **options):
@@ -284,13 +326,20 @@ def slowly(out, leaves, load, **options):
         return load(i)
     write(out, leaves, one, **options)
 
-cli.write_checkpoint = slowly
+_output.write_checkpoint = slowly
 cli.main()
 """
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
-@pytest.mark.parametrize("out", ["out.safetensors", "out"])
+@pytest.mark.parametrize(
+    ("number", "out"),
+    [
+        (signal.SIGINT, "out.safetensors"),
+        (signal.SIGTERM, "out"),
+        (signal.SIGKILL, "out"),
+        (signal.SIGKILL, "out.safetensors"),
+    ],
+)
 def test_interrupted(number, out, files, tmp_path):
     before = sorted(os.listdir())
     process = subprocess.Popen(
@@ -327,7 +376,7 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
     for name in "xy":
         leaves = {f"l{i:02}": np.ones(1000, np.float32) for i in range(16)}
         safetensors.numpy.save_file(leaves, f"{name}.safetensors")
-    monkeypatch.setattr(cli, "BATCH", 4000)
+    monkeypatch.setattr(_output, "BATCH", 4000)
     sizes = []
     read = _checkpoints.open_checkpoint
 
@@ -340,7 +389,7 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
 
         return source._replace(read=seen)
 
-    monkeypatch.setattr(cli, "open_checkpoint", counted)
+    monkeypatch.setattr(_merge, "open_checkpoint", counted)
     for out in ("out.safetensors", "out"):
         sizes.clear()
         checked(run("merge", "soup", "x.safetensors", "y.safetensors", "--out", out))
@@ -399,6 +448,15 @@ def test_bad_input(args, code, message, files, run):
     assert message in errors
     assert "Traceback" not in errors
     assert not Path("out").exists()
+
+
+def test_an_array_within_an_array(files, run):
+    odd = {"a": np.ones(2, np.float32), "a.b": np.ones(3, np.float32)}
+    for name in "xy":
+        safetensors.numpy.save_file(odd, f"{name}.safetensors")
+    code, _, errors = run("merge", "soup", *names("x", "y"), "--out", "out")
+    assert code == 1
+    assert "error: a.b lies in a, an array" in errors
 
 
 def test_several_items_are_named(files, run):

@@ -39,6 +39,33 @@ each_kind = pytest.mark.parametrize(
 )
 every_average = pytest.mark.parametrize("case", AVERAGES.values(), ids=AVERAGES.keys())
 every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
+FEW = (
+    "ema_params",
+    "window_average",
+    "bema",
+    "sam",
+    "gam",
+    "vclip",
+    "clip_by_percentile",
+)
+
+
+def each_kind_with(name, *values):
+    """Each kind with the first of the values, a few with the others, too."""
+    return pytest.mark.parametrize(
+        ("case", name),
+        [
+            pytest.param(
+                case,
+                value,
+                id=f"{key}-{getattr(value, '__name__', value)}",
+                marks=[pytest.mark.slow]
+                * (key in SIBLINGS or not (value == values[0] or key in FEW)),
+            )
+            for key, case in CASES.items()
+            for value in values
+        ],
+    )
 
 
 SGD = optax.sgd(0.1, momentum=0.9)
@@ -133,8 +160,7 @@ def test_one_trace_serves_all_steps(case):
     assert len(traces) == 1
 
 
-@each_kind
-@every_dtype
+@each_kind_with("dtype", jnp.bfloat16, jnp.float16, jnp.float32)
 def test_scan_keeps_state_and_updates(case, dtype):
     tx, params = chain(case), params_of(dtype)
     state = tx.init(params)
@@ -461,10 +487,7 @@ def spread(params, mesh):
     )
 
 
-@each_kind
-@pytest.mark.parametrize(
-    "kind", [AxisType.Auto, AxisType.Explicit], ids=["auto", "explicit"]
-)
+@each_kind_with("kind", AxisType.Explicit, AxisType.Auto)
 def test_sharded_params_give_sharded_averages(case, kind, request):
     if case is CASES["ema_params_host"] and kind is AxisType.Explicit:
         request.applymarker(HOST_MEMORY_OF_EXPLICIT_SHARDS)
@@ -485,8 +508,7 @@ def test_sharded_params_give_sharded_averages(case, kind, request):
     check_close(seen, observe(plain[1], plain[0]), rtol=1e-5)
 
 
-@each_kind
-@pytest.mark.parametrize("check_vma", [True, False])
+@each_kind_with("check_vma", True, False)
 def test_shard_map_of_data_parallel_steps(case, check_vma):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = chain(case)

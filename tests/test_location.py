@@ -23,7 +23,7 @@ def x64():
 
 def tree_of(x, dtype=np.float32):
     return {
-        name: jnp.asarray(x[part].reshape(ref.SHAPES[name]), dtype)
+        name: np.asarray(x[part].reshape(ref.SHAPES[name]), dtype)
         for name, part in ref.SLICES.items()
     }
 

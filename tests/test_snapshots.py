@@ -77,14 +77,31 @@ def filled(directory, steps=32, every=4, tx=None, params=None, **options):
     return store, state, params, trace
 
 
+@pytest.fixture(scope="module")
+def once(tmp_path_factory):
+    """The store of the defaults, which every test gets a copy of."""
+    directory = tmp_path_factory.mktemp("once")
+    store, *rest = filled(directory)
+    store.close()
+    return directory, rest
+
+
+@pytest.fixture
+def ready(once, tmp_path):
+    directory, rest = once
+    copy = tmp_path / "store"
+    shutil.copytree(directory, copy)
+    return SnapshotStore(copy), *rest
+
+
 @pytest.fixture
 def open_stores():
     with contextlib.ExitStack() as stack:
         yield stack.enter_context
 
 
-def test_a_kept_average_comes_back(tmp_path, open_stores):
-    store, state, params, _ = filled(tmp_path)
+def test_a_kept_average_comes_back(ready, open_stores):
+    store, state, params, _ = ready
     open_stores(store)
     assert store.steps() == [4, 8, 12, 16, 20, 24, 28, 32]
     for width, name in zip(WIDTHS, KEPT, strict=True):
@@ -105,9 +122,9 @@ def test_a_kept_average_comes_back(tmp_path, open_stores):
         ({"window": 12}, None),
     ],
 )
-def test_the_error_is_within_the_residual(target, weight, tmp_path, open_stores):
+def test_the_error_is_within_the_residual(target, weight, ready, open_stores):
     """By Cauchy and Schwarz: ``|p - sum x_i p_i| |x_k|`` for each coordinate ``k``."""
-    store, _, params, trace = filled(tmp_path)
+    store, _, params, trace = ready
     open_stores(store)
     if weight is None:
         p = np.repeat([0, 1 / 12], [20, 12])
@@ -185,8 +202,8 @@ def test_an_earlier_step(tmp_path, open_stores):
     assert max(part.step for part in store.plan(sigma_rel=0.1, step=12).parts) == 12
 
 
-def test_means_of_parameters(tmp_path, open_stores):
-    store, _, params, trace = filled(tmp_path)
+def test_means_of_parameters(ready, open_stores):
+    store, _, params, trace = ready
     open_stores(store)
     losses = [9, 8, 3, 1, 1.1, 1.2, 8, 8]
     steps = [store.steps()[i] for i in oa.posthoc.swad_window(losses, n_tolerance=2)]
@@ -201,9 +218,9 @@ def test_means_of_parameters(tmp_path, open_stores):
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
-def test_half_precision_on_disk(dtype, tmp_path, open_stores):
+def test_half_precision_on_disk(dtype, ready, tmp_path, open_stores):
     store, _, params, _ = filled(tmp_path / "half", dtype=dtype)
-    full, *_ = filled(tmp_path / "full")
+    full, *_ = ready
     open_stores(store)
     open_stores(full)
     found = store.reconstruct(params, sigma_rel=0.08)
@@ -504,8 +521,8 @@ def test_without_orbax(monkeypatch, tmp_path):
         SnapshotStore(tmp_path)
 
 
-def test_out_of_reach_is_said_with_what_would_do(tmp_path, open_stores):
-    store, _, params, _ = filled(tmp_path)
+def test_out_of_reach_is_said_with_what_would_do(ready, open_stores):
+    store, _, params, _ = ready
     open_stores(store)
     with pytest.warns(
         UserWarning, match=r"miss .* by \d+.*sigma_rel from .* to"

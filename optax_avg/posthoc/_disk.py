@@ -275,6 +275,10 @@ def nested(leaves: dict[Path, Any]) -> dict[str, Any]:
         node = root
         for name in path[:-1]:
             node = node.setdefault(name, {})
+            if not isinstance(node, dict):
+                raise ValueError(f"{'.'.join(path)} lies in {name}, an array.")
+        if path[-1] in node:
+            raise ValueError(f"{'.'.join(path)} is an array; others lie in it.")
         node[path[-1]] = leaf
     return root
 

@@ -7,6 +7,7 @@ parameters can. Everything here is float64 NumPy, whatever JAX is set to.
 """
 
 import math
+import re
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -52,6 +53,12 @@ class Recorded(NamedTuple):
 
 
 Kind = Power | Window | Recorded
+
+
+def power_of_name(name: str) -> Power | None:
+    """What :func:`optax_avg.power_ema` calls its averages, ``power_ema_0.05``."""
+    width = re.fullmatch(r"power_ema_([\d.e+-]+)", name)
+    return width and Power(gamma_from_sigma_rel(float(width[1])))
 
 
 def coefficients(

@@ -8,7 +8,6 @@ by name and left out.
 """
 
 import contextlib
-import re
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
@@ -19,8 +18,7 @@ import numpy as np
 
 from optax_avg import _tree, readout
 from optax_avg import weights as weights_
-from optax_avg.posthoc import _disk, _integrity, _reconstruct
-from optax_avg.posthoc._profiles import CONSTRAINED
+from optax_avg.posthoc import _disk, _integrity, _profiles, _reconstruct
 from optax_avg.posthoc._reconstruct import Part, Plan
 from optax_avg.windows import BemaState, WindowState
 
@@ -185,7 +183,7 @@ class SnapshotStore:
         weight: weights_.Weight | None = None,
         step: int | None = None,
         names: Sequence[str] | None = None,
-        normalize: str = CONSTRAINED,
+        normalize: str = _profiles.CONSTRAINED,
     ) -> Plan:
         """How an average would be put together.
 
@@ -220,7 +218,7 @@ class SnapshotStore:
         weight: weights_.Weight | None = None,
         step: int | None = None,
         names: Sequence[str] | None = None,
-        normalize: str = CONSTRAINED,
+        normalize: str = _profiles.CONSTRAINED,
     ) -> Any:
         """An average that was not kept, from the snapshots.
 
@@ -322,9 +320,9 @@ class SnapshotStore:
             return {"window": int(jax.tree.leaves(node.windows)[0].shape[0])}
         if name in self._weights:
             return {"recorded": True}
-        width = re.fullmatch(r"power_ema_([\d.e+-]+)", name)
-        if width:
-            return {"power": weights_.gamma_from_sigma_rel(float(width[1]))}
+        power = _profiles.power_of_name(name)
+        if power:
+            return {"power": power.gamma}
         raise ValueError(
             f"the weights of the average {name!r} are not known; write SnapshotStore("
             f"directory, weights={{{name!r}: optax_avg.weights.ema(0.999)}})."

@@ -1,226 +1,29 @@
-"""The command ``optax-avg``: averages and merges of checkpoints larger than memory.
+"""``optax-avg merge``: the functions of :mod:`optax_avg.merging` over checkpoints."""
 
-Exit codes: 0 done, 1 not done (the reason is printed), 2 wrong usage, 130 and 143
-stopped by a signal.
-"""
-
-import logging
-import math
-import signal
-import sys
-import warnings
 from collections.abc import Callable
-from enum import StrEnum
 from typing import Annotated, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import typer
-from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
-from rich.table import Table
 
 from optax_avg import merging
-from optax_avg._checkpoints import (
-    Leaf,
-    check_free,
-    open_checkpoint,
-    write_checkpoint,
-)
-from optax_avg.posthoc import _disk, _profiles, _reconstruct
-from optax_avg.posthoc._reconstruct import target_of
+from optax_avg.cli._checkpoints import Leaf, open_checkpoint
+from optax_avg.cli._output import Force, Only, Out, write
+from optax_avg.posthoc import _disk
 
-app = typer.Typer(
-    help="Averages and merges of checkpoints, a few leaves in memory at a time.",
-    no_args_is_help=True,
-    add_completion=False,
-    pretty_exceptions_enable=False,
-)
 merge = typer.Typer(
     help="Merge finished models of the same leaves into one. A model is an Orbax "
     "checkpoint or a .safetensors file; the result has the dtypes of the first.",
     no_args_is_help=True,
 )
-app.add_typer(merge, name="merge")
-BATCH = 2**25  # bytes of leaves that are read and merged together
-
 Models = Annotated[list[str], typer.Argument(help="The models.")]
-Out = Annotated[
-    str, typer.Option(help="The result: a directory for Orbax, or a .safetensors file.")
-]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
-Only = Annotated[
-    str | None,
-    typer.Option(help="The subtree to take, such as params or state.params."),
-]
 Base = Annotated[str, typer.Option(help="The model that they were fine-tuned from.")]
 Scale = Annotated[float, typer.Option(help="Of what is added to the base.")]
 Weights = Annotated[
     str | None, typer.Option(help="Of the models, such as 0.7,0.3; their sum is one.")
 ]
-
-
-class Normalize(StrEnum):
-    """How the weights of snapshots are normalised."""
-
-    constrained = "constrained"
-    sum = "sum"
-    none = "none"
-
-
-class Stopped(BaseException):
-    """A signal has come. Not an Exception, which the layers below would take."""
-
-
-signals: list[int] = []
-
-
-def main() -> None:
-    """Runs the command; what goes wrong is one line, and nothing is half written."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    before = {n: signal.signal(n, _note) for n in (signal.SIGINT, signal.SIGTERM)}
-    signals.clear()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            warnings.showwarning = lambda message, *_, **__: _say(f"warning: {message}")
-            app()
-    except Stopped:
-        _say("stopped; nothing was written.")
-        sys.exit(128 + signals[0])
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        _say(f"error: {error}")
-        sys.exit(1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _note(number: int, frame: Any) -> None:
-    """Stops at the next leaf, at a second signal at once.
-
-    An exception that is raised here may be lost in a callback of another library.
-    """
-    del frame
-    signals.append(number)
-    if len(signals) > 1:
-        raise Stopped
-
-
-def _check_signals() -> None:
-    if signals:
-        raise Stopped
-
-
-def _say(line: str) -> None:
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
-
-
-@app.command()
-def reconstruct(
-    store: Annotated[str, typer.Argument(help="Directory of a SnapshotStore.")],
-    out: Out,
-    sigma_rel: Annotated[
-        float | None, typer.Option(help="Relative width of a power function.")
-    ] = None,
-    half_life: Annotated[
-        float | None, typer.Option(help="Half-life of an EMA, in iterates.")
-    ] = None,
-    window: Annotated[
-        int | None, typer.Option(help="Iterates in a mean of the latest.")
-    ] = None,
-    step: Annotated[
-        int | None, typer.Option(help="Where the average ends; by default the last.")
-    ] = None,
-    name: Annotated[
-        list[str] | None, typer.Option(help="Averages to make it of; by default all.")
-    ] = None,
-    normalize: Annotated[Normalize, typer.Option()] = Normalize.constrained,
-    dtype: Annotated[str, typer.Option(help="Of the result.")] = "float32",
-    force: Force = False,
-) -> None:
-    """Make an average that was not kept, from the snapshots of others.
-
-    Snapshots that cannot be read are named and left out, and a width that the snapshots
-    cannot express is said, with those that they can.
-    """
-    kind = _dtype(dtype)
-    goal = target_of(sigma_rel, half_life, window)
-    with _disk.reader_of(_disk.absolute(store)) as reader:
-        records = _reconstruct.records_of(reader)
-
-        def summed(left: dict[int, _disk.Record]) -> None:
-            plan = _reconstruct.planned(
-                reader, left, goal, step, name or None, normalize.value
-            )
-            _reconstruct.warn_of_residual(plan)
-            stored = _reconstruct.leaves_of(left, plan.parts)
-            place = _reconstruct.sharding_of(None)
-
-            def make(batch: list[int]) -> list[np.ndarray]:
-                found = _reconstruct.summed_leaves(
-                    reader, left, plan.parts, batch, [place] * len(batch)
-                )
-                return [np.asarray(x.astype(kind)) for x in found]
-
-            leaves = [Leaf(leaf.path, leaf.shape, str(kind)) for leaf in stored]
-            _write(out, leaves, make, force)
-
-        _reconstruct.without_broken(records, summed)
-
-
-def _dtype(name: str) -> Any:
-    try:
-        kind = jnp.dtype(name)
-    except TypeError as error:
-        raise typer.BadParameter(f"--dtype {name} is not a dtype.") from error
-    if not jnp.issubdtype(kind, jnp.floating):
-        raise typer.BadParameter(f"--dtype {name} is not a floating point type.")
-    return kind
-
-
-def _write(
-    out: str,
-    leaves: list[Leaf],
-    make: Callable[[list[int]], list[np.ndarray]],
-    force: bool,
-) -> None:
-    """Writes leaves that are made a batch at a time."""
-    check_free(out, force)
-    order = sorted(range(len(leaves)), key=lambda i: leaves[i].path)
-    batch_of: dict[int, list[int]] = {}
-    batch, total = [], 0
-    for i in order:
-        if batch and total + leaves[i].nbytes > BATCH:
-            batch, total = [], 0
-        batch.append(i)
-        batch_of[i] = batch
-        total += leaves[i].nbytes
-    made: dict[int, np.ndarray] = {}
-    with _progress() as progress:
-        task = progress.add_task(out, total=sum(leaf.nbytes for leaf in leaves))
-
-        def load(j: int) -> np.ndarray:
-            _check_signals()
-            i = order[j]
-            if i not in made:
-                made.clear()
-                made.update(zip(batch_of[i], make(batch_of[i]), strict=True))
-            progress.advance(task, leaves[i].nbytes)
-            return made.pop(i)
-
-        write_checkpoint(out, [leaves[i] for i in order], load, force=force)
-
-
-def _progress() -> Progress:
-    return Progress(
-        "{task.description}",
-        BarColumn(),
-        DownloadColumn(),
-        TimeRemainingColumn(),
-        console=Console(stderr=True),
-    )
 
 
 def _merge(
@@ -261,7 +64,7 @@ def _merge(
         made |= {i: merged[leaves[i].path] for i in floats}
         return [made[i] for i in batch]
 
-    _write(out, leaves, make, force)
+    write(out, leaves, make, force)
 
 
 def _check_alike(leaves: list[Leaf], others: list[Leaf], path: str, first: str) -> None:
@@ -454,49 +257,3 @@ def gradient_matching(
         return merging.gradient_matching(xs, list(hs), x0, h0, scale, damping)
 
     _merge(rule, models, [base, base_hessian, *hessians], out, only, force)
-
-
-@app.command()
-def inspect(
-    path: Annotated[str, typer.Argument(help="A checkpoint, or a SnapshotStore.")],
-    only: Only = None,
-) -> None:
-    """Show leaves, dtypes and bytes; of a store, its averages, widths and mean ages."""
-    shown = Console()
-    if _disk.is_store(path):
-        with _disk.reader_of(path) as reader:
-            records = _reconstruct.records_of(reader)
-            if not records:
-                raise ValueError(f"{path} has no snapshot that can be read.")
-            last = records[max(records)]
-            shown.print(
-                f"{len(records)} snapshots, steps {min(records)} to {max(records)}"
-            )
-            shown.print(_averages(reader, last))
-            leaves = [
-                Leaf((name, *leaf.path), leaf.shape, leaf.dtype)
-                for name, found in last.leaves.items()
-                for leaf in found
-            ]
-    else:
-        leaves = open_checkpoint(path, only).leaves
-    table = Table("leaf", "shape", "dtype", "bytes")
-    for leaf in leaves:
-        table.add_row(leaf.name, str(leaf.shape), leaf.dtype, f"{leaf.nbytes:,}")
-    shown.print(table)
-    total = sum(leaf.nbytes for leaf in leaves)
-    count = sum(math.prod(leaf.shape) for leaf in leaves)
-    shown.print(f"{len(leaves)} leaves, {count:,} numbers, {total:,} bytes")
-
-
-def _averages(reader: Any, record: Any) -> Table:
-    table = Table("average", "iterates", "sigma_rel", "mean age", "kind")
-    chosen = [(record, name) for name in record.leaves]
-    for (_, name), kind in _reconstruct.kinds_of(reader, chosen).items():
-        t = record.absorbed[name]
-        p = _profiles.weights_on_iterates(kind, t)
-        mean = float(p @ np.arange(t + 1))
-        width = math.sqrt(max(float(p @ (np.arange(t + 1) - mean) ** 2), 0)) / t
-        described = next(iter(record.kinds[name]))
-        table.add_row(name, str(t), f"{width:.3g}", f"{t - mean:.4g}", described)
-    return table
