@@ -271,8 +271,8 @@ def test_inspect_an_optimizer_state(tmp_path, run):
     assert row[3] == "7"
     assert float(row[5]) == pytest.approx(wanted.relative_width, rel=1e-2)
     assert float(row[7]) == pytest.approx(wanted.mean_age, rel=1e-2)
-    assert rows["window_average"][3] == "7"
-    assert rows["window_average"][7] == "2"  # ages 0 to 4
+    assert rows["window"][3] == "7"
+    assert rows["window"][7] == "2"  # ages 0 to 4
     assert rows["ema"][3:] == ["7", *"││││"]  # its weights are not in the state
     assert "opt_state.1.averages.power_ema_0.05.w" in rows
 

@@ -33,7 +33,7 @@ def test_run(posthoc, tmp_path, capsys, monkeypatch):
     assert (many < few / 2).all()
     loss = numbers["loss"]
     # 0.05 was kept: what is made of it is itself, and 0.08 is close to the true one.
-    store = oa.posthoc.SnapshotStore(out / "snapshots" / "seed-1-of-16")
+    store = oa.posthoc.SnapshotStore(out / "snapshots" / "1")
     assert store.steps() == list(range(4, 65, 4))
     assert store.plan(sigma_rel=0.05).residual < 1e-6
     made, true = loss["made afterwards, 0.08"], loss["true average, 0.08"]
@@ -49,8 +49,8 @@ def test_run(posthoc, tmp_path, capsys, monkeypatch):
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)
         posthoc.main([*argv[:-2], "--seeds", "1", "--out", str(out)])
-    store = oa.posthoc.SnapshotStore(out / "snapshots" / "seed-0-of-4")
-    assert store.steps() == [16, 32, 48, 64]
+    store = oa.posthoc.SnapshotStore(out / "snapshots" / "0")
+    assert store.steps() == [8, 16, 24, 32, 40, 48, 56, 64]
 
 
 @pytest.mark.parametrize(

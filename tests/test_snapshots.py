@@ -355,7 +355,7 @@ def test_sharded_arrays_stay_sharded(explicit, tmp_path, open_stores):
 
 
 def test_memory_is_the_result_and_two_leaves(tmp_path, open_stores, monkeypatch):
-    leaf = 50_000
+    leaf = 270_000  # over a megabyte, below which leaves are read together
     params = {f"l{i}": jnp.ones(leaf) for i in range(12)} | {"s": jnp.ones(10)}
     store, *_ = filled(tmp_path, 6, 2, params=params)
     open_stores(store)

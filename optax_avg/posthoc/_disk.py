@@ -294,11 +294,11 @@ def flat(tree: Any, path: Path = ()) -> dict[Path, Any]:
 
 
 def batches(leaves: list[Leaf]) -> Iterator[list[int]]:
-    """Leaves in groups that are together no larger than the largest one."""
+    """Leaves in groups no larger than the largest one, or a megabyte."""
     sizes = [
         int(np.prod(leaf.shape)) * jnp.dtype(leaf.dtype).itemsize for leaf in leaves
     ]
-    most, total = max(sizes, default=0), 0
+    most, total = max([2**20, *sizes]), 0
     group: list[int] = []
     for i, size in enumerate(sizes):
         if group and total + size > most:
