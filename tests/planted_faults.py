@@ -38,6 +38,10 @@ CLIPPING = "tests/test_clipping.py"
 AGGREGATION = "tests/test_aggregation.py"
 SURGERY = "tests/test_surgery.py"
 TAIL_INDEX = "tests/test_tail_index.py"
+POSTHOC = "tests/test_posthoc.py"
+SNAPSHOTS = "tests/test_snapshots.py"
+MERGING = "tests/test_merging.py"
+CLI = "tests/test_cli.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -376,6 +380,138 @@ FAULTS = {
         "counts = finite & (state.tail_step % 2 == 1)",
         "counts = finite & (state.tail_step >= 1)",
         f"{TAIL_INDEX} -k stream",
+    ),
+    "weights of snapshots need not sum to one": Fault(
+        "optax_avg/posthoc/_profiles.py",
+        "x = x + ones * (1 - np.sum(x)) / np.sum(ones)",
+        "x = x + 0 * ones",
+        f"{POSTHOC} -k least_squares",
+    ),
+    "the exponent of the earlier profile": Fault(
+        "optax_avg/posthoc/_profiles.py",
+        "e = np.where(ta < tb, gb, ga)",
+        "e = np.where(ta < tb, ga, gb)",
+        f"{POSTHOC} -k quadrature",
+    ),
+    "discrete power functions lose an order": Fault(
+        "optax_avg/posthoc/_profiles.py",
+        "(j / t) ** g * newest",
+        "(j / t) ** kind.gamma * newest",
+        f"{POSTHOC} -k equal_profiles",
+    ),
+    "a window has one iterate more": Fault(
+        "optax_avg/posthoc/_profiles.py",
+        "(i > t - k)",
+        "(i >= t - k)",
+        f"{POSTHOC} -k windows",
+    ),
+    "fingerprints forget places": Fault(
+        "optax_avg/posthoc/_integrity.py",
+        "bits * (2 * place + 1)",
+        "bits",
+        f"{SNAPSHOTS} -k exchanged",
+    ),
+    "what comes back is not checked": Fault(
+        "optax_avg/posthoc/_disk.py",
+        "if number != leaf.fingerprint:",
+        "if number < 0:",
+        f"{SNAPSHOTS} -k broken",
+    ),
+    "sums of snapshots in their own dtype": Fault(
+        "optax_avg/posthoc/_reconstruct.py",
+        "return [a + x * _tree.wide(leaf) for a",
+        "return [(a + x * _tree.wide(leaf)).astype(leaf.dtype) for a",
+        f"{SNAPSHOTS} -k half_precision",
+    ),
+    "later snapshots than the step count": Fault(
+        "optax_avg/posthoc/_reconstruct.py",
+        "and (step is None or record.step <= step)",
+        "and (step is None or record.step != -step)",
+        f"{SNAPSHOTS} -k earlier",
+    ),
+    "the step of resumption is removed": Fault(
+        "optax_avg/posthoc/store.py",
+        "if later > step:",
+        "if later >= step:",
+        f"{SNAPSHOTS} -k replaced",
+    ),
+    "Model Stock counts pairs wrongly": Fault(
+        "optax_avg/merging/task_vectors.py",
+        "pairs / (n * (n - 1))",
+        "pairs / n**2",
+        f"{MERGING} -k equals_the_reference",
+    ),
+    "TIES lets the first model elect": Fault(
+        "optax_avg/merging/task_vectors.py",
+        "elected = jnp.sign(sum(kept[1:], kept[0]))",
+        "elected = jnp.sign(kept[0])",
+        f"{MERGING} -k equals_the_reference",
+    ),
+    "DARE does not rescale": Fault(
+        "optax_avg/merging/task_vectors.py",
+        "(xs[0] - x0) / density",
+        "(xs[0] - x0)",
+        f"{MERGING} -k dare",
+    ),
+    "Karcher means along chords": Fault(
+        "optax_avg/merging/spheres.py",
+        "pull = w * jnp.where(sine > 1e-4, angle / jnp.maximum(sine, 1e-4), 1)",
+        "pull = w * jnp.where(sine > 2, angle, 1)",
+        f"{MERGING} -k equals_the_reference",
+    ),
+    "slerp of vectors that are not of unit length": Fault(
+        "optax_avg/merging/spheres.py",
+        "u, v = unit(a), unit(b)",
+        "u, v = a, b",
+        f"{MERGING} -k equals_the_reference",
+    ),
+    "Fisher merging forgets its weights": Fault(
+        "optax_avg/merging/curvature.py",
+        "total = sum(a * f for a, f in zip(w, shares, strict=True))",
+        "total = sum(shares)",
+        f"{MERGING} -k equals_the_reference",
+    ),
+    "gradient matching forgets the base": Fault(
+        "optax_avg/merging/curvature.py",
+        "(h + h0) / bar",
+        "h / bar",
+        f"{MERGING} -k equals_the_reference",
+    ),
+    "the examples that fill the last batch count": Fault(
+        "optax_avg/merging/curvature.py",
+        "(place < n).reshape(rounds, batch)",
+        "(place >= 0).reshape(rounds, batch)",
+        f"{MERGING} -k squared_gradients",
+    ),
+    "a greedy soup takes everything": Fault(
+        "optax_avg/merging/soups.py",
+        "if found >= best:",
+        "if found > -math.inf:",
+        f"{MERGING} -k greedy",
+    ),
+    "variance correction revives pruned weights": Fault(
+        "optax_avg/merging/soups.py",
+        "return jnp.where(pruned, 0, moved)",
+        "return moved",
+        f"{MERGING} -k shared_mask",
+    ),
+    "the command replaces what is there": Fault(
+        "optax_avg/cli/_checkpoints.py",
+        "if os.path.lexists(out) and not force:",
+        "if os.path.islink(out) and not force:",
+        f"{CLI} -k without_force",
+    ),
+    "the command writes under the final name": Fault(
+        "optax_avg/cli/_checkpoints.py",
+        "new = Path(folder) / target.name",
+        "new = target",
+        f"{CLI} -k on_the_way",
+    ),
+    "the command keeps every batch": Fault(
+        "optax_avg/cli/_merge.py",
+        "arrays = source.read([place[i] for i in floats])",
+        "arrays = source.read(place)[: len(floats)]",
+        f"{CLI} -k few_leaves",
     ),
 }
 

@@ -126,7 +126,7 @@ def test_every_public_transformation_has_a_case():
     assert names == (covered | {"multi_call"} | stateless) - {"<lambda>"}
 
 
-@every_case
+@each_kind
 def test_jit_equals_eager(case):
     dtype = jnp.bfloat16  # where XLA is free to keep more digits under jit
     tx, params = chain(case), params_of(dtype)
@@ -142,7 +142,7 @@ def test_jit_equals_eager(case):
     chex.assert_trees_all_equal_dtypes(jit_state, eager_state)
 
 
-@every_case
+@each_kind
 def test_one_trace_serves_all_steps(case):
     tx, params = chain(case), params_of(jnp.bfloat16)
 
@@ -213,7 +213,7 @@ def test_nothing_absorbed_reads_params_exactly(case):
         chex.assert_trees_all_equal(average, params)
 
 
-@every_case
+@each_kind
 def test_extra_args_are_accepted(case):
     tx, params = chain(case), params_of(jnp.float32)
     grads = grads_of(params)

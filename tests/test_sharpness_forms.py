@@ -8,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 import reference_sharpness as ref
+from cases import SIBLINGS
 from jax import shard_map
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
@@ -72,7 +73,7 @@ UNCHECKED = ("sam", "vasso", "fsam", "every_k")
     [
         pytest.param(name, check, marks=[pytest.mark.slow] * slow)
         for name in ALL
-        for check, slow in ((True, False), (False, name not in UNCHECKED))
+        for check, slow in ((True, name in SIBLINGS), (False, name not in UNCHECKED))
     ],
 )
 def test_rules_in_shard_map(name, check_vma):

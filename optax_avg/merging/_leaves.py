@@ -85,11 +85,14 @@ def inner(a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.sum(jnp.real(jnp.conj(a) * b))
 
 
+# Compiled once a shape, not once a call, where merges are not themselves compiled.
+@jax.jit
 def size(x: jax.Array) -> jax.Array:
     """``|x|``, without overflow."""
     return _tree.norm([x])
 
 
+@jax.jit
 def unit(x: jax.Array) -> jax.Array:
     """``x/|x|``, 0 at 0."""
     return _tree.unit([x])[0]

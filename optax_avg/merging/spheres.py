@@ -1,8 +1,10 @@
 """Means of directions: each leaf a vector, on the sphere of its length."""
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
@@ -102,23 +104,28 @@ def karcher(
         w = w / jnp.maximum(jnp.sum(w), jnp.finfo(norms.dtype).tiny)
         units = [unit(x) for x in xs]
         gram = jnp.stack([jnp.stack([inner(a, b) for b in units]) for a in units])
-
-        def normalised(c):
-            return c / jnp.sqrt(jnp.maximum(c @ gram @ c, 1e-30))
-
-        def advance(_, c):
-            cosine = jnp.clip(gram @ c, -1, 1)
-            angle = jnp.arccos(cosine)
-            sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
-            # log_u(v) = angle/sine (v - cosine u)
-            pull = w * jnp.where(sine > 1e-4, angle / jnp.maximum(sine, 1e-4), 1)
-            step = pull - jnp.sum(pull * cosine) * c
-            length = jnp.sqrt(jnp.maximum(step @ gram @ step, 0))
-            along = jnp.where(length > 1e-12, jnp.sin(length) / length, 1)
-            return normalised(jnp.cos(length) * c + along * step)
-
-        c = lax.fori_loop(0, num_iters, advance, normalised(w))
-        direction = weighted_sum(c, units)
+        direction = weighted_sum(_mean_direction(gram, w, num_iters), units)
         return jnp.sum(given * norms) * direction
 
     return over(one, models)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def _mean_direction(gram: jax.Array, w: jax.Array, num_iters: int) -> jax.Array:
+    """Coefficients on unit vectors of their Karcher mean, from their inner products."""
+
+    def normalised(c):
+        return c / jnp.sqrt(jnp.maximum(c @ gram @ c, 1e-30))
+
+    def advance(_, c):
+        cosine = jnp.clip(gram @ c, -1, 1)
+        angle = jnp.arccos(cosine)
+        sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
+        # log_u(v) = angle/sine (v - cosine u)
+        pull = w * jnp.where(sine > 1e-4, angle / jnp.maximum(sine, 1e-4), 1)
+        step = pull - jnp.sum(pull * cosine) * c
+        length = jnp.sqrt(jnp.maximum(step @ gram @ step, 0))
+        along = jnp.where(length > 1e-12, jnp.sin(length) / length, 1)
+        return normalised(jnp.cos(length) * c + along * step)
+
+    return lax.fori_loop(0, num_iters, advance, normalised(w))
