@@ -108,7 +108,7 @@ def _safetensors(path: str) -> Checkpoint:
     def read(indices):
         # Opened anew: pages of a mapped file count as memory as long as it is open.
         with _named(path), safetensors.safe_open(path, "np") as file:
-            return [np.array(file.get_tensor(leaves[i].name)) for i in indices]
+            return [file.get_tensor(leaves[i].name) for i in indices]
 
     return Checkpoint(leaves, read)
 

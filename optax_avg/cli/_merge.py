@@ -1,5 +1,6 @@
 """``optax-avg merge``: the functions of :mod:`optax_avg.merging` over checkpoints."""
 
+import zlib
 from collections.abc import Callable
 from typing import Annotated, Any
 
@@ -11,7 +12,6 @@ import typer
 from optax_avg import merging
 from optax_avg.cli._checkpoints import Leaf, open_checkpoint
 from optax_avg.cli._output import Force, Only, Out, write
-from optax_avg.posthoc import _disk
 
 merge = typer.Typer(
     help="Merge finished models of the same leaves into one. A model is an Orbax "
@@ -34,7 +34,10 @@ def _merge(
     only: str | None,
     force: bool,
 ) -> None:
-    """Merges ``rule(models, *others)`` a batch of leaves at a time."""
+    """Merges ``rule(name, models, *others)`` leaf by leaf.
+
+    A name is the number that :func:`optax_avg.merging.dare` makes of it.
+    """
     paths = [*models, *others]
     sources = [open_checkpoint(path, only) for path in paths]
     leaves = sources[0].leaves
@@ -43,25 +46,28 @@ def _merge(
         where = {leaf.path: i for i, leaf in enumerate(source.leaves)}
         _check_alike(leaves, [source.leaves[i] for i in where.values()], path, paths[0])
         places.append([where[leaf.path] for leaf in leaves])
-    compiled = jax.jit(lambda trees: rule(trees[: len(models)], *trees[len(models) :]))
+    n = len(models)
+    compiled = jax.jit(lambda name, xs: rule(name, xs[:n], *xs[n:]))
 
-    # What JAX would make 32 bits of, it gets as it is.
-    double = any(leaf.dtype in ("float64", "complex128") for leaf in leaves)
+    def merged(i: int, arrays: list[np.ndarray]) -> np.ndarray:
+        path, dtype = leaves[i].path, leaves[i].dtype
+        name = zlib.crc32("".join(f"[{part!r}]" for part in path).encode())
+        # What JAX would make 32 bits of, it gets as it is.
+        with jax.enable_x64(dtype in ("float64", "complex128")):
+            return np.asarray(compiled(np.uint32(name), arrays))
 
     def make(batch: list[int]) -> list[np.ndarray]:
         floats = [
             i for i in batch if jnp.issubdtype(jnp.dtype(leaves[i].dtype), jnp.inexact)
         ]
-        others = [i for i in batch if i not in floats]
-        made = dict(zip(others, sources[0].read(others), strict=True))
-        trees = []
-        for source, place in zip(sources, places, strict=True):
-            arrays = source.read([place[i] for i in floats])
-            named = zip(floats, arrays, strict=True)
-            trees.append(_disk.nested({leaves[i].path: x for i, x in named}))
-        with jax.enable_x64(double):
-            merged = _disk.flat(jax.device_get(compiled(trees)))
-        made |= {i: merged[leaves[i].path] for i in floats}
+        kept = [i for i in batch if i not in floats]
+        made = dict(zip(kept, sources[0].read(kept), strict=True))
+        columns = [
+            source.read([place[i] for i in floats])
+            for source, place in zip(sources, places, strict=True)
+        ]
+        for i in reversed(floats):
+            made[i] = merged(i, [column.pop() for column in columns])
         return [made[i] for i in batch]
 
     write(out, leaves, make, force)
@@ -107,7 +113,7 @@ def soup(
 ) -> None:
     """Take the weighted mean, by default the uniform one."""
     w = _numbers(weights, models)
-    _merge(lambda xs: merging.weighted(xs, w), models, [], out, only, force)
+    _merge(lambda _, xs: merging.weighted(xs, w), models, [], out, only, force)
 
 
 @merge.command("wise-ft")
@@ -120,7 +126,7 @@ def wise_ft(
     force: Force = False,
 ) -> None:
     """Interpolate between a model and what it was fine-tuned from."""
-    rule = lambda xs, x0: merging.wise_ft(x0, xs[0], alpha)
+    rule = lambda _, xs, x0: merging.wise_ft(x0, xs[0], alpha)
     _merge(rule, [tuned], [base], out, only, force)
 
 
@@ -129,7 +135,7 @@ def model_stock(
     models: Models, base: Base, out: Out, only: Only = None, force: Force = False
 ) -> None:
     """Go from the mean towards the base, as far as the angle between models says."""
-    _merge(merging.model_stock, models, [base], out, only, force)
+    _merge(lambda _, *xs: merging.model_stock(*xs), models, [base], out, only, force)
 
 
 @merge.command("task-arithmetic")
@@ -142,7 +148,7 @@ def task_arithmetic(
     force: Force = False,
 ) -> None:
     """Add what fine-tuning changed to the base."""
-    rule = lambda xs, x0: merging.task_arithmetic(xs, x0, scale)
+    rule = lambda _, xs, x0: merging.task_arithmetic(xs, x0, scale)
     _merge(rule, models, [base], out, only, force)
 
 
@@ -162,11 +168,11 @@ def ties(
 ) -> None:
     """Trim task vectors, elect signs, average who agree; --dare drops instead."""
 
-    def rule(xs: Any, x0: Any) -> Any:
+    def rule(name: Any, xs: Any, x0: Any) -> Any:
         if drop:
-            return merging.ties(
-                merging.dare(xs, x0, density, seed), x0, 1.0, scale=scale
-            )
+            key = jax.random.fold_in(jax.random.key(seed), name)
+            dropped = merging.dare(xs, x0, density, key)
+            return merging.ties(dropped, x0, 1.0, scale=scale)
         return merging.ties(xs, x0, density, scale=scale)
 
     _merge(rule, models, [base], out, only, force)
@@ -182,7 +188,7 @@ def slerp(
     force: Force = False,
 ) -> None:
     """Interpolate along the arc between two models."""
-    rule = lambda xs: merging.slerp(xs[0], xs[1], t)
+    rule = lambda _, xs: merging.slerp(xs[0], xs[1], t)
     _merge(rule, [a, b], [], out, only, force)
 
 
@@ -196,7 +202,7 @@ def karcher(
 ) -> None:
     """Take the mean direction on the sphere, times the mean norm."""
     w = _numbers(weights, models)
-    _merge(lambda xs: merging.karcher(xs, w), models, [], out, only, force)
+    _merge(lambda _, xs: merging.karcher(xs, w), models, [], out, only, force)
 
 
 @merge.command("variance-corrected")
@@ -209,7 +215,8 @@ def variance_corrected(
 ) -> None:
     """Take the mean and rescale each leaf to the variance of its inputs."""
     w = _numbers(weights, models)
-    _merge(lambda xs: merging.variance_corrected(xs, w), models, [], out, only, force)
+    rule = lambda _, xs: merging.variance_corrected(xs, w)
+    _merge(rule, models, [], out, only, force)
 
 
 @merge.command()
@@ -230,7 +237,7 @@ def fisher(
     if len(fishers) != len(models):
         raise typer.BadParameter(f"{len(models)} models need as many --fisher.")
     w = _numbers(weights, models)
-    rule = lambda xs, *fs: merging.fisher(xs, list(fs), w)
+    rule = lambda _, xs, *fs: merging.fisher(xs, list(fs), w)
     _merge(rule, models, fishers, out, only, force)
 
 
@@ -253,7 +260,7 @@ def gradient_matching(
     if len(hessians) != len(models):
         raise typer.BadParameter(f"{len(models)} models need as many --hessian.")
 
-    def rule(xs: Any, x0: Any, h0: Any, *hs: Any) -> Any:
+    def rule(name: Any, xs: Any, x0: Any, h0: Any, *hs: Any) -> Any:
         return merging.gradient_matching(xs, list(hs), x0, h0, scale, damping)
 
     _merge(rule, models, [base, base_hessian, *hessians], out, only, force)

@@ -95,7 +95,7 @@ def ties(
         kept = []
         for tau, limit in zip(taus, limits, strict=True):
             size = jnp.abs(tau)
-            least = _nth_largest(size.reshape(-1), density) if limit is None else limit
+            least = _nth_largest([size], density) if limit is None else limit
             kept.append(jnp.where(size >= least, tau, 0))
         elected = jnp.sign(sum(kept[1:], kept[0]))
         agree = [(jnp.sign(tau) == elected) & (tau != 0) for tau in kept]
@@ -109,18 +109,21 @@ def ties(
 def _limit_of(density: float, model: Any, base: Any) -> jax.Array:
     """The least magnitude that stays, over all leaves."""
     sizes = [
-        jnp.abs(_tree.wide(jnp.asarray(x)) - _tree.wide(jnp.asarray(x0))).reshape(-1)
+        jnp.abs(_tree.wide(jnp.asarray(x)) - _tree.wide(jnp.asarray(x0)))
         for x, x0 in zip(jax.tree.leaves(model), jax.tree.leaves(base), strict=True)
         if _tree.is_float(x)
     ]
-    return _nth_largest(jnp.concatenate(sizes), density)
+    return _nth_largest(sizes, density)
 
 
-def _nth_largest(sizes: jax.Array, density: float) -> jax.Array:
-    if not sizes.size:
+def _nth_largest(sizes: list[jax.Array], density: float) -> jax.Array:
+    count = sum(size.size for size in sizes)
+    if not count:
         return jnp.zeros([])
-    kept = max(1, round(density * sizes.size))
-    return jnp.sort(sizes)[sizes.size - kept]
+    return _order_statistic(sizes, count - max(1, round(density * count)))
+
+
+_order_statistic = jax.jit(_tree.order_statistic)  # compiled once a shape
 
 
 def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any]:
@@ -155,14 +158,16 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
     density = _tree.within("density", density, 0, 1, open_low=True)
     check_alike([*models, base])
     key = jax.random.key(key) if isinstance(key, int) else key
+    share = jnp.float32(density)  # the same draws with 64-bit types on
     dropped = []
     for t, model in enumerate(models):
 
         def one(xs, x0, path, t=t):
-            # By name, so that a leaf alone meets the fate that it has among others.
+            # By name, so that the other leaves do not matter to a leaf.
             name = zlib.crc32(jax.tree_util.keystr(path).encode())
-            own = jax.random.fold_in(jax.random.fold_in(key, t), name)
-            kept = jax.random.bernoulli(own, density, xs[0].shape)
+            own = jax.random.fold_in(key, name) if path else key
+            fate = jax.random.fold_in(own, t)
+            kept = jax.random.bernoulli(fate, share, xs[0].shape)
             return x0 + jnp.where(kept, (xs[0] - x0) / density, 0)
 
         dropped.append(over(one, [model], base, with_path=True))

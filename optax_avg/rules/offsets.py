@@ -349,7 +349,9 @@ def fsam(
 
         def renew(_):
             fisher = jax.tree.map(lambda g: jnp.square(jnp.abs(g)), g0)
-            threshold = _smallest_above(jax.tree.leaves(fisher), sparsity)
+            leaves = jax.tree.leaves(fisher)
+            below = jnp.floor(sparsity * sum(float(leaf.size) for leaf in leaves))
+            threshold = _tree.order_statistic(leaves, below)
             return jax.tree.map(lambda f: f >= threshold, fisher)
 
         due = state.rule_step % refresh == 0
@@ -360,28 +362,6 @@ def fsam(
         return grads[-1], memory
 
     return SharpnessRule(2, after_clean(offset), combine, init)
-
-
-def _smallest_above(leaves: list[jax.Array], share: Any) -> jax.Array:
-    """The smallest value that leaves ``share`` of all values below it; exact.
-
-    Bits of non-negative floats are ordered as the floats are, so that the answer is
-    found bit by bit, by counting, with no copy of the leaves.
-    """
-    dtype = jnp.result_type(jnp.float32, *leaves)
-    integer = jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32
-    size = sum(leaf.size for leaf in leaves)
-    below = jnp.floor(share * jnp.asarray(size, dtype))
-    as_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
-
-    def lower_bit(i, bits):
-        higher = bits | (jnp.ones([], integer) << (jnp.iinfo(integer).bits - 2 - i))
-        counts = [jnp.sum(leaf < as_float(higher)) for leaf in leaves]
-        return jnp.where(sum(counts, 0) <= below, higher, bits)
-
-    axes = tuple({name for leaf in leaves for name in _tree.varying_axes(leaf)})
-    start = _tree.vary(jnp.zeros([], integer), axes)
-    return as_float(lax.fori_loop(0, jnp.iinfo(integer).bits - 1, lower_bit, start))
 
 
 def _as_float(mask: Any) -> Any:
