@@ -30,16 +30,29 @@ import optax_avg as oa
 
 DTYPES = [jnp.float32, jnp.bfloat16, jnp.float16]
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
-each_kind = pytest.mark.parametrize(
-    "case",
-    [
-        pytest.param(case, id=name, marks=[pytest.mark.slow] * (name in SIBLINGS))
-        for name, case in CASES.items()
-    ],
-)
+
+
+def with_slow(slow):
+    """All cases, some of them only with the slow tests."""
+    return pytest.mark.parametrize(
+        "case",
+        [
+            pytest.param(case, id=name, marks=[pytest.mark.slow] * slow(name))
+            for name, case in CASES.items()
+        ],
+    )
+
+
+each_kind = with_slow(lambda name: name in SIBLINGS)
+# Where what is around a link is tried, not the link: some of each build.
+A_FEW = {
+    *("average_several", "ema_params", "ema_params_compensated", "window_average"),
+    *("bema", "write_back", "lookahead", "sam", "gam", "look_sam", "vasso"),
+    *("multi_call", "decoupled_wsam", "vclip", "clip_by_percentile", "bloop"),
+}
+a_few = with_slow(lambda name: name not in A_FEW)
 every_average = pytest.mark.parametrize("case", AVERAGES.values(), ids=AVERAGES.keys())
-every_dtype = pytest.mark.parametrize("dtype", DTYPES, ids=lambda d: jnp.dtype(d).name)
-FEW = (
+SECOND = (
     "ema_params",
     "window_average",
     "bema",
@@ -60,7 +73,7 @@ def each_kind_with(name, *values):
                 value,
                 id=f"{key}-{getattr(value, '__name__', value)}",
                 marks=[pytest.mark.slow]
-                * (key in SIBLINGS or not (value == values[0] or key in FEW)),
+                * (key in SIBLINGS or not (value == values[0] or key in SECOND)),
             )
             for key, case in CASES.items()
             for value in values
@@ -237,7 +250,7 @@ def test_missing_params_are_named(case):
         tx.update(grads_of(params), tx.init(params))
 
 
-@every_case
+@each_kind
 @pytest.mark.filterwarnings("error:Some donated buffers were not usable")
 def test_params_and_state_can_be_donated(case):
     tx, params = chain(case), params_of(jnp.float32)
@@ -265,7 +278,7 @@ def test_init_copies(case):
     assert len(set(own)) == len(own)
 
 
-@each_kind
+@a_few
 def test_vmap_equals_a_loop(case):
     tx, params = chain(case), params_of(jnp.float32)
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), params)
@@ -315,7 +328,7 @@ def test_inject_hyperparams(case):
     check_close(observe(*with_injection[::-1]), observe(*plain[::-1]), rtol=1e-5)
 
 
-@each_kind
+@a_few
 def test_multi_steps_moves_once_per_real_step(case):
     params = params_of(jnp.float32)
     tx = chain(case)
@@ -334,7 +347,7 @@ def test_multi_steps_moves_once_per_real_step(case):
     )
 
 
-@each_kind
+@a_few
 def test_apply_if_finite_rolls_back(case):
     params = params_of(jnp.float32)
     tx = optax.apply_if_finite(chain(case), max_consecutive_errors=5)
@@ -362,7 +375,7 @@ def test_non_finite_iterate_is_left_out_whole(case):
     chex.assert_trees_all_equal(read(state, params), before)
 
 
-@each_kind
+@a_few
 def test_key_in_the_state_beside_it(case):
     params = params_of(jnp.float32)
     tx = beside(case, optax.sgd(0.1), optax.add_noise(0.1, 0.5, 0))
@@ -378,7 +391,7 @@ def float_gradients(params):
     )
 
 
-@each_kind
+@a_few
 def test_leaves_that_are_not_float(case):
     params = {
         **params_of(jnp.float32),
@@ -408,7 +421,7 @@ def test_leaves_that_are_not_float(case):
         assert average["key"].dtype == params["key"].dtype
 
 
-@each_kind
+@a_few
 def test_masked_and_empty_trees(case):
     tx = case.make()
     update = jax.jit(functools.partial(tx.update, grad_fn=lambda params: params))
@@ -574,7 +587,7 @@ def test_shard_map_of_sharded_params_agrees_on_finiteness(case):
     assert int(state.rejected) > 0
 
 
-@each_kind
+@a_few
 def test_pmap(case):
     tx, params = chain(case), params_of(jnp.float32)
     replicated = jax.tree.map(lambda x: jnp.stack([x] * 8), params)
@@ -603,7 +616,7 @@ def test_lowers_for_every_platform(case):
     assert exported.platforms == platforms
 
 
-@each_kind
+@a_few
 def test_orbax_round_trip_continues_bit_for_bit(case, tmp_path):
     tx = chain(case)
     advance = jitted(tx)
