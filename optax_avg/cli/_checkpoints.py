@@ -276,6 +276,9 @@ def _write_orbax(
 
     tree = _disk.nested({leaf.path: Unmade(i) for i, leaf in enumerate(leaves)})
     registry = ocp.type_handlers.create_type_handler_registry((Unmade, OneByOne()))
-    handler = ocp.PyTreeCheckpointHandler(type_handler_registry=registry)
+    # Trained weights hardly shrink, and squeezing them takes most of the time.
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False
+    )
     with ocp.Checkpointer(handler) as writer:
         writer.save(path, args=ocp.args.PyTreeSave(tree))

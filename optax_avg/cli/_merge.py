@@ -33,6 +33,7 @@ def _merge(
     out: str,
     only: str | None,
     force: bool,
+    compiles: Callable[..., Any] = jax.jit,
 ) -> None:
     """Merges ``rule(name, models, *others)`` leaf by leaf.
 
@@ -47,7 +48,7 @@ def _merge(
         _check_alike(leaves, [source.leaves[i] for i in where.values()], path, paths[0])
         places.append([where[leaf.path] for leaf in leaves])
     n = len(models)
-    compiled = jax.jit(lambda name, xs: rule(name, xs[:n], *xs[n:]))
+    compiled = compiles(lambda name, xs: rule(name, xs[:n], *xs[n:]))
 
     def merged(i: int, arrays: list[np.ndarray]) -> np.ndarray:
         path, dtype = leaves[i].path, leaves[i].dtype
@@ -175,7 +176,9 @@ def ties(
             return merging.ties(dropped, x0, 1.0, scale=scale)
         return merging.ties(xs, x0, density, scale=scale)
 
-    _merge(rule, models, [base], out, only, force)
+    # Its threshold is found on the host, the rest is compiled in it.
+    compiles = jax.jit if drop else (lambda rule: rule)
+    _merge(rule, models, [base], out, only, force, compiles)
 
 
 @merge.command()

@@ -9,6 +9,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from optax_avg import _tree
 from optax_avg.merging._leaves import check_alike, inner, over, unit
@@ -91,39 +93,61 @@ def ties(
         limits = [_limit_of(density, model, base) for model in models]
 
     def one(xs, x0):
-        taus = [x - x0 for x in xs]
-        kept = []
-        for tau, limit in zip(taus, limits, strict=True):
-            size = jnp.abs(tau)
-            least = _nth_largest([size], density) if limit is None else limit
-            kept.append(jnp.where(size >= least, tau, 0))
-        elected = jnp.sign(sum(kept[1:], kept[0]))
-        agree = [(jnp.sign(tau) == elected) & (tau != 0) for tau in kept]
-        count = sum(a.astype(x0.dtype) for a in agree)
-        total = sum(jnp.where(a, tau, 0) for a, tau in zip(agree, kept, strict=True))
-        return x0 + scale * total / jnp.maximum(count, 1)
+        least = [
+            _nth_largest([_size(x, x0)], density) if limit is None else limit
+            for x, limit in zip(xs, limits, strict=True)
+        ]
+        return _elect(xs, x0, least, scale)
 
     return over(one, models, base)
+
+
+@jax.jit  # as below: compiled once a shape
+def _elect(xs: list[Any], x0: Any, limits: list[Any], scale: Any) -> jax.Array:
+    """The mean of the task vectors that agree, of elements at or above the limits."""
+    taus = [x - x0 for x in xs]
+    kept = [
+        jnp.where(jnp.abs(tau) >= limit, tau, 0)
+        for tau, limit in zip(taus, limits, strict=True)
+    ]
+    elected = jnp.sign(sum(kept[1:], kept[0]))
+    agree = [(jnp.sign(tau) == elected) & (tau != 0) for tau in kept]
+    count = sum(a.astype(x0.dtype) for a in agree)
+    total = sum(jnp.where(a, tau, 0) for a, tau in zip(agree, kept, strict=True))
+    return x0 + scale * total / jnp.maximum(count, 1)
+
+
+@jax.jit
+def _size(x: Any, x0: Any) -> jax.Array:
+    return jnp.abs(_tree.wide(jnp.asarray(x)) - _tree.wide(jnp.asarray(x0)))
 
 
 def _limit_of(density: float, model: Any, base: Any) -> jax.Array:
     """The least magnitude that stays, over all leaves."""
     sizes = [
-        jnp.abs(_tree.wide(jnp.asarray(x)) - _tree.wide(jnp.asarray(x0)))
+        _size(x, x0)
         for x, x0 in zip(jax.tree.leaves(model), jax.tree.leaves(base), strict=True)
         if _tree.is_float(x)
     ]
     return _nth_largest(sizes, density)
 
 
-def _nth_largest(sizes: list[jax.Array], density: float) -> jax.Array:
+def _nth_largest(sizes: list[jax.Array], density: float) -> Any:
     count = sum(size.size for size in sizes)
-    if not count:
-        return jnp.zeros([])
-    return _order_statistic(sizes, count - max(1, round(density * count)))
+    if density == 1 or not count:
+        return 0.0
+    below = count - max(1, round(density * count))
+    if len(sizes) == 1 and _at_hand(sizes[0]):
+        # Selecting on the host takes a tenth of the time of counting.
+        return np.partition(np.ravel(sizes[0]), below)[below]
+    return _order_statistic(sizes, below)
 
 
-_order_statistic = jax.jit(_tree.order_statistic)  # compiled once a shape
+def _at_hand(x: jax.Array) -> bool:
+    return not isinstance(x, Tracer) and x.is_fully_addressable
+
+
+_order_statistic = jax.jit(_tree.order_statistic)
 
 
 def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any]:
