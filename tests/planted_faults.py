@@ -507,10 +507,10 @@ FAULTS = {
         "new = target",
         f"{CLI} -k on_the_way",
     ),
-    "the command keeps every batch": Fault(
-        "optax_avg/cli/_merge.py",
-        "arrays = source.read([place[i] for i in floats])",
-        "arrays = source.read(place)[: len(floats)]",
+    "the command merges four batches at once": Fault(
+        "optax_avg/cli/_output.py",
+        "total + leaves[i].nbytes > BATCH",
+        "total + leaves[i].nbytes > 4 * BATCH",
         f"{CLI} -k few_leaves",
     ),
 }
