@@ -265,11 +265,13 @@ def _write_orbax(
     class OneByOne(ocp.type_handlers.NumpyHandler):
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
             args = args or [None] * len(values)
+            written: Any = []
             for value, info, arg in zip(values, infos, args, strict=True):
-                array = [load(value.i)]
-                for done in await super().serialize(array, [info], arg and [arg]):
+                array = [load(value.i)]  # while the last one is written
+                for done in written:
                     done.result()
-            return []
+                written = await super().serialize(array, [info], arg and [arg])
+            return written
 
         def memory_size(self, values: Any) -> Any:
             return [(leaves[v.i].nbytes, leaves[v.i].nbytes) for v in values]

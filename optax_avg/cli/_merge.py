@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import Annotated, Any
 
 import jax
@@ -18,6 +19,7 @@ merge = typer.Typer(
     "checkpoint or a .safetensors file; the result has the dtypes of the first.",
     no_args_is_help=True,
 )
+READERS = 2  # models that are read at the same time
 Models = Annotated[list[str], typer.Argument(help="The models.")]
 Base = Annotated[str, typer.Option(help="The model that they were fine-tuned from.")]
 Scale = Annotated[float, typer.Option(help="Of what is added to the base.")]
@@ -63,15 +65,19 @@ def _merge(
         ]
         kept = [i for i in batch if i not in floats]
         made = dict(zip(kept, sources[0].read(kept), strict=True))
-        columns = [
-            source.read([place[i] for i in floats])
-            for source, place in zip(sources, places, strict=True)
-        ]
+        columns = list(
+            readers.map(
+                lambda source, place: source.read([place[i] for i in floats]),
+                sources,
+                places,
+            )
+        )
         for i in reversed(floats):
             made[i] = merged(i, [column.pop() for column in columns])
         return [made[i] for i in batch]
 
-    write(out, leaves, make, force)
+    with ThreadPoolExecutor(READERS) as readers:
+        write(out, leaves, make, force)
 
 
 def _check_alike(leaves: list[Leaf], others: list[Leaf], path: str, first: str) -> None:
