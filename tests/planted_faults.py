@@ -441,6 +441,24 @@ FAULTS = {
         "pairs / n**2",
         f"{MERGING} -k equals_the_reference",
     ),
+    "re-basin forgets the inputs of the layer after": Fault(
+        "optax_avg/merging/basin.py",
+        "channels.append(_Place(i, -2, blocks))",
+        "pass",
+        f"{MERGING} -k 'permut or matching'",
+    ),
+    "re-basin takes pixels for channels": Fault(
+        "optax_avg/merging/basin.py",
+        "x = np.moveaxis(x.reshape(place.blocks, -1, *x.shape[1:]), 1, 0)",
+        "x = x.reshape(-1, place.blocks, *x.shape[1:])",
+        f"{MERGING} -k permut",
+    ),
+    "re-basin matches against the first order for ever": Fault(
+        "optax_avg/merging/basin.py",
+        "order[:] = order[new]",
+        "order[:] = new",
+        f"{MERGING} -k permut",
+    ),
     "TIES lets the first model elect": Fault(
         "optax_avg/merging/task_vectors.py",
         "elected = jnp.sign(sum(kept[1:], kept[0]))",

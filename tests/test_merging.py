@@ -1,6 +1,7 @@
 """Merges against float64, their special cases, masks, bad input and checkpoints."""
 
 import functools
+import itertools
 
 import chex
 import hypothesis
@@ -10,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import reference_merging as reference
+from flax import linen as nn
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -413,3 +415,116 @@ def test_bad_input(call, message):
     a = {"u": jnp.ones(2), "v": jnp.ones(2)}
     with pytest.raises(ValueError, match=message):
         call(a, {"u": jnp.ones(2), "v": jnp.ones(3)})
+
+
+class Chain(nn.Module):
+    """Convolution, normalisation, convolution, flattening, two dense layers."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(6, (3, 3))(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.relu(nn.Conv(5, (3, 3), strides=2)(x))
+        x = x.reshape(len(x), -1)
+        x = nn.relu(nn.Dense(8)(x))
+        return nn.Dense(3)(x)
+
+
+CHAIN = [("Conv_0", "BatchNorm_0"), "Conv_1", "Dense_0", "Dense_1"]
+
+
+def chain(seed, dtype=jnp.float32):
+    """A network with everything in it random, statistics included."""
+    net = Chain()
+    images = jax.random.normal(jax.random.key(0), (4, 6, 6, 2))
+    tree = net.init(jax.random.key(seed), images)
+    rng = np.random.default_rng(seed)
+    fill = lambda x: jnp.asarray(np.abs(rng.normal(size=x.shape)) + 0.1, dtype)
+    return jax.tree.map(fill, tree), lambda tree: net.apply(tree, images)
+
+
+def shuffled(tree, seed):
+    """The same network with its channels in another order, written out by hand."""
+    rng = np.random.default_rng(seed)
+    p, q, r = rng.permutation(6), rng.permutation(5), rng.permutation(8)
+    flat = np.concatenate([pixel * 5 + q for pixel in range(9)])
+    w, statistics = tree["params"], tree["batch_stats"]["BatchNorm_0"]
+    one = {"kernel": w["Conv_0"]["kernel"][..., p], "bias": w["Conv_0"]["bias"][p]}
+    norm = {k: v[p] for k, v in w["BatchNorm_0"].items()}
+    two = {
+        "kernel": w["Conv_1"]["kernel"][:, :, p][..., q],
+        "bias": w["Conv_1"]["bias"][q],
+    }
+    three = {
+        "kernel": w["Dense_0"]["kernel"][flat][:, r],
+        "bias": w["Dense_0"]["bias"][r],
+    }
+    four = {"kernel": w["Dense_1"]["kernel"][r], "bias": w["Dense_1"]["bias"]}
+    layers = ["Conv_0", "BatchNorm_0", "Conv_1", "Dense_0", "Dense_1"]
+    return {
+        "params": dict(zip(layers, [one, norm, two, three, four], strict=True)),
+        "batch_stats": {"BatchNorm_0": {k: v[p] for k, v in statistics.items()}},
+    }
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_permuted_channels_are_found_again(dtype):
+    tree, _ = chain(1, dtype)
+    other = shuffled(tree, 2)
+    assert not np.array_equal(
+        other["params"]["Conv_0"]["bias"], tree["params"]["Conv_0"]["bias"]
+    )
+    chex.assert_trees_all_equal(merging.permute(other, tree, CHAIN), tree)
+    chex.assert_trees_all_equal(merging.permute(tree, tree, CHAIN), tree)
+
+
+def test_permuting_keeps_the_function_and_comes_nearer():
+    a, apply = chain(1)
+    b, _ = chain(7)
+    found = merging.permute(b, a, CHAIN)
+    np.testing.assert_allclose(apply(found), apply(b), rtol=1e-5)
+    distance = lambda x: sum(
+        float(jnp.sum((u - v) ** 2))
+        for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(a), strict=True)
+    )
+    assert distance(found) < 0.97 * distance(b)
+    # No permutation of the channels of one layer alone comes nearer.
+    rng = np.random.default_rng(0)
+    for _ in range(50):
+        p = rng.permutation(8)
+        moved = jax.tree.map(lambda x: x, found)
+        moved["params"]["Dense_0"] = {
+            k: v[..., p] for k, v in found["params"]["Dense_0"].items()
+        }
+        last = found["params"]["Dense_1"]
+        moved["params"]["Dense_1"] = last | {"kernel": last["kernel"][p]}
+        assert distance(moved) >= distance(found) - 1e-4
+
+
+def test_matching_one_hidden_layer_is_the_best_of_all_orders():
+    rng = np.random.default_rng(3)
+    a, b = (
+        {"in": rng.normal(size=(2, 5)), "out": rng.normal(size=(5, 3))}
+        for _ in range(2)
+    )
+    gain = lambda p: np.sum(a["in"] * b["in"][:, p]) + np.sum(a["out"] * b["out"][p])
+    best = max(itertools.permutations(range(5)), key=lambda p: gain(list(p)))
+    found = merging.permute(b, a, ["in", "out"])
+    np.testing.assert_allclose(found["in"], b["in"][:, list(best)], rtol=1e-6)
+    np.testing.assert_allclose(found["out"], b["out"][list(best)], rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("change", "layers", "message"),
+    [
+        ({}, ["in"], "at least two"),
+        ({}, ["in", "outs"], r"no leaf has 'outs' in its path: \[\"\['in'\]\""),
+        ({"in": jnp.ones((2, 3))}, ["in", "out"], r"\['out'\] takes 4 inputs"),
+        ({"bias": jnp.ones(3)}, [("in", "bias"), "out"], "leaves of a layer"),
+        ({"in": jnp.full((2, 4), jnp.nan)}, ["in", "out"], r"\['in'\] is not finite"),
+    ],
+)
+def test_bad_chains(change, layers, message):
+    tree = {"in": jnp.ones((2, 4)), "out": jnp.ones((4, 3))} | change
+    with pytest.raises(ValueError, match=message):
+        merging.permute(tree, tree, layers)

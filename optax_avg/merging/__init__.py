@@ -8,6 +8,7 @@ dtypes of the first model; leaves that are not floating point come from it. A ze
 all trees share, as of a pruning mask, stays zero.
 """
 
+from optax_avg.merging.basin import permute
 from optax_avg.merging.curvature import fisher, gradient_matching, squared_gradients
 from optax_avg.merging.soups import (
     Soup,
@@ -32,6 +33,7 @@ __all__ = [
     "greedy_soup",
     "karcher",
     "model_stock",
+    "permute",
     "slerp",
     "squared_gradients",
     "task_arithmetic",
