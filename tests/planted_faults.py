@@ -415,7 +415,7 @@ FAULTS = {
         "optax_avg/posthoc/_disk.py",
         "if number != leaf.fingerprint:",
         "if number < 0:",
-        f"{SNAPSHOTS} -k broken",
+        f"{SNAPSHOTS} -k another_step",
     ),
     "sums of snapshots in their own dtype": Fault(
         "optax_avg/posthoc/_reconstruct.py",
@@ -451,7 +451,7 @@ FAULTS = {
         "optax_avg/merging/basin.py",
         "x = np.moveaxis(x.reshape(place.blocks, -1, *x.shape[1:]), 1, 0)",
         "x = x.reshape(-1, place.blocks, *x.shape[1:])",
-        f"{MERGING} -k permut",
+        f"{MERGING} -k pixel",
     ),
     "re-basin matches against the first order for ever": Fault(
         "optax_avg/merging/basin.py",

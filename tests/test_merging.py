@@ -488,6 +488,7 @@ def test_permuting_keeps_the_function_and_comes_nearer():
         for u, v in zip(jax.tree.leaves(x), jax.tree.leaves(a), strict=True)
     )
     assert distance(found) < 0.97 * distance(b)
+    chex.assert_trees_all_equal(merging.permute(found, a, CHAIN), found)
     # No permutation of the channels of one layer alone comes nearer.
     rng = np.random.default_rng(0)
     for _ in range(50):
@@ -499,6 +500,17 @@ def test_permuting_keeps_the_function_and_comes_nearer():
         last = found["params"]["Dense_1"]
         moved["params"]["Dense_1"] = last | {"kernel": last["kernel"][p]}
         assert distance(moved) >= distance(found) - 1e-4
+
+
+def test_channels_of_every_pixel_are_told_apart():
+    """By what comes after flattening alone: all else is equal."""
+    rng = np.random.default_rng(4)
+    after = rng.normal(size=(3 * 4, 2))
+    order = np.array([2, 0, 3, 1])
+    other = after.reshape(3, 4, 2)[:, order].reshape(12, 2)
+    a, b = ({"in": np.ones((2, 4)), "out": x} for x in (after, other))
+    found = merging.permute(b, a, ["in", "out"])
+    np.testing.assert_array_equal(found["out"], np.float32(after))
 
 
 def test_matching_one_hidden_layer_is_the_best_of_all_orders():
