@@ -457,7 +457,7 @@ FAULTS = {
         "optax_avg/merging/basin.py",
         "order[:] = order[new]",
         "order[:] = new",
-        f"{MERGING} -k permut",
+        f"{MERGING} -k matching_goes",
     ),
     "TIES lets the first model elect": Fault(
         "optax_avg/merging/task_vectors.py",
