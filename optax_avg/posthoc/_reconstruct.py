@@ -78,10 +78,17 @@ def target_of(
     return lambda t: Recorded(weights.sequence(weight, t, every=every))
 
 
-def records_of(reader: _disk.Reader) -> dict[int, _disk.Record]:
-    """Records by step of the snapshots that can be read; the others are reported."""
+def records_of(
+    reader: _disk.Reader, steps: Sequence[int] | None = None
+) -> dict[int, _disk.Record]:
+    """Records of the snapshots that can be read, of some steps or all; by step.
+
+    The others are reported.
+    """
     records = {}
     for step in _disk.steps_of(reader.directory):
+        if steps is not None and step not in steps:
+            continue
         try:
             records[step] = _disk.read_record(reader, step)
         except _disk.SnapshotError as broken:

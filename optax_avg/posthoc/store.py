@@ -278,14 +278,14 @@ class SnapshotStore:
         """
         self.wait()
         with _disk.reader_of(self.directory) as reader:
-            records = _reconstruct.records_of(reader)
+            records = _reconstruct.records_of(reader, steps)
             have = [s for s, record in records.items() if name in record.leaves]
             wanted = have if steps is None else sorted(set(steps))
             missing = [s for s in wanted if s not in have]
             if missing or not wanted:
                 raise ValueError(
                     f"{self.directory} has no snapshot of {name!r} at steps "
-                    f"{missing}; it has {have}."
+                    f"{missing}; it has {_disk.steps_of(reader.directory)}."
                 )
 
             def made(left):
