@@ -448,6 +448,7 @@ def shortest(gram: jax.Array, valid: jax.Array) -> jax.Array:
 
 
 RIDGE = 1e-6  # of a correlation matrix, for rows that depend on each other
+PROXIMAL_ROUNDS = 3  # each takes away most of what the ridge has shifted
 
 
 def nonnegative_minimiser(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -455,6 +456,8 @@ def nonnegative_minimiser(a: jax.Array, b: jax.Array) -> jax.Array:
 
     Block principal pivoting: all coordinates with the wrong sign change sides; where
     that does not make them fewer, only the last one, which ends after finitely many.
+    Rows that depend on each other have no single answer: the proximal point method,
+    ``v <- argmin v' A v/2 - b' v + r |v - v_last|^2/2``, comes to one of them.
 
     References:
       Júdice & Pires, "A Block Principal Pivoting Algorithm for Large-Scale Strictly
@@ -470,33 +473,42 @@ def nonnegative_minimiser(a: jax.Array, b: jax.Array) -> jax.Array:
     b = unit * b / jnp.where(size > 0, size, 1)
     tolerance = 4 * n * jnp.finfo(a.dtype).eps
 
-    def solution(free):
-        both = free[:, None] & free[None]
-        v = jnp.linalg.solve(jnp.where(both, a, jnp.eye(n)), jnp.where(free, b, 0))
-        slope = jnp.where(free, 0, a @ v - b)
-        return v, jnp.where(free, v, slope) < -tolerance
+    def regularised(_, before):
+        c = b + RIDGE * before
 
-    def pivot(carry):
-        free, _, wrong, fewest, patience, left = carry
-        count = jnp.sum(wrong)
-        better = count < fewest
-        patience = jnp.where(better, 3, patience - 1)
-        last = jnp.arange(n) == jnp.max(jnp.where(wrong, jnp.arange(n), -1))
-        free = free ^ jnp.where(better | (patience >= 0), wrong, last)
+        def solution(free):
+            both = free[:, None] & free[None]
+            v = jnp.linalg.solve(jnp.where(both, a, jnp.eye(n)), jnp.where(free, c, 0))
+            # Of dependent rows v can be 1/RIDGE, and what is rounded away with it.
+            length = jnp.max(jnp.abs(v))
+            slope, most = a @ v - c, jnp.abs(a) @ jnp.abs(v) + jnp.abs(c)
+            low = jnp.where(free, v < -tolerance * length, slope < -tolerance * most)
+            return v, low
+
+        def pivot(carry):
+            free, _, wrong, fewest, patience, left = carry
+            count = jnp.sum(wrong)
+            better = count < fewest
+            patience = jnp.where(better, 3, patience - 1)
+            last = jnp.arange(n) == jnp.max(jnp.where(wrong, jnp.arange(n), -1))
+            free = free ^ jnp.where(better | (patience >= 0), wrong, last)
+            v, wrong = solution(free)
+            return free, v, wrong, jnp.minimum(count, fewest), patience, left - 1
+
+        free = c > 0
         v, wrong = solution(free)
-        return free, v, wrong, jnp.minimum(count, fewest), patience, left - 1
+        start = (
+            free,
+            v,
+            wrong,
+            jnp.asarray(n + 1),
+            jnp.asarray(3),
+            jnp.asarray(20 + 5 * n),
+        )
+        done = lax.while_loop(
+            lambda carry: jnp.any(carry[2]) & (carry[-1] > 0), pivot, start
+        )
+        return jnp.maximum(done[1], 0)
 
-    free = b > 0
-    v, wrong = solution(free)
-    start = (
-        free,
-        v,
-        wrong,
-        jnp.asarray(n + 1),
-        jnp.asarray(3),
-        jnp.asarray(20 + 5 * n),
-    )
-    done = lax.while_loop(
-        lambda carry: jnp.any(carry[2]) & (carry[-1] > 0), pivot, start
-    )
-    return unit * jnp.maximum(done[1], 0) * jnp.where(size > 0, size, 0)
+    v = lax.fori_loop(0, PROXIMAL_ROUNDS, regularised, jnp.zeros_like(b))
+    return unit * v * jnp.where(size > 0, size, 0)

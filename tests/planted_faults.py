@@ -435,6 +435,18 @@ FAULTS = {
         "if later >= step:",
         f"{SNAPSHOTS} -k replaced",
     ),
+    "dependent objectives are pivoted for ever": Fault(
+        "optax_avg/surgery.py",
+        "slope < -tolerance * most",
+        "slope < -tolerance",
+        f"{SURGERY} -k more_objectives",
+    ),
+    "dependent objectives keep the shift of the ridge": Fault(
+        "optax_avg/surgery.py",
+        "PROXIMAL_ROUNDS = 3",
+        "PROXIMAL_ROUNDS = 1",
+        f"{SURGERY} -k more_objectives",
+    ),
     "Model Stock counts pairs wrongly": Fault(
         "optax_avg/merging/task_vectors.py",
         "pairs / (n * (n - 1))",
