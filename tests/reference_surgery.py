@@ -26,12 +26,20 @@ def mgda(g):
 
 
 def upgrad(g):
-    """Projection by Moreau: ``g_i + G' v`` with nonnegative least squares."""
-    rows = []
-    for row in g:
-        v, _ = scipy.optimize.nnls(g.T, -row)
-        rows.append(row + v @ g)
-    return np.mean(rows, axis=0)
+    """The mean of the rows' projections on the cone of ``d`` with ``g d >= 0``.
+
+    By Moreau ``g_i + G' v`` with ``v >= 0`` of the least length, sought on all sets of
+    independent rows, one of which has it by Caratheodory.
+    """
+    best = g.copy()
+    for size in range(1, min(g.shape) + 1):
+        for face in itertools.combinations(range(len(g)), size):
+            part = g[list(face)]
+            v = np.linalg.lstsq(part.T, -g.T, rcond=None)[0]
+            d = g + v.T @ part
+            shorter = np.linalg.norm(d, axis=1) < np.linalg.norm(best, axis=1)
+            best = np.where(((v >= 0).all(axis=0) & shorter)[:, None], d, best)
+    return best.mean(axis=0)
 
 
 def cagrad(g, c):
