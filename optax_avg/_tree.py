@@ -1,6 +1,7 @@
 """The pytree helpers that more than one module needs."""
 
 import functools
+import operator
 from collections.abc import Callable
 from typing import Any
 
@@ -8,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from jax import lax
+from jax import core, lax
 
 # A tree of bools like (a prefix of) params, or a predicate on (key_path, leaf).
 Where = Callable[[Any, Any], Any] | Any
@@ -32,17 +33,42 @@ def is_float(leaf: Any) -> bool:
     )
 
 
+def is_gradient(leaf: Any) -> bool:
+    """Whether a leaf is there and floating."""
+    return not is_absent(leaf) and is_float(leaf)
+
+
 def float32_or_wider(dtype: Any) -> Any:
     """The dtype in which sums over this one are taken."""
+    # JAX does not promote floats of 8 bits and fewer.
+    if jnp.issubdtype(dtype, jnp.floating) and jnp.finfo(dtype).bits < 16:
+        return jnp.dtype(jnp.float32)
     return jnp.promote_types(dtype, jnp.float32)
 
 
 def copy_as(x: Any, dtype: Any = None) -> jax.Array:
-    """A copy in ``dtype`` (by default float32 or wider), never an alias."""
+    """A copy in ``dtype`` (by default float32 or wider), never an alias.
+
+    Complex leaves stay complex, in complex64 at least.
+    """
     x = jnp.asarray(x)
     if dtype is None or jnp.iscomplexobj(x):
-        dtype = float32_or_wider(x.dtype)
+        dtype = jnp.promote_types(float32_or_wider(x.dtype), dtype or jnp.float32)
     return jnp.array(x, dtype=dtype, copy=True)
+
+
+def is_abstract(tree: Any) -> bool:
+    """Whether a leaf is a ``jax.ShapeDtypeStruct``, a shape without values."""
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
+
+
+def shapes_for_shapes(init: optax.TransformInitFn) -> optax.TransformInitFn:
+    """``init``, which for ``jax.ShapeDtypeStruct`` leaves gives a state of the same."""
+
+    def either(params: Any) -> Any:
+        return jax.eval_shape(init, params) if is_abstract(params) else init(params)
+
+    return either
 
 
 def require_params(name: str, params: Any) -> None:
@@ -77,11 +103,69 @@ def select(tree: Any, where: Where | None) -> Any:
     )
 
 
+def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
+    """Zeros (by default float32 or wider) that lie on the devices where ``x`` lies."""
+    dtype = float32_or_wider(jnp.result_type(x)) if dtype is None else dtype
+    if not isinstance(x, core.Tracer):
+        return jnp.zeros_like(x, dtype)
+    # Under jit a constant lies whole on every device; what depends on x lies as x does.
+    never = jnp.isfinite(x) & jnp.isnan(x)
+    return never.astype(dtype)
+
+
+def refuse_complex(name: str, params: Any) -> None:
+    """Raises if a leaf is complex.
+
+    JAX's gradient of a complex leaf is the conjugate of the direction of ascent, and
+    Optax expects the direction itself: which one it is cannot be seen.
+
+    Raises:
+      ValueError: If a leaf is complex, naming it.
+    """
+    for path, leaf in jax.tree.flatten_with_path(params)[0]:
+        if is_float(leaf) and jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"{name} takes real parameters, and params{jax.tree_util.keystr(path)} "
+                "is complex. Train its real and imaginary part as two leaves and join "
+                "them in the loss with jax.lax.complex(real, imag)."
+            )
+
+
+def derivative_along(
+    gradient: Callable[..., Any], x: Any, v: Any, instead: str = ""
+) -> Any:
+    """``H(x) v``, forward over reverse.
+
+    Args:
+      gradient: function of one tree.
+      x: where.
+      v: along what, a tree like ``x``.
+      instead: what to take where there is no forward derivative.
+
+    Returns:
+      A tree like the gradient.
+
+    Raises:
+      TypeError: If the gradient has no forward derivative. Under ``jax.jit`` JAX
+        itself raises, when it compiles.
+    """
+    try:
+        return jax.jvp(gradient, (x,), (v,))[1]
+    except (TypeError, ValueError, NotImplementedError) as error:
+        if "jvp" not in str(error).lower() and "Differentiation" not in str(error):
+            raise
+        way = f", or take {instead}" if instead else ""
+        raise TypeError(
+            "a product with the Hessian is the forward derivative of the gradient, and "
+            "something in the gradient has none: often the fwd of a jax.custom_vjp "
+            "that calls the function itself, or a kernel or callback. Call the plain "
+            f"function in fwd, write jax.custom_jvp{way}. JAX says: {error}"
+        ) from error
+
+
 def zeros_like_wide(tree: Any) -> Any:
     """Zeros in float32 or wider for float leaves, ``MaskedNode`` for the others."""
-    return jax.tree.map(
-        lambda x: jnp.zeros_like(wide(jnp.asarray(x))), select(tree, None)
-    )
+    return jax.tree.map(zeros_like, select(tree, None))
 
 
 def align(tree: Any, params: Any) -> list[Any]:
@@ -115,6 +199,18 @@ def align(tree: Any, params: Any) -> list[Any]:
                 f"its average {value.shape}; pass the parameters that are trained."
             )
     return aligned
+
+
+def parts_like(tree: Any, other: Any) -> list[Any]:
+    """What of ``other`` stands where ``tree`` has its leaves, absent ones counted.
+
+    Its own leaves in their order where the containers differ.
+    """
+    structure = jax.tree.structure(tree, is_leaf=is_absent)
+    try:
+        return structure.flatten_up_to(other)
+    except (ValueError, TypeError):
+        return jax.tree.leaves(other, is_leaf=is_absent)
 
 
 def new_iterate(params: Any, updates: Any) -> Any:
@@ -169,6 +265,12 @@ def join_small(
     return [joined(group) for group in groups.values()], split
 
 
+def dtype_of_norms(tree: Any) -> Any:
+    """The dtype of :func:`norm` of a tree: float32, or float64 if a leaf is wider."""
+    wides = [float32_or_wider(jnp.result_type(x)) for x in jax.tree.leaves(tree)]
+    return jnp.finfo(jnp.result_type(jnp.float32, *wides)).dtype
+
+
 def widen(x: jax.Array) -> jax.Array:
     """``x`` in float32 or wider, with exactly the value that it was rounded to.
 
@@ -182,6 +284,26 @@ def widen(x: jax.Array) -> jax.Array:
 def count_if(condition: jax.Array, counter: jax.Array) -> jax.Array:
     """One more where the condition holds; never overflows."""
     return jnp.where(condition, optax.safe_increment(counter), counter)
+
+
+def step_of(t: Any, dt: Any, first: Any = 0) -> jax.Array:
+    """The optimizer step ``first + (t - 1) dt`` of iterate ``t``, int32, for schedules.
+
+    It stops at the largest integer.
+    """
+    number = jnp.asarray(jnp.minimum(t, 2.0**31 - 128), jnp.int32) - 1
+    room = (jnp.iinfo(jnp.int32).max - first) // dt
+    return jnp.asarray(first + jnp.minimum(number, room) * dt, jnp.int32)
+
+
+def advance_clock(counter: jax.Array, stride: Any = 1) -> jax.Array:
+    """One more; at the largest integer it goes back by ``stride`` instead.
+
+    What is due every ``stride`` counts so stays due every ``stride`` counts.
+    """
+    last = jnp.iinfo(counter.dtype).max
+    back = jnp.asarray(last - (stride - 1), counter.dtype)
+    return jnp.where(counter < last, optax.safe_increment(counter), back)
 
 
 def all_finite(tree: Any) -> jax.Array:
@@ -323,15 +445,48 @@ def order_statistic(leaves: list[jax.Array], below: Any) -> jax.Array:
     dtype = jnp.result_type(jnp.float32, *leaves)
     integer = jnp.int64 if jnp.finfo(dtype).bits == 64 else jnp.int32
     as_float = lambda bits: lax.bitcast_convert_type(bits, dtype)
+    counts = lambda bits: sum([jnp.sum(leaf < as_float(bits)) for leaf in leaves], 0)
+    return as_float(_largest(lambda bits: counts(bits) <= below, integer, leaves))
 
-    def lower_bit(i, bits):
-        higher = bits | (jnp.ones([], integer) << (jnp.iinfo(integer).bits - 2 - i))
-        counts = [jnp.sum(leaf < as_float(higher)) for leaf in leaves]
-        return jnp.where(sum(counts, 0) <= below, higher, bits)
 
-    axes = tuple({name for leaf in leaves for name in varying_axes(leaf)})
-    start = vary(jnp.zeros([], integer), axes)
-    return as_float(lax.fori_loop(0, jnp.iinfo(integer).bits - 1, lower_bit, start))
+def ranked_after(leaves: list[jax.Array], below: Any) -> list[jax.Array]:
+    """Marks all elements but the ``below`` smallest; exact.
+
+    Of equal elements those count as smaller that stand first: in an earlier leaf, or
+    earlier in the same one.
+    """
+    threshold = order_statistic(leaves, below)
+    ties = [leaf == threshold for leaf in leaves]
+    left = below - sum([jnp.sum(leaf < threshold) for leaf in leaves], 0)
+    marks = []
+    for leaf, tied in zip(leaves, ties, strict=True):
+        place = _place(leaf.shape)
+        before = lambda i, tied=tied, place=place: jnp.sum(tied & (place < i))
+        first = _largest(lambda i, n=left, f=before: f(i) <= n, jnp.int32, [leaf])
+        marks.append((leaf > threshold) | (tied & (place >= first)))
+        left = jnp.maximum(left - jnp.sum(tied), 0)
+    return marks
+
+
+def _largest(holds: Callable[[Any], Any], integer: Any, like: Any) -> jax.Array:
+    """The largest non-negative integer for which a condition holds, bit by bit."""
+    bits = jnp.iinfo(integer).bits - 1
+
+    def lower_bit(i, found):
+        higher = found | (jnp.ones([], integer) << (bits - 1 - i))
+        return jnp.where(holds(higher), higher, found)
+
+    axes = tuple({name for leaf in like for name in varying_axes(leaf)})
+    return lax.fori_loop(0, bits, lower_bit, vary(jnp.zeros([], integer), axes))
+
+
+def _place(shape: tuple[int, ...]) -> jax.Array:
+    """The place of every element in its leaf, in row-major order."""
+    place, stride = jnp.zeros(shape, jnp.int32), 1
+    for axis in reversed(range(len(shape))):
+        place += stride * lax.broadcasted_iota(jnp.int32, shape, axis)
+        stride *= shape[axis]
+    return place
 
 
 def dot(a: Any, b: Any) -> jax.Array:
@@ -355,28 +510,54 @@ def add(a: Any, b: Any) -> Any:
 def unit(tree: Any) -> Any:
     """``v/|v|`` over all leaves, 0 at 0."""
     n = norm(tree)
-    return jax.tree.map(lambda v: v / jnp.where(n > 0, n, 1), tree)
+    # Among float64 leaves the norm is wider than a narrow leaf.
+    return jax.tree.map(lambda v: (v / jnp.where(n > 0, n, 1)).astype(v.dtype), tree)
 
 
 def project_out(v: Any, w: Any) -> Any:
     """The part of ``v`` orthogonal to ``w``, ``v - (v.w/|w|^2) w``; ``v`` if w is 0."""
     u = unit(w)
     along = dot(v, u)
-    return jax.tree.map(lambda v, u: v - along * u, v, u)
+    return jax.tree.map(lambda v, u: (v - along * u).astype(v.dtype), v, u)
 
 
-def check_every(every: Any, start: Any) -> None:
-    """Raises unless ``every >= 1`` and ``start >= 0``; arrays are not checked."""
-    check_integer("every", every, 1)
-    check_integer("start", start, 0)
+def check_every(every: Any, start: Any) -> tuple[Any, Any]:
+    """Both as Python integers, ``every >= 1`` and ``start >= 0``; arrays as they are.
+
+    Raises:
+      ValueError: If one is not an integer in its range.
+    """
+    return check_integer("every", every, 1), check_integer("start", start, 0)
 
 
-def check_integer(name: str, value: Any, low: int) -> None:
-    """Raises unless ``value`` is an integer from ``low`` on; arrays are not checked."""
+def check_integer(name: str, value: Any, low: int) -> Any:
+    """``value`` as a Python integer from ``low`` on; a ``jax.Array`` as it is.
+
+    Raises:
+      ValueError: If it is not an integer, or below ``low``.
+    """
     if isinstance(value, jax.Array):  # traced ones too
-        return
-    if isinstance(value, bool) or not isinstance(value, int) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}.")
+        return value
+    return static_integer(name, value, low)
+
+
+def static_integer(name: str, value: Any, low: int, hint: str = "") -> int:
+    """``value``, an integer of Python or NumPy, as a Python integer from ``low`` on.
+
+    Raises:
+      ValueError: If it is not an integer, or below ``low``; the message ends in
+        ``hint``.
+    """
+    refused = ValueError(f"{name} must be an integer >= {low}, got {value!r}{hint}.")
+    if isinstance(value, (bool, jax.Array)):
+        raise refused
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise refused from None
+    if number < low:
+        raise refused
+    return number
 
 
 def within(
@@ -386,11 +567,24 @@ def within(
     high: float,
     open_low: bool = False,
     closed_high: bool = True,
+    elementwise: bool = False,
 ) -> Any:
-    """A Python number as a float after the range check; an array as float32."""
+    """A number as a float after the range check; a ``jax.Array`` as float32.
+
+    Raises:
+      ValueError: If the value is not a number, is out of range, or is an array of
+        several numbers, unless ``elementwise``.
+    """
+    is_array = isinstance(value, (jax.Array, np.ndarray))
+    if is_array and value.ndim and not elementwise:
+        raise ValueError(
+            f"{name} must be one number, got an array of shape {value.shape}."
+        )
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value, is_array = value.item(), False
+    if is_array:
+        return value.astype(float32_or_wider(value.dtype))
     if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
-        if isinstance(value, (jax.Array, np.ndarray)):
-            return value.astype(jnp.promote_types(value.dtype, jnp.float32))
         raise ValueError(f"{name} must be a number, got {value!r}.")
     value = float(value)
     above = value > low if open_low else value >= low

@@ -65,7 +65,7 @@ def adaptive_radius(
     Args:
       quantile: in [0, 1]; 0.5 clips every other sample.
       rate: of the updates; a factor of 10^4 takes ``ln(10^4)/(rate quantile)`` steps
-        upwards.
+        upwards, and ``ln(10^4)/(rate (1 - quantile))`` downwards.
       init: first radius; by default the first size that is seen.
 
     Returns:
@@ -159,7 +159,8 @@ def track_location(
     def init_fn(params: Any) -> LocationState:
         m, radius = _tree.zeros_like_wide(params), ()
         if isinstance(tau, AdaptiveRadius):
-            radius = jnp.full(len(_groups(scope, m)), tau.init or 0.0, jnp.float32)
+            first = tau.init or 0.0
+            radius = jnp.full(len(_groups(scope, m)), first, _tree.dtype_of_norms(m))
         count = lambda: jnp.zeros([], jnp.int32)
         return LocationState(
             count(), () if reset else m, radius, count(), count(), count()
@@ -193,12 +194,13 @@ def track_location(
         new = list(old)
         for i, d in delta.items():
             taken = jnp.where(first, d, step[i])
-            new[i] = jnp.where(finite, old[i] + taken, old[i])
+            new[i] = jnp.where(finite, old[i] + taken, old[i]).astype(old[i].dtype)
             leaves[i] = new[i].astype(leaves[i].dtype)
         radius = state.location_radius
         if isinstance(tau, AdaptiveRadius):
             followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
             followed = jnp.where(jnp.isfinite(radii), followed, sizes)
+            followed = followed.astype(radius.dtype)
             followed = jnp.maximum(followed, jnp.finfo(followed.dtype).tiny)
             # A first gradient, a repeated or a missing one say nothing about distances.
             telling = finite & ~first & (sizes > 0)
@@ -213,7 +215,9 @@ def track_location(
             rejected=_tree.count_if(~finite, state.rejected),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        _tree.shapes_for_shapes(init_fn), update_fn
+    )
 
 
 def _checked_radius(distance: str, tau: Any) -> Any:

@@ -200,7 +200,10 @@ def track_tail_index(
         x = {i: _tree.wide(leaves[i]) - old[i] for i in floats}
         size = _tree.norm(x).astype(jnp.float32)
         counts = finite & (state.tail_step % 2 == 1) & (size > 0) & jnp.isfinite(size)
-        samples = _tree.count_if(counts, state.samples)
+        # Beyond the largest integer blocks and pairs go on as they were.
+        samples = jnp.where(
+            counts, _tree.advance_clock(state.samples, block), state.samples
+        )
         total = {i: jnp.where(counts, sums[i] + x[i], sums[i]) for i in floats}
         length = _tree.norm(total).astype(jnp.float32)
         full = counts & (samples % block == 0)
@@ -211,7 +214,9 @@ def track_tail_index(
             sums[i] = jnp.where(full, 0, total[i]).astype(sums[i].dtype)
         largest = jnp.append(state.largest, jnp.where(counts, size, 0))
         return updates, TailState(
-            tail_step=_tree.count_if(finite, state.tail_step),
+            tail_step=jnp.where(
+                finite, _tree.advance_clock(state.tail_step, 2), state.tail_step
+            ),
             waiting=structure.unflatten(old),
             block_sum=structure.unflatten(sums),
             samples=samples,
@@ -223,7 +228,9 @@ def track_tail_index(
             left_out=_tree.count_if(~finite, state.left_out),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        _tree.shapes_for_shapes(init_fn), update_fn
+    )
 
 
 def _mean_of_logs(

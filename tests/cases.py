@@ -16,7 +16,8 @@ class Case(NamedTuple):
     """A factory, its arguments, and those that ``inject_hyperparams`` must leave.
 
     ``place`` is where it stands in a chain: "first", "last", or "alone"; ``calls``
-    of ``update`` make one optimizer step, which ``counter`` in the state counts.
+    of ``update`` make one optimizer step, which ``counter`` in the state counts as so
+    many ``samples``.
     """
 
     factory: Callable[..., optax.GradientTransformationExtraArgs]
@@ -24,6 +25,7 @@ class Case(NamedTuple):
     static: tuple[str, ...] = ()
     place: str = "last"
     calls: int = 1
+    samples: int = 1
     counter: str = "step"
     needs_params: bool = True
 
@@ -188,7 +190,94 @@ CLIPS = {
     )
     for name, case in CLIPS.items()
 }
-CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS
+
+
+def of_rows(factory):
+    """An aggregator as a link: its five rows lie around the gradient."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+
+        def update(updates, state, params=None, **extra_args):
+            near = lambda g, i: ((1 + 0.5 * jnp.sin(i + 7 * g)) * g).astype(g.dtype)
+            rows = jax.tree.map(
+                lambda g: jnp.stack([near(g, i) for i in range(5)]), updates
+            )
+            return tx.update(rows, state, params, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
+AGGREGATORS = {
+    "coordinate_median": Case(oa.coordinate_median),
+    "trimmed_mean": Case(oa.trimmed_mean, {"trim": 1}, ("trim",)),
+    "geometric_median": Case(oa.geometric_median, {}, ("num_iters",)),
+    "median_of_means": Case(oa.median_of_means, {"groups": 5}, ("groups", "num_iters")),
+    "centered_clip": Case(
+        oa.centered_clip, {"tau": 0.5, "num_iters": 2}, ("num_iters",)
+    ),
+    "krum": Case(
+        oa.krum,
+        {"num_byzantine": 1, "num_selected": 2},
+        ("num_byzantine", "num_selected"),
+    ),
+    "flag": Case(oa.flag, {"rank": 3}, ("rank", "num_iters")),
+    "one_pass_location": Case(
+        oa.one_pass_location, {"distance": "l2", "tau": 0.5}, ("distance",)
+    ),
+    "mgda": Case(oa.mgda),
+    "upgrad": Case(oa.upgrad),
+    "cagrad": Case(oa.cagrad, {"c": 0.5}),
+    "pcgrad": Case(oa.pcgrad, {"key": 0}, ("key",)),
+}
+AGGREGATORS = {
+    name: case._replace(
+        factory=of_rows(case.factory),
+        place="first",
+        counter="aggregation_step",
+        needs_params=False,
+    )
+    for name, case in AGGREGATORS.items()
+}
+# Its state is that of a location, which counts samples: five a step.
+AGGREGATORS["one_pass_location"] = AGGREGATORS["one_pass_location"]._replace(
+    counter="location_step", samples=5
+)
+
+
+class Counted(NamedTuple):
+    """Calls of a transformation that counts none itself, and its state."""
+
+    counted_step: jax.Array
+    counted_state: Any
+
+
+def counted(factory):
+    """A transformation whose state counts its calls."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+        init = lambda params: Counted(jnp.zeros([], jnp.int32), tx.init(params))
+
+        def update(updates, state, params=None, **extra_args):
+            out, inner = tx.update(updates, state.counted_state, params, **extra_args)
+            return out, Counted(state.counted_step + 1, inner)
+
+        return optax.GradientTransformationExtraArgs(init, update)
+
+    return make
+
+
+SURGERY = {
+    "perp_grad": Case(
+        counted(oa.perp_grad), {"scope": "leaf"}, ("scope", "rescale"), place="first"
+    )._replace(counter="counted_step"),
+}
+CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
@@ -197,7 +286,17 @@ SIBLINGS = {
     *("gsam", "sam_on", "usam", "wsam"),
     *("cclip", "clipped_ema", "clip_by_coordinate_quantile"),
     *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),
+    *("trimmed_mean", "median_of_means", "krum", "flag", "cagrad", "upgrad"),
 }
+
+
+def beside(case: Case, *links: Any) -> Any:
+    """A chain of links and a case in its place."""
+    if case.place == "alone":
+        return case.make()
+    if case.place == "first":
+        return optax.chain(case.make(), *links)
+    return optax.chain(*links, case.make())
 
 
 def params_of(dtype: Any) -> dict[str, Any]:

@@ -392,3 +392,12 @@ def test_complex_gradients():
     tx = oa.cclip(1.0)
     with pytest.raises(ValueError, match="no order to clip in"):
         tx.update(g, tx.init(g))
+
+
+def test_adaptive_radius_of_a_float64_leaf_keeps_its_range():
+    with jax.enable_x64(True):
+        tx = oa.vclip(oa.adaptive_radius(0.5), init="zeros")
+        state = tx.init(jnp.zeros([], jnp.float64))
+        for _ in range(3):
+            _, state = tx.update(jnp.array(1e200), state)
+        assert 1e199 < float(state.location_radius[0]) < 1e201

@@ -102,3 +102,23 @@ def test_errors():
         oa.track_tail_index(10, 1)
     with pytest.raises(ValueError, match="0 states of track_tail_index found"):
         oa.tail_indices(optax.sgd(0.1).init(jnp.zeros(2)))
+
+
+def test_pairs_and_blocks_go_on_beyond_the_largest_count():
+    tx = oa.track_tail_index(4, 3)
+    rng = np.random.default_rng(0)
+    gradients = jnp.asarray(rng.normal(size=(24, 2)), jnp.float32)
+    top = np.iinfo(np.int32).max
+    start = tx.init(gradients[0])
+    # The same places in a pair and in a block: even, and a multiple of three.
+    late = start._replace(tail_step=jnp.array(top - 1), samples=jnp.array(top - 1))
+    seen = []
+    for state in (start, late):
+        sums = []
+        for g in gradients:
+            _, state = tx.update(g, state)
+            sums.append(state.block_sum)
+        seen.append((jnp.stack(sums), state.largest, state.blocks))
+    assert int(seen[0][2]) == 4
+    for early, beyond in zip(*seen, strict=True):
+        np.testing.assert_array_equal(early, beyond)

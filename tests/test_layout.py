@@ -1,0 +1,123 @@
+"""How states lie on devices, and what boxes of Flax say about it."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from flax import linen as nn
+from flax import nnx
+from jax.sharding import AxisType
+from jax.sharding import PartitionSpec as P
+
+import optax_avg as oa
+
+RULES = (("embed", None), ("mlp", "d"))
+
+
+class MLP(nn.Module):
+    """Two layers with names for the axes of their matrices and of one bias."""
+
+    @nn.compact
+    def __call__(self, x):
+        kernel = nn.initializers.lecun_normal()
+        named = nn.with_logical_partitioning
+        x = nn.Dense(
+            8,
+            kernel_init=named(kernel, ("embed", "mlp")),
+            bias_init=named(nn.initializers.zeros, ("mlp",)),
+        )(x)
+        return nn.Dense(4, kernel_init=named(kernel, ("mlp", "embed")))(nn.tanh(x))
+
+
+def loss(params, x):
+    return jnp.mean((MLP().apply({"params": params}, x) - 1) ** 2)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def train_step(tx, params, state, x):
+    updates, state = tx.update(jax.grad(loss)(params, x), state, params)
+    return optax.apply_updates(params, updates), state
+
+
+def start(tx, x):
+    params = MLP().init(jax.random.key(0), x)["params"]
+    return params, tx.init(params)
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_window_under_logical_partitioning(k):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    tx = optax.chain(optax.sgd(0.1, momentum=0.9), oa.window_average(k))
+    x = jnp.linspace(-1.0, 1.0, 30).reshape(5, 6)
+    plain_params, plain_state = start(tx, x)
+    begin = functools.partial(start, tx)
+    specs = nn.get_partition_spec(jax.eval_shape(begin, x))
+    shardings = nn.logical_to_mesh_sharding(specs, mesh, RULES)
+    params, state = jax.jit(begin, out_shardings=shardings)(x)
+    for _ in range(k + 1):
+        plain_params, plain_state = train_step(tx, plain_params, plain_state, x)
+        params, state = train_step(tx, params, state, x)
+    ring = nn.unbox(state[1].windows["window"])
+    assert ring["Dense_0"]["kernel"].sharding.spec == P(None, None, "d")
+    assert ring["Dense_0"]["bias"].sharding.spec == P(None, "d")
+    assert tuple(ring["Dense_1"]["kernel"].sharding.spec)[:2] == (None, "d")
+    average = oa.averaged_params(state, params)
+    assert jax.tree.structure(average) == jax.tree.structure(params)
+    for leaf, wanted, live in zip(
+        jax.tree.leaves(average),
+        jax.tree.leaves(oa.averaged_params(plain_state, plain_params)),
+        jax.tree.leaves(params),
+        strict=True,
+    ):
+        np.testing.assert_allclose(leaf, wanted, rtol=1e-5, atol=1e-6)
+        assert leaf.sharding.is_equivalent_to(live.sharding, leaf.ndim)
+
+
+class Row(nnx.Module):
+    """One vector that lies over the devices."""
+
+    def __init__(self):
+        make = nnx.with_partitioning(lambda: jnp.arange(8.0), ("d",))
+        self.w = nnx.Param(make())
+
+
+@pytest.mark.parametrize("k", [3, 4])
+def test_window_in_an_nnx_optimizer(k):
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    tx = optax.chain(optax.sgd(0.1), oa.window_average(k))
+
+    @nnx.jit
+    def create():
+        model = Row()
+        optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+        state = nnx.state((model, optimizer))
+        specs = nnx.get_partition_spec(state)
+        nnx.update((model, optimizer), jax.lax.with_sharding_constraint(state, specs))
+        return model, optimizer
+
+    with jax.set_mesh(mesh):
+        model, optimizer = create()
+        before = np.asarray(model.w[...])
+        grads = nnx.grad(lambda model: jnp.sum(model.w[...] ** 2))
+        for _ in range(2):
+            optimizer.update(model, grads(model))
+        ring = jax.tree.leaves(optimizer.opt_state[1].windows)[0]
+        average = oa.averaged_params(optimizer, nnx.state(model, nnx.Param))
+    specs = nnx.get_partition_spec(nnx.state(optimizer))
+    spec = specs["opt_state"][1]["windows"]["window"]["w"].get_value()
+    assert ring.sharding.spec == spec == P(None, "d")
+    np.testing.assert_allclose(average["w"][...], 0.72 * before, rtol=1e-6)
+
+
+def test_window_of_nnx_variables_in_linen():
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    make = nnx.with_partitioning(nnx.initializers.ones, ("d", None))
+    layer = nnx.bridge.to_linen(nnx.Linear, 4, 3, kernel_init=make)
+    with jax.set_mesh(mesh):
+        params = layer.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
+        state = oa.window_average(3).init(params)
+        specs = nn.get_partition_spec(state.windows["window"])
+    assert specs["kernel"] == P(None, "d", None)
