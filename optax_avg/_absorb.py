@@ -4,17 +4,19 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _sight, _tree
 
 
 def absorbing(
     name: str,
     empty: Callable[[Any], Any],
-    absorb: Callable[[Any, Any, Any], Any],
+    absorb: Callable[[Any, Any, jax.Array, Any], Any],
     *,
+    period: int = 1,
     every: int,
     start: int,
     where: _tree.Where | None,
@@ -24,11 +26,13 @@ def absorbing(
     """When to absorb an iterate; how is up to ``absorb``.
 
     Args:
-      name: of the transformation, for messages.
+      name: of the factory that the user called, for messages.
       empty: ``iterate -> state``, a NamedTuple with the fields ``step``, ``absorbed``
         and ``rejected``.
-      absorb: ``(state, iterate, is_base) -> state``; ``is_base`` marks the iterate of
-        step ``start``, which the average starts from and does not count.
+      absorb: ``(state, iterate, t, is_base) -> state``; ``t`` is the iterate's number
+        in float32. ``is_base`` marks the iterate of step ``start``, which the average
+        starts from, finite or not, and does not count.
+      period: iterates after which the memory comes round to the same place.
       every: optimizer steps between absorbed iterates.
       start: optimizer steps to leave out.
       where: leaves to keep.
@@ -38,7 +42,7 @@ def absorbing(
     Returns:
       A transformation that leaves the updates alone.
     """
-    _tree.check_every(every, start)
+    every, start = _tree.check_every(every, start)
     if memory_kind not in (None, "device", "pinned_host"):
         raise ValueError(
             f"memory_kind must be None, 'device' or 'pinned_host', got {memory_kind!r}."
@@ -59,33 +63,33 @@ def absorbing(
     ) -> tuple[Any, Any]:
         del extra_args
         _tree.require_params(name, params)
-        step: Any = optax.safe_increment(state.step)
+        _sight.report(name, emitted=updates)
+        step: Any = _tree.advance_clock(state.step, every)
         x = _tree.select(_tree.new_iterate(params, updates), where)
         state = put(state._replace(step=step), jax.memory.Space.Host)
+        is_base = step == start
 
         def take(state):
-            new = absorb(state, x, step == start)
-            return new._replace(absorbed=state.absorbed + (step > start))
+            t = jnp.asarray(optax.safe_increment(state.absorbed), jnp.float32)
+            count = _tree.advance_clock(state.absorbed, period)
+            new = absorb(state, x, t, is_base)
+            return new._replace(absorbed=jnp.where(is_base, state.absorbed, count))
 
         def reject(state):
-            return state._replace(rejected=state.rejected + 1)
+            return state._replace(rejected=optax.safe_increment(state.rejected))
 
         def offer(state):
             state = put(state, jax.memory.Space.Device)
             if skip_nonfinite:
-                state = lax.cond(_tree.all_finite(x), take, reject, state)
+                state = lax.cond(_tree.all_finite(x) | is_base, take, reject, state)
             else:
                 state = take(state)
             return put(state, jax.memory.Space.Host)
 
-        if (
-            isinstance(every, int)
-            and every == 1
-            and isinstance(start, int)
-            and not start
-        ):
+        known = isinstance(every, int) and isinstance(start, int)
+        if known and every == 1 and start == 0:
             return updates, offer(state)
         due = (step >= start) & ((step - start) % every == 0)
         return updates, lax.cond(due, offer, lambda state: state, state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(_tree.shapes_for_shapes(init), update)

@@ -1,8 +1,12 @@
 """One step of a running average on a tree, in three roundings.
 
 a <- a + w (x - a)
+
+On the first iterate (``first``), which meets what the average starts from, an element
+that is not finite is replaced by the iterate's.
 """
 
+import zlib
 from typing import Any
 
 import jax
@@ -11,26 +15,31 @@ import jax.numpy as jnp
 from optax_avg import _tree
 
 
-def nearest(w: jax.Array, x: Any, a: Any) -> Any:
+def nearest(w: jax.Array, x: Any, a: Any, first: jax.Array) -> Any:
     """The step, rounded to nearest."""
-    return jax.tree.map(lambda a, x: _lerp(w, x, a).astype(a.dtype), a, x)
+    return jax.tree.map(lambda a, x: _lerp(w, x, a, first).astype(a.dtype), a, x)
 
 
-def stochastic(w: jax.Array, x: Any, a: Any, seed: int, step: jax.Array) -> Any:
+def stochastic(
+    w: jax.Array, x: Any, a: Any, first: jax.Array, name: str, step: jax.Array
+) -> Any:
     """The step, rounded up or down at random so that the mean is exact.
 
-    The random bits are a function of ``seed``, ``step`` and the number of the leaf.
+    The random bits are a function of ``step``, the average's name and the leaf's path.
     """
-    key = jax.random.fold_in(jax.random.key(seed), step)
-    old, structure = jax.tree.flatten(a)
-    new = [
-        _round_at_random(_lerp(w, x, a), a.dtype, jax.random.fold_in(key, i))
-        for i, (a, x) in enumerate(zip(old, structure.flatten_up_to(x), strict=True))
-    ]
-    return structure.unflatten(new)
+    key = jax.random.fold_in(jax.random.key(0), step)
+
+    def one(path, a, x):
+        seed = zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
+        own_key = jax.random.fold_in(key, seed)
+        return _round_at_random(_lerp(w, x, a, first), a.dtype, own_key)
+
+    return jax.tree.map_with_path(one, a, x)
 
 
-def compensated(w: jax.Array, x: Any, a: Any, c: Any) -> tuple[Any, Any]:
+def compensated(
+    w: jax.Array, x: Any, a: Any, c: Any, first: jax.Array
+) -> tuple[Any, Any]:
     """The step on the unevaluated sum ``a + c``, ``c`` holding what rounding took.
 
     ``y = c + w ((x - a) - c)``, ``a' = a + y``, ``c' = y - (a' - a)`` (Kahan).
@@ -38,10 +47,11 @@ def compensated(w: jax.Array, x: Any, a: Any, c: Any) -> tuple[Any, Any]:
 
     def one(a, c, x):
         wide, x = _wide(a, x)
-        a_wide = a.astype(wide)
+        # Where x replaces a + c, the same lines start from 0 + x.
+        replaced = _is_replaced(w, a, first)
+        a_wide = jnp.where(replaced, 0, a.astype(wide))
         y = c.astype(wide)
-        # w = 1 takes x itself; y would keep the rounding of x - a.
-        y = jnp.where(w >= 1, x - a_wide, y + w * ((x - a_wide) - y))
+        y = jnp.where(replaced, x, y + w * ((x - a_wide) - y))
         new = (a_wide + y).astype(a.dtype)
         return new, (y - (new.astype(wide) - a_wide)).astype(c.dtype)
 
@@ -58,11 +68,17 @@ def compensated(w: jax.Array, x: Any, a: Any, c: Any) -> tuple[Any, Any]:
     )
 
 
-def _lerp(w: jax.Array, x: jax.Array, a: jax.Array) -> jax.Array:
+def _lerp(w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array) -> jax.Array:
     wide, x = _wide(a, x)
-    a = a.astype(wide)
     # a + (x - a) is not x in floating point, and keeps a NaN of a.
-    return jnp.where(w >= 1, x, a + w * (x - a))
+    replaced = _is_replaced(w, a, first)
+    a = a.astype(wide)
+    return jnp.where(replaced, x, a + w * (x - a))
+
+
+def _is_replaced(w: jax.Array, a: jax.Array, first: jax.Array) -> jax.Array:
+    """Where the result is the iterate itself."""
+    return (w >= 1) | (first & ~jnp.isfinite(a))
 
 
 def _wide(a: jax.Array, x: jax.Array) -> tuple[Any, jax.Array]:
@@ -73,6 +89,8 @@ def _wide(a: jax.Array, x: jax.Array) -> tuple[Any, jax.Array]:
 
 def _round_at_random(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
     """Rounds to one of the two neighbours in ``dtype``, the nearer one more often."""
+    if x.dtype == dtype:  # so for complex leaves, which have no narrow dtype
+        return x
     near = x.astype(dtype)
     error = x - near.astype(x.dtype)
     towards = jnp.where(error < 0, -jnp.inf, jnp.inf).astype(dtype)

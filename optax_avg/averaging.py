@@ -10,35 +10,14 @@ Inside ``optax.MultiSteps`` it moves once per real step; around it, once per cal
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
-import jax.numpy as jnp
+import numpy as np
 import optax
-from jax import lax
 
-from optax_avg import _accumulate, _tree, weights
-from optax_avg._absorb import absorbing
-
-
-class AverageState(NamedTuple):
-    """State of :func:`average`.
-
-    Attributes:
-      step: int32, optimizer steps seen.
-      absorbed: int32, iterates in the average.
-      rejected: int32, iterates left out because a leaf was not finite.
-      averages: the averages by name, ``MaskedNode`` at leaves that are not averaged.
-      compensations: what rounding took from ``averages``; empty unless compensated.
-      masses: float32 sums of :class:`optax_avg.weights.Mass` by name.
-    """
-
-    step: jax.Array
-    absorbed: jax.Array
-    rejected: jax.Array
-    averages: dict[str, Any]
-    compensations: dict[str, Any]
-    masses: dict[str, jax.Array]
+from optax_avg import _tree, weights
+from optax_avg._running import running_average
 
 
 def average(
@@ -58,22 +37,25 @@ def average(
     ``avg += w(t) (x_t - avg)`` with ``x_t = optax.apply_updates(params, updates)`` at
     the optimizer steps ``s > start`` (from 1) where ``s - start`` is a multiple of
     ``every``; ``t = 1, 2, ...`` numbers them. The average starts from the parameters of
-    step ``start``. Memory is touched at these steps alone.
+    step ``start``; where these are not finite, from the first iterate. Memory is
+    touched at these steps alone.
 
     Args:
-      weight: ``w``, from :mod:`optax_avg.weights` or any function of ``t``; or a dict
-        of them by name, for several averages in one pass over the parameters.
+      weight: ``w``, from :mod:`optax_avg.weights` or any function of ``t``, a float32;
+        or a dict of them by name, for several averages in one pass over the parameters.
       every: optimizer steps between absorbed iterates; weights that speak of time keep
         their time constant in optimizer steps.
       start: optimizer steps to leave out.
       name: by which :func:`optax_avg.averaged_params` finds the average; a dict brings
         its own names.
-      accumulator_dtype: dtype of the average; by default float32, or the leaf's dtype
-        where that is wider.
+      accumulator_dtype: dtype of the average, a float of 16 bits or more; by default
+        float32, or the leaf's dtype where that is wider. The average of a complex leaf
+        is complex64 or wider.
       rounding: ``None`` rounds to nearest, or stochastically if ``accumulator_dtype``
         is narrower than float32, where rounding to nearest would stop a slow average;
-        ``"stochastic"`` is unbiased; ``"compensated"`` keeps the rounding error in a
-        second tree and adds it back.
+        ``"stochastic"`` is unbiased, with random bits that depend on the step, the
+        name and the leaf; ``"compensated"`` keeps the rounding error in a second tree
+        and adds it back.
       where: which leaves to average, a tree of bools or a predicate
         ``(key_path, leaf) -> bool``; the others are read from the parameters.
       skip_nonfinite: leave out an iterate with a NaN or inf anywhere, whole.
@@ -81,7 +63,7 @@ def average(
         sharding this needs jax 0.10.2.
 
     Returns:
-      A transformation whose state is an :class:`AverageState`.
+      A transformation whose state is an :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range, or ``update`` gets no params.
@@ -97,58 +79,14 @@ def average(
       >>> float(params), float(oa.averaged_params(state, params))
       (3.0, 2.0)
     """
-    by_name = weight if isinstance(weight, Mapping) else {name: weight}
-    if not by_name:
-        raise ValueError("average needs a weight; write average(weights.ema(0.999)).")
-    by_name = {str(key): weights.with_stride(value) for key, value in by_name.items()}
-    rounding = _check_rounding(rounding, accumulator_dtype)
-    compensated = rounding == "compensated"
-
-    def empty(x):
-        accumulators = {
-            key: jax.tree.map(lambda leaf: _tree.copy_as(leaf, accumulator_dtype), x)
-            for key in by_name
-        }
-        return AverageState(
-            step=jnp.zeros([], jnp.int32),
-            absorbed=jnp.zeros([], jnp.int32),
-            rejected=jnp.zeros([], jnp.int32),
-            averages=accumulators,
-            compensations=jax.tree.map(jnp.zeros_like, accumulators)
-            if compensated
-            else {},
-            masses={key: jnp.zeros([], jnp.float32) for key in by_name},
-        )
-
-    def absorb(state, x, is_base):
-        t = (state.absorbed + 1).astype(jnp.float32)
-        new = {}
-        for seed, (key, w_of) in enumerate(by_name.items()):
-            w, mass = weights.advance(w_of, t, every, state.masses[key])
-            # Without the barrier XLA computes w anew for every element.
-            w = lax.optimization_barrier(jnp.where(is_base, 1, w))
-            avg, rest = state.averages[key], state.compensations.get(key, {})
-            if compensated:
-                avg, rest = _accumulate.compensated(w, x, avg, rest)
-            elif rounding == "stochastic":
-                avg = _accumulate.stochastic(w, x, avg, seed, state.step)
-            else:
-                avg = _accumulate.nearest(w, x, avg)
-            new[key] = avg, rest, jnp.where(is_base, state.masses[key], mass)
-        return state._replace(
-            averages={key: avg for key, (avg, _, _) in new.items()},
-            compensations={
-                key: rest for key, (_, rest, _) in new.items() if compensated
-            },
-            masses={key: mass for key, (_, _, mass) in new.items()},
-        )
-
-    return absorbing(
+    return running_average(
         "average",
-        empty,
-        absorb,
+        weight,
         every=every,
         start=start,
+        name=name,
+        accumulator_dtype=accumulator_dtype,
+        rounding=rounding,
         where=where,
         skip_nonfinite=skip_nonfinite,
         memory_kind=memory_kind,
@@ -198,7 +136,8 @@ def ema_params(
     References:
       See :func:`optax_avg.weights.ema`.
     """
-    return average(
+    return running_average(
+        "ema_params",
         weights.ema(decay, debias),
         every=every,
         start=start,
@@ -247,7 +186,8 @@ def polyak_average(
     References:
       See :func:`optax_avg.weights.uniform`.
     """
-    return average(
+    return running_average(
+        "polyak_average",
         weights.uniform(),
         every=every,
         start=start,
@@ -302,7 +242,9 @@ def swa(
       Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
       Generalization", 2018, 1803.05407.
     """
-    return polyak_average(
+    return running_average(
+        "swa",
+        weights.uniform(),
         every=every,
         start=start,
         name=name,
@@ -349,7 +291,9 @@ def tail_average(
       Rakhlin, Shamir and Sridharan, "Making Gradient Descent Optimal for Strongly
       Convex Stochastic Optimization", 2012, 1109.5647.
     """
-    return polyak_average(
+    return running_average(
+        "tail_average",
+        weights.uniform(),
         every=1,
         start=start,
         name=name,
@@ -378,8 +322,8 @@ def power_ema(
     ``avg += (1 - (1-1/t)^(gamma+1)) (x_t - avg)``.
 
     Args:
-      sigma_rel: relative width in (0, 12^-1/2), or a sequence of them; then the
-        averages are named ``f"{name}_{sigma_rel:g}"``.
+      sigma_rel: relative width in (0, 12^-1/2), or a sequence or vector of them; then
+        the averages are named ``f"{name}_{sigma_rel:g}"``.
       every: optimizer steps between absorbed iterates.
       start: optimizer steps to leave out.
       name: of the average.
@@ -403,12 +347,9 @@ def power_ema(
       Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
       Models", 2024, 2312.02696.
     """
-    widths = {name: sigma_rel}
-    if isinstance(sigma_rel, Sequence):
-        widths = {f"{name}_{width:g}": width for width in sigma_rel}
-        if len(widths) != len(sigma_rel):
-            raise ValueError(f"power_ema needs distinct widths, got {sigma_rel!r}.")
-    return average(
+    widths = _widths(name, sigma_rel)
+    return running_average(
+        "power_ema",
         {key: weights.power_function(sigma_rel=width) for key, width in widths.items()},
         every=every,
         start=start,
@@ -467,8 +408,11 @@ def lr_weighted_average(
             "lr_weighted_average needs a schedule; for a constant rate write "
             "polyak_average()."
         )
-    return average(
-        weights.mass(lambda t: learning_rate(start + t * every - 1) ** power),
+    every, start = _tree.check_every(every, start)
+    count = lambda t: _tree.step_of(t, every, start + every - 1)
+    return running_average(
+        "lr_weighted_average",
+        weights.mass(lambda t: learning_rate(count(t)) ** power),
         every=every,
         start=start,
         name=name,
@@ -480,13 +424,26 @@ def lr_weighted_average(
     )
 
 
-def _check_rounding(rounding: str | None, dtype: Any) -> str | None:
-    """The rounding, ``None`` resolved for the dtype of the accumulator."""
-    if rounding not in (None, "stochastic", "compensated"):
+def _widths(name: str, sigma_rel: Any) -> dict[str, Any]:
+    """The widths of :func:`power_ema` by the names of their averages."""
+    shape = getattr(sigma_rel, "shape", ())
+    if not shape and (
+        not isinstance(sigma_rel, Sequence) or isinstance(sigma_rel, str)
+    ):
+        return {name: sigma_rel}
+    if len(shape) > 1:
         raise ValueError(
-            f"rounding must be None, 'stochastic' or 'compensated', got {rounding!r}."
+            f"power_ema takes a width or a vector of them, got shape {shape}."
         )
-    if dtype is not None and not jnp.issubdtype(dtype, jnp.inexact):
-        raise ValueError(f"accumulator_dtype must be floating, got {dtype}.")
-    narrow = dtype is not None and jnp.finfo(dtype).bits < 32
-    return "stochastic" if rounding is None and narrow else rounding
+    try:
+        listed = np.asarray(sigma_rel).tolist() if shape else sigma_rel
+    except jax.errors.TracerArrayConversionError:
+        raise ValueError(
+            "power_ema names its averages by their widths, which must be known; inside "
+            'optax.inject_hyperparams write static_args=("sigma_rel",).'
+        ) from None
+    listed = [float(_tree.within("sigma_rel", width, 0, 12**-0.5)) for width in listed]
+    widths = {f"{name}_{width:g}": width for width in listed}
+    if not listed or len(widths) != len(listed):
+        raise ValueError(f"power_ema needs distinct widths, got {sigma_rel!r}.")
+    return widths

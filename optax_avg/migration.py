@@ -1,20 +1,44 @@
-"""Loading a checkpoint from before an average was added to the chain."""
+"""Loading a checkpoint from before an average was added to the chain.
 
+What both chains hold is carried over unchanged or refused by name; nothing is fitted.
+"""
+
+import warnings
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 
-from optax_avg.readout import average_names, is_average_state
+from optax_avg import _tree
+from optax_avg.readout import is_average_state, trees_of
+
+INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
+# Fields that the averages of one link have in common.
+SHARED = ("step", "absorbed", "rejected", "start", "every")
+# Fields that are dicts of the averages' names.
+BY_NAME = (
+    *("averages", "compensations", "masses", "remainders", "gammas"),
+    *("windows", "corrected"),
+)
+AFRESH = "to start it afresh, give it another name="
 
 
 def migrate_state(new_state: Any, old_state: Any) -> Any:
     """Moves an old optimizer state into a chain to which averages were added.
 
     Checkpoint libraries refuse a state whose structure has changed. Restore the old one
-    with the old optimizer as its template, then carry it over: the optimizer's part and
-    the averages that both have come from ``old_state``; averages that only the new
-    chain has start from ``new_state``, those that only the old chain has are dropped.
+    with the old optimizer as its template, then carry it over. The optimizer's part
+    comes from ``old_state``, and so do the averages that both chains have under the
+    same name, with their counters, wherever in the chain they stand. Averages that only
+    the new chain has start from ``new_state``. Averages that only the old chain has are
+    dropped, with a warning that names them; a renamed average is one of each.
+
+    The averages of one link share their counters. A link that gains a name is therefore
+    refused: give the new average a link of its own. A state does not hold the decay or
+    the formula of a weight, so an average that changes these under its old name is
+    carried over as it is.
 
     Args:
       new_state: ``new_tx.init(params)``.
@@ -24,7 +48,10 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
       A state for the new chain.
 
     Raises:
-      ValueError: If the states differ in more than averages, naming the first leaf.
+      ValueError: If an average that both have differs in its kind, the shape or dtype
+        of a leaf, the length of its window, its leaves, ``every`` or ``start``; if a
+        link gains a name; or if the states differ in more than averages. The message
+        names the first place.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -36,21 +63,37 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
       >>> int(optax.tree.get(state, "count"))
       1
     """
-    new, structure = jax.tree.flatten_with_path(new_state, is_leaf=is_average_state)
-    old = jax.tree.flatten_with_path(old_state, is_leaf=is_average_state)[0]
-    averages = [node for _, node in old if is_average_state(node)]
-    rest = [(path, leaf) for path, leaf in old if not is_average_state(leaf)]
-    moved = []
+    new, structure = jax.tree.flatten_with_path(new_state, is_leaf=_is_average)
+    old = jax.tree.flatten_with_path(old_state, is_leaf=_is_average)[0]
+    averages = [node for _, node in old if _is_average(node)]
+    rest = [(path, leaf) for path, leaf in old if not _is_average(leaf)]
+    moved: list[Any] = []
+    taken: dict[str, list[Any]] = {}
     for path, leaf in new:
-        if is_average_state(leaf):
-            same = [node for node in averages if _same_average(node, leaf)]
-            moved.append(same[0] if same else leaf)
+        where = f"new_state{jax.tree_util.keystr(path)}"
+        if _is_average(leaf):
+            found = _namesakes(where, leaf, averages)
+            for name, node in found.items():
+                if _is_in(node, taken.setdefault(name, [])):
+                    raise ValueError(
+                        f"{where} is the second link with the average {name!r} of the "
+                        "old state; give one of them another name=."
+                    )
+                taken[name].append(node)
+            moved.append(_carried(where, leaf, found) if found else leaf)
             continue
-        if not rest or _kind(path, leaf) != _kind(*rest[0]):
+        kind = _kind(new_state, path, leaf)
+        if not rest or kind != _kind(old_state, *rest[0]):
+            there = (
+                f"old_state{jax.tree_util.keystr(rest[0][0])} of "
+                f"{_owner(old_state, rest[0][0]) or 'it'} is {_type(rest[0][1])}"
+                if rest
+                else "the old state ends before it"
+            )
             raise ValueError(
-                "the states differ in more than averages, first at "
-                f"new_state{jax.tree_util.keystr(path)}; pass the state of the same "
-                "optimizer without the added averages."
+                f"the states differ in more than averages, first at {where} of "
+                f"{kind[0] or 'it'}: it is {_type(leaf)} and {there}; pass the state "
+                "of the same optimizer without the added averages."
             )
         moved.append(rest.pop(0)[1])
     if rest:
@@ -58,15 +101,190 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
             "the old state has more than the new one, first "
             f"old_state{jax.tree_util.keystr(rest[0][0])}."
         )
+    dropped = [
+        name
+        for node in averages
+        for name in trees_of(_inner(node))
+        if not _is_in(node, taken.get(name, []))
+    ]
+    if dropped:
+        warnings.warn(
+            f"the averages {sorted(dropped)} of the old state are dropped: the new "
+            "chain has no such averages; to keep one, give the new one its old name=.",
+            UserWarning,
+            stacklevel=2,
+        )
     return structure.unflatten(moved)
 
 
-def _kind(path: Any, leaf: Any) -> tuple[Any, ...]:
-    """What must agree: field and parameter names, shape, dtype; not chain positions."""
+def _is_average(node: Any) -> bool:
+    """Whether a node is the state of an average, bare or with injected arguments."""
+    return is_average_state(_inner(node))
+
+
+def _inner(node: Any) -> Any:
+    """The state inside that of ``optax.inject_hyperparams``."""
+    return node.inner_state if isinstance(node, INJECTED) else node
+
+
+def _is_in(node: Any, nodes: list[Any]) -> bool:
+    return any(node is other for other in nodes)
+
+
+def _namesakes(where: str, node: Any, averages: list[Any]) -> dict[str, Any]:
+    """The old states that hold the averages of a new link, by name; all or none."""
+    new = trees_of(_inner(node))
+    found = {name: _namesake(where, name, tree, averages) for name, tree in new.items()}
+    missing = [name for name, source in found.items() if source is None]
+    if missing and len(missing) < len(new):
+        raise ValueError(
+            f"{where} holds the averages {list(new)}, of which the old state lacks "
+            f"{missing}: they would share the counters of the others. Give those a "
+            "link of their own, a second average(...) in the chain."
+        )
+    return {} if missing else found
+
+
+def _namesake(where: str, name: str, tree: Any, averages: list[Any]) -> Any:
+    """The old state that holds an average of this name; None if there is none."""
+    trees = [(node, trees_of(_inner(node))) for node in averages]
+    same = [(node, held) for node, held in trees if name in held]
+    if len(same) < 2:
+        return same[0][0] if same else None
+    # Averages of parts of the parameters, as in optax.partition.
+    places = _types(tree).keys()
+    parts = [node for node, held in same if _types(held[name]).keys() == places]
+    if len(parts) != 1:
+        raise ValueError(
+            f"the old state has {len(same)} averages named {name!r}, of which "
+            f"{len(parts)} hold the leaves of the one in {where}; there must be one."
+        )
+    return parts[0]
+
+
+def _carried(where: str, node: Any, found: dict[str, Any]) -> Any:
+    """A new link's state with what the old links hold under its names."""
+    new = _inner(node)
+    sources = {name: _inner(source) for name, source in found.items()}
+    first, *others = sources
+    for name, source in sources.items():
+        _check_alike(where, name, new, source)
+    for name in others:
+        _check_counters(where, first, name, sources)
+    inner = _put_together(new, sources)
+    _check_leaves(where, new, inner)
+    return _in_wrapper(node, found[first], inner)
+
+
+def _put_together(new: Any, sources: dict[str, Any]) -> Any:
+    """A state like ``new`` whose averages come from ``sources``, by name."""
+    first = next(iter(sources.values()))
+
+    def moved(field):
+        if field in BY_NAME:
+            by_name = {name: getattr(state, field) for name, state in sources.items()}
+            return {name: held[name] for name, held in by_name.items() if name in held}
+        value = getattr(first, field)
+        # Two new links may come from one old one, and both be donated.
+        shared = field in SHARED and not _tree.is_abstract(value)
+        return jnp.array(value, copy=True) if shared else value
+
+    return type(new)(**{field: moved(field) for field in new._fields})
+
+
+def _in_wrapper(node: Any, source: Any, inner: Any) -> Any:
+    """The state back in that of ``optax.inject_hyperparams``, if it was in one.
+
+    The hyper-parameters are the old ones where both have the same.
+    """
+    if not isinstance(node, INJECTED):
+        return inner
+    alike = type(source) is type(node) and _types(
+        source._replace(inner_state=None)
+    ) == _types(node._replace(inner_state=None))
+    return (source if alike else node)._replace(inner_state=inner)
+
+
+def _check_alike(where: str, name: str, new: Any, old: Any) -> None:
+    """Raises if two averages of a name are not of one kind, stride and start."""
+    if type(new) is not type(old):
+        raise ValueError(
+            f"the average {name!r} in {where} has the state {type(new).__name__} and "
+            f"had {type(old).__name__}; {AFRESH}."
+        )
+    for field in ("start", "every"):
+        before, now = getattr(old, field), getattr(new, field)
+        if not _equal(before, now):
+            raise ValueError(
+                f"the average {name!r} in {where} has {field}={now} and had "
+                f"{field}={before}; {AFRESH}."
+            )
+    before, now = (getattr(state, "gammas", {}).get(name, 0) for state in (old, new))
+    if not _equal(before, now):
+        raise ValueError(
+            f"the average {name!r} in {where} is a power function of gamma={now} and "
+            f"was one of gamma={before}; {AFRESH}."
+        )
+
+
+def _check_counters(where: str, a: str, b: str, sources: dict[str, Any]) -> None:
+    """Raises if averages that are to share counters have counted differently."""
+    for field in SHARED:
+        first, second = getattr(sources[a], field), getattr(sources[b], field)
+        if first is not second and not _equal(first, second):
+            raise ValueError(
+                f"{where} holds the averages {a!r} and {b!r} in one link, but in the "
+                f"old state their {field} are {first} and {second}; keep a link for "
+                "each."
+            )
+
+
+def _check_leaves(where: str, new: Any, old: Any) -> None:
+    """Raises at the first leaf that is missing or has another shape or dtype."""
+    now, before = _types(new), _types(old)
+    for place in [*now, *before]:
+        if now.get(place) != before.get(place):
+            raise ValueError(
+                f"{where}{place} is {now.get(place, 'absent')} and was "
+                f"{before.get(place, 'absent')} in the old state; {AFRESH}."
+            )
+
+
+def _types(tree: Any) -> dict[str, str]:
+    """The types of the leaves by path."""
+    leaves = jax.tree.flatten_with_path(tree)[0]
+    return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in leaves}
+
+
+def _type(leaf: Any) -> str:
+    return f"{jnp.result_type(leaf)}{list(jnp.shape(leaf))}"
+
+
+def _equal(a: Any, b: Any) -> bool:
+    """Whether two arrays are the same; shapes without values are taken to be."""
+    if _tree.is_abstract([a, b]):
+        return True
+    return np.array_equal(np.asarray(a), np.asarray(b))
+
+
+def _kind(state: Any, path: Any, leaf: Any) -> tuple[Any, ...]:
+    """What must agree: state, field, parameter, shape, dtype; not chain positions."""
     names = [key for key in path if not isinstance(key, jax.tree_util.SequenceKey)]
-    return jax.tree_util.keystr(tuple(names)), jnp.shape(leaf), jnp.result_type(leaf)
+    return _owner(state, path), jax.tree_util.keystr(tuple(names)), _type(leaf)
 
 
-def _same_average(a: Any, b: Any) -> bool:
-    same = jax.tree.structure(a) == jax.tree.structure(b)
-    return same and average_names(a) == average_names(b)
+def _owner(node: Any, path: Any) -> str:
+    """The type of the innermost NamedTuple on a path, such as ``ScaleByAdamState``."""
+    owner = ""
+    for key in path:
+        if hasattr(node, "_fields"):
+            owner = type(node).__name__
+        if isinstance(key, jax.tree_util.GetAttrKey):
+            node = getattr(node, key.name)
+        elif isinstance(key, jax.tree_util.SequenceKey):
+            node = node[key.idx]
+        elif isinstance(key, jax.tree_util.DictKey):
+            node = node[key.key]
+        else:
+            break
+    return owner

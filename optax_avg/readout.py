@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_avg import _tree
-from optax_avg.averaging import AverageState
+from optax_avg._running import AverageState
 from optax_avg.windows import BemaState, WindowState
 
 
@@ -17,7 +17,9 @@ def averaged_params(state: Any, params: Any, name: str | None = None) -> Any:
     ``partition``, ``inject_hyperparams``, ``apply_if_finite`` and other wrappers.
     Leaves that are not averaged come from ``params``, and so does everything before the
     first iterate has been absorbed. The result never aliases the state, so that the
-    state may be donated afterwards. Works under jit, and under vmap for stacked states.
+    state may be donated afterwards. Works under jit and vmap. A state that is stacked
+    along the first axis of all its leaves, as by ``jax.vmap(tx.init)``, is read member
+    by member.
 
     Args:
       state: an optimizer state, or an object with an ``opt_state`` (a Flax
@@ -100,8 +102,8 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
     for node in average_states(state):
         if name not in trees_of(node):
             continue
-        absorbed = jax.tree.leaves(node.absorbed)[0]
-        aligned = _tree.align(read_average(node, name, absorbed), params)
+        begun = jax.tree.leaves(node.absorbed)[0] > 0
+        aligned = _tree.align(read_average(node, name), params)
         for i, (value, (path, leaf)) in enumerate(zip(aligned, paths, strict=True)):
             if value is None:
                 continue
@@ -110,7 +112,7 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
                     f"two averages named {name!r} hold params"
                     f"{jax.tree_util.keystr(path)}; give one of them another name=."
                 )
-            found[i] = absorbed > 0, value.astype(jnp.result_type(leaf))
+            found[i] = _over(begun, value), value.astype(jnp.result_type(leaf))
     return found
 
 
@@ -128,8 +130,22 @@ def trees_of(node: Any) -> dict[str, Any]:
     return node.windows if isinstance(node, WindowState) else node.corrected
 
 
-def read_average(node: Any, name: str, absorbed: jax.Array) -> Any:
-    """The average itself, from what the state keeps."""
+def read_average(node: Any, name: str) -> Any:
+    """The average itself, from what the state keeps; stacked as the state is.
+
+    Raises:
+      ValueError: If the state is stacked along other axes than the first.
+    """
+    absorbed = jax.tree.leaves(node.absorbed)[0]
+    if jnp.ndim(absorbed):
+        sizes = {jnp.shape(leaf)[:1] for leaf in jax.tree.leaves(node)}
+        if len(sizes) > 1:
+            raise ValueError(
+                f"the state of the average {name!r} is not stacked along the first "
+                "axis of all its leaves; write jax.vmap(averaged_params, in_axes=...)"
+                "(state, params) with the axes of the stack."
+            )
+        return jax.vmap(lambda member: read_average(member, name))(node)
     tree = jax.tree.map(_on_device, trees_of(node)[name])
     if isinstance(node, AverageState) and name in node.compensations:
         rest = jax.tree.map(_on_device, node.compensations[name])
@@ -137,6 +153,13 @@ def read_average(node: Any, name: str, absorbed: jax.Array) -> Any:
     if isinstance(node, WindowState):
         return jax.tree.map(lambda ring: _window_mean(ring, absorbed), tree)
     return tree
+
+
+def _over(begun: jax.Array, value: jax.Array) -> jax.Array:
+    """One bool a member of a stack, with as many axes as the values."""
+    if not begun.ndim:
+        return begun
+    return begun.reshape(*begun.shape, *[1] * (value.ndim - begun.ndim))
 
 
 def _window_mean(ring: jax.Array, absorbed: jax.Array) -> jax.Array:

@@ -11,6 +11,7 @@ converts between the units in which the field states horizons, and
 :func:`profile` writes out the weights that an average puts on each iterate.
 """
 
+import functools
 import inspect
 import math
 from collections.abc import Callable
@@ -25,6 +26,8 @@ from optax_avg import _tree
 # A float, a traced scalar, or a schedule of optimizer steps since the average began.
 ScalarOrSchedule = Any
 _LN2 = math.log(2.0)
+# Conversions between horizons take arrays of several numbers too.
+_each_within = functools.partial(_tree.within, elementwise=True)
 
 
 class Mass(NamedTuple):
@@ -70,7 +73,8 @@ def ema(decay: ScalarOrSchedule, debias: bool = True) -> Weight:
 
     Args:
       decay: ``d`` in [0, 1], per absorbed iterate. ``d = 1`` is the uniform mean. A
-        schedule is read at the optimizer steps since the average began, from 0.
+        schedule is called with the optimizer steps since the average began, an int32
+        from 0.
       debias: whether the weights on the iterates sum to one.
 
     Returns:
@@ -183,9 +187,29 @@ def power_function(gamma: Any = None, *, sigma_rel: Any = None) -> Weight:
             "power_function(sigma_rel=0.05)."
         )
     if gamma is None:
-        gamma = gamma_from_sigma_rel(sigma_rel)
+        width = _tree.within("sigma_rel", sigma_rel, 0, 12**-0.5, open_low=True)
+        gamma = gamma_from_sigma_rel(width)
     g = _tree.within("gamma", gamma, -1, math.inf, open_low=True)
-    return lambda t, dt=1: -jnp.expm1((g + 1) * jnp.log1p(-1 / t))
+    return functools.partial(_power, g)
+
+
+def gamma_of(weight: Weight) -> Any:
+    """The exponent of a power function, None for other weights.
+
+    Args:
+      weight: any weight of this module, or a function of ``t`` or ``(t, dt)``.
+
+    Returns:
+      The ``gamma`` that :func:`power_function` was given or found from ``sigma_rel``.
+
+    Example:
+      >>> import optax_avg as oa
+      >>> oa.weights.gamma_of(oa.weights.power_function(1.0))
+      1.0
+    """
+    if isinstance(weight, functools.partial) and weight.func is _power:
+        return weight.args[0]
+    return None
 
 
 def half_life(h: ScalarOrSchedule = math.inf, *, fraction: Any = None) -> Weight:
@@ -265,19 +289,20 @@ def inverse_gamma(
 ) -> Weight:
     """Inverse-gamma warm-up, ``w = 1 - clip(1 - (1+s/gamma)^-power, min, max)``.
 
-    ``s = t - 1``: the first iterate gets weight 1.
+    ``s = t - 1``. The first iterate gets weight 1 whatever the bounds: its decay is 0.
 
     Args:
       gamma: iterates over which the decay rises; positive.
       power: exponent of the rise; positive. 2/3 suits a million steps, 3/4 less.
       max_decay: upper bound of the decay, in [0, 1], or a schedule of it.
-      min_decay: lower bound of the decay, in [0, 1].
+      min_decay: lower bound of the decay from the second iterate on, in [0, 1]; at
+        most ``max_decay``.
 
     Returns:
       A weight.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or ``min_decay > max_decay``.
 
     Example:
       >>> import optax_avg as oa
@@ -290,12 +315,17 @@ def inverse_gamma(
     gamma = _tree.within("gamma", gamma, 0, math.inf, open_low=True)
     power = _tree.within("power", power, 0, math.inf, open_low=True)
     low = _tree.within("min_decay", min_decay, 0, 1)
-    max_at = _schedule(
-        max_decay if callable(max_decay) else _tree.within("max_decay", max_decay, 0, 1)
-    )
+    if not callable(max_decay):
+        max_decay = _tree.within("max_decay", max_decay, 0, 1)
+    if isinstance(low, float) and isinstance(max_decay, float) and low > max_decay:
+        raise ValueError(
+            f"min_decay = {low:g} must not exceed max_decay = {max_decay:g}."
+        )
+    max_at = _schedule(max_decay)
 
     def weight(t, dt=1):
-        return jnp.clip((1 + (t - 1) / gamma) ** -power, 1 - max_at(t, dt), 1 - low)
+        w = jnp.clip((1 + (t - 1) / gamma) ** -power, 1 - max_at(t, dt), 1 - low)
+        return jnp.where(t > 1, w, 1)
 
     return weight
 
@@ -371,7 +401,8 @@ def mass(m: Callable[[Any], Any]) -> Weight:
     Args:
       m: mass of iterate ``t = 1, 2, ...``, not negative; a learning rate or its square,
         for instance (:func:`optax_avg.lr_weighted_average`). While all masses are 0
-        the average follows the newest iterate.
+        the average follows the newest iterate. ``t`` is a float32 as for every weight;
+        a table is read as ``lambda t: table[t.astype(int) - 1]``.
 
     Returns:
       A weight.
@@ -436,23 +467,36 @@ def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:
       weight: a weight of ``(t, dt)``.
       t: float32 number of the iterate, from 1.
       dt: optimizer steps between iterates.
-      total: float32 ``S(t-1)`` of a :class:`Mass`; other weights leave it alone.
+      total: ``S(t-1)`` of a :class:`Mass` as a pair of float32 numbers whose sum it is:
+        the second holds what rounding took from the first. Other weights leave it
+        alone.
 
     Returns:
-      ``(w(t), S(t))``, both float32 where ``total`` is.
+      ``(w(t), S(t))``, in the dtype of the first number of ``total``.
+
+    Raises:
+      ValueError: If the weight returns an array of several numbers.
 
     Example:
       >>> import optax_avg as oa
-      >>> w, total = oa.weights.advance(oa.weights.mass(lambda t: t), 3.0, 1, 3.0)
-      >>> float(w), float(total)
+      >>> total = (3.0, 0.0)
+      >>> w, total = oa.weights.advance(oa.weights.mass(lambda t: t), 3.0, 1, total)
+      >>> float(w), float(total[0])
       (0.5, 6.0)
     """
+    high, low = total
+    dtype = jnp.result_type(high)
     if not isinstance(weight, Mass):
-        return jnp.asarray(weight(t, dt), jnp.result_type(total)), total
-    m = jnp.asarray(weight.add(t, dt), jnp.result_type(total))
-    total = jnp.asarray(weight.retain(t, dt) * total + m, jnp.result_type(total))
-    positive = total > 0
-    return jnp.where(positive, m / jnp.where(positive, total, 1), 1), total
+        return _scalar(weight(t, dt), dtype), total
+    m = _scalar(weight.add(t, dt), dtype)
+    r = _scalar(weight.retain(t, dt), dtype)
+    # For r near 1 the product r S loses the digits that (1 - r) S has.
+    near = r >= 0.5
+    kept = jnp.where(near, high, r * high)
+    change = jnp.where(near, low - (1 - r) * high, r * low) + m
+    high, low = _sum_and_error(kept, change)
+    positive = high > 0
+    return jnp.where(positive, m / jnp.where(positive, high, 1), 1), (high, low)
 
 
 def sequence(weight: Weight, steps: int, *, every: int = 1) -> np.ndarray:
@@ -467,21 +511,21 @@ def sequence(weight: Weight, steps: int, *, every: int = 1) -> np.ndarray:
       A float64 array of shape (steps,).
 
     Raises:
-      ValueError: If ``steps`` is below 1.
+      ValueError: If ``steps`` or ``every`` is not an integer from 1 on.
 
     Example:
       >>> import optax_avg as oa
       >>> oa.weights.sequence(oa.weights.uniform(), 4).round(4).tolist()
       [1.0, 0.5, 0.3333, 0.25]
     """
-    if steps < 1:
-        raise ValueError(f"a sequence of weights needs steps >= 1, got {steps}.")
+    steps = _tree.static_integer("steps", steps, 1)
+    every = _tree.static_integer("every", every, 1)
     weight = with_stride(weight)
     # Powers of two compile a few times only, however often this is asked for.
     t = np.arange(1, 1 + max(64, 2 ** (steps - 1).bit_length()), dtype=np.float64)
 
     def at(f):
-        found = jax.vmap(lambda i: jnp.asarray(f(i, every), float))(t)
+        found = jax.vmap(lambda i: _scalar(f(i, every), float))(t)
         return np.asarray(found)[:steps]
 
     with jax.enable_x64(True), jax.default_device(jax.local_devices(backend="cpu")[0]):
@@ -509,7 +553,7 @@ def profile(weight: Weight, steps: int, *, every: int = 1) -> Profile:
       A :class:`Profile`.
 
     Raises:
-      ValueError: If ``steps`` is below 1.
+      ValueError: If ``steps`` or ``every`` is not an integer from 1 on.
 
     Example:
       >>> import optax_avg as oa
@@ -517,13 +561,34 @@ def profile(weight: Weight, steps: int, *, every: int = 1) -> Profile:
       >>> round(p.relative_width, 3), round(p.mean_age)
       (0.1, 111)
     """
-    w = sequence(weight, steps, every=every)
-    t = np.arange(1, steps + 1)
-    kept = np.append(np.cumprod((1 - w)[::-1])[::-1], 1.0)
-    p, initial = w * kept[1:], float(kept[0])
+    found = on_iterates(sequence(weight, steps, every=every))
+    steps = found.size - 1
+    t, p, initial = np.arange(1, steps + 1), found[1:], float(found[0])
     mean = float(np.sum(p * t))
     width = math.sqrt(max(float(np.sum(p * (t - mean) ** 2)) + initial * mean**2, 0.0))
     return Profile(p, initial, steps - mean, width / steps)
+
+
+def on_iterates(w: np.ndarray) -> np.ndarray:
+    """Weights on the iterates from those that each had when it was the newest.
+
+    ``p_i = w(i) prod_{j>i} (1 - w(j))`` and, first, ``prod_j (1 - w(j))``, what is left
+    for the parameters from before.
+
+    Args:
+      w: float64 of shape (..., n), as :func:`sequence` gives it.
+
+    Returns:
+      A float64 array of shape (..., n + 1) that sums to one along its last axis.
+
+    Example:
+      >>> import numpy as np, optax_avg as oa
+      >>> oa.weights.on_iterates(np.array([0.5, 0.5])).tolist()
+      [0.25, 0.25, 0.5]
+    """
+    kept = np.cumprod((1 - w)[..., ::-1], axis=-1)[..., ::-1]
+    one = np.ones((*w.shape[:-1], 1))
+    return np.concatenate([kept, one], axis=-1) * np.concatenate([one, w], axis=-1)
 
 
 def scale_decay(decay: Any, kappa: Any) -> Any:
@@ -547,8 +612,8 @@ def scale_decay(decay: Any, kappa: Any) -> Any:
     References:
       Busbridge et al., "How to Scale Your EMA", 2023, 2307.13813.
     """
-    kappa = _tree.within("kappa", kappa, 0, math.inf, open_low=True)
-    return _tree.within("decay", decay, 0, 1) ** kappa
+    kappa = _each_within("kappa", kappa, 0, math.inf, open_low=True)
+    return _each_within("decay", decay, 0, 1) ** kappa
 
 
 def decay_from_half_life(h: Any) -> Any:
@@ -568,7 +633,7 @@ def decay_from_half_life(h: Any) -> Any:
       >>> oa.weights.decay_from_half_life(1)
       0.5
     """
-    return 2 ** (-1 / _tree.within("h", h, 0, math.inf, open_low=True))
+    return 2 ** (-1 / _each_within("h", h, 0, math.inf, open_low=True))
 
 
 def half_life_from_decay(decay: Any) -> Any:
@@ -588,7 +653,7 @@ def half_life_from_decay(decay: Any) -> Any:
       >>> round(oa.weights.half_life_from_decay(0.999), 2)
       692.8
     """
-    d = _tree.within("decay", decay, 0, 1, True, False)
+    d = _each_within("decay", decay, 0, 1, True, False)
     return -_LN2 / _log(d)
 
 
@@ -612,7 +677,7 @@ def sigma_rel_from_gamma(gamma: Any) -> Any:
     References:
       Karras et al., 2024, 2312.02696, equation 126.
     """
-    g = _tree.within("gamma", gamma, 0, math.inf)
+    g = _each_within("gamma", gamma, 0, math.inf)
     return ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5
 
 
@@ -638,7 +703,7 @@ def gamma_from_sigma_rel(sigma_rel: Any) -> Any:
     References:
       Karras et al., 2024, 2312.02696, algorithm 2.
     """
-    s = _tree.within("sigma_rel", sigma_rel, 0, 12**-0.5, open_low=True)
+    s = _each_within("sigma_rel", sigma_rel, 0, 12**-0.5, open_low=True)
     xp = math if isinstance(s, float) else jnp
     # Three real roots: the trigonometric solution of the depressed cubic.
     p, q = s**-2 + 1 / 3, 2 / 27 + 4 / 3 * s**-2
@@ -664,8 +729,8 @@ def half_life_from_gamma(gamma: Any, steps: Any) -> Any:
       >>> oa.weights.half_life_from_gamma(0.0, 1000)
       500.0
     """
-    g = _tree.within("gamma", gamma, 0, math.inf)
-    return _tree.within("steps", steps, 0, math.inf, True) * (1 - 2 ** (-1 / (g + 1)))
+    g = _each_within("gamma", gamma, 0, math.inf)
+    return _each_within("steps", steps, 0, math.inf, True) * (1 - 2 ** (-1 / (g + 1)))
 
 
 def gamma_from_half_life(h: Any, steps: Any) -> Any:
@@ -688,15 +753,38 @@ def gamma_from_half_life(h: Any, steps: Any) -> Any:
       >>> round(oa.weights.gamma_from_half_life(500, 1000), 6)
       0.0
     """
-    f = _tree.within("h / steps", h / steps, 0, 0.5, open_low=True)
+    f = _each_within("h / steps", h / steps, 0, 0.5, open_low=True)
     return -_LN2 / _log(1 - f) - 1
+
+
+def _power(gamma: Any, t: Any, dt: Any = 1) -> Any:
+    """``1 - (1-1/t)^(gamma+1)``, without its cancellation for large t."""
+    del dt
+    return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / t))
 
 
 def _schedule(value: ScalarOrSchedule) -> Callable[[Any, Any], Any]:
     """``value`` as a function of ``(t, dt)``; a schedule counts steps from 0."""
     if callable(value):
-        return lambda t, dt: value((t - 1) * dt)
+        return lambda t, dt: value(_tree.step_of(t, dt))
     return lambda t, dt: value
+
+
+def _scalar(value: Any, dtype: Any) -> jax.Array:
+    """What a weight returned, as one number."""
+    if jnp.ndim(value):
+        raise ValueError(
+            "a weight must be one number for all parameters, got an array of shape "
+            f"{jnp.shape(value)}; average several weights as a dict of them."
+        )
+    return jnp.asarray(value, dtype)
+
+
+def _sum_and_error(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``a + b`` and what rounding took from it (Knuth's exact sum)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def _log(value: Any) -> Any:

@@ -16,15 +16,21 @@ class WindowState(NamedTuple):
 
     Attributes:
       step: int32, optimizer steps seen.
-      absorbed: int32, iterates absorbed, those that have left the window included.
+      absorbed: int32, iterates absorbed, those that have left the window included; at
+        the largest integer it goes back by k.
       rejected: int32, iterates left out because a leaf was not finite.
+      start: int32, optimizer steps that were left out at the beginning.
+      every: int32, optimizer steps between absorbed iterates.
       windows: by name, the latest iterates in their own dtype, along a new first axis
-        of length k; iterate ``t`` is in row ``(t - 1) % k``.
+        of length k; iterate ``t`` is in row ``(t - 1) % k``. Where a box of Flax names
+        the axes of a leaf, the new axis has the name None.
     """
 
     step: jax.Array
     absorbed: jax.Array
     rejected: jax.Array
+    start: jax.Array
+    every: jax.Array
     windows: dict[str, Any]
 
 
@@ -35,6 +41,8 @@ class BemaState(NamedTuple):
       step: int32, optimizer steps seen.
       absorbed: int32, iterates in the average.
       rejected: int32, iterates left out because a leaf was not finite.
+      start: int32, optimizer steps that were left out at the beginning.
+      every: int32, optimizer steps between absorbed iterates.
       corrected: by name, ``ema + a (x - x_0)`` at the newest absorbed iterate.
       uncorrected: ``ema``.
       base: ``x_0``.
@@ -43,6 +51,8 @@ class BemaState(NamedTuple):
     step: jax.Array
     absorbed: jax.Array
     rejected: jax.Array
+    start: jax.Array
+    every: jax.Array
     corrected: dict[str, Any]
     uncorrected: Any
     base: Any
@@ -87,32 +97,36 @@ def window_average(
       Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with
       Latest Weight Averaging", 2022, 2209.14981.
     """
-    if isinstance(k, bool) or not isinstance(k, int) or k < 1:
-        raise ValueError(
-            f"k must be an integer >= 1, got {k!r}; inside optax.inject_hyperparams "
-            "name it in static_args."
-        )
+    hint = "; inside optax.inject_hyperparams name it in static_args"
+    k = _tree.static_integer("k", k, 1, hint)
+    every, start = _tree.check_every(every, start)
 
     def empty(x):
         return WindowState(
             step=jnp.zeros([], jnp.int32),
             absorbed=jnp.zeros([], jnp.int32),
             rejected=jnp.zeros([], jnp.int32),
-            windows={name: jax.tree.map(lambda leaf: _repeat(leaf, k), x)},
+            start=jnp.array(start, jnp.int32),
+            every=jnp.array(every, jnp.int32),
+            windows={name: _rings(x, k)},
         )
 
-    def absorb(state, x, is_base):
-        del is_base  # its row is the first iterate's, which overwrites it
+    def absorb(state, x, t, is_base):
+        del t, is_base  # the first iterate overwrites the row of the base
         row = state.absorbed % k
-        write = lambda ring, x: lax.dynamic_update_index_in_dim(ring, x, row, 0)
-        return state._replace(
-            windows={name: jax.tree.map(write, state.windows[name], x)}
-        )
+        # By leaves: boxes of a ring have one axis more than those of the iterate.
+        rings, structure = jax.tree.flatten(state.windows[name])
+        written = [
+            lax.dynamic_update_index_in_dim(ring, leaf, row, 0)
+            for ring, leaf in zip(rings, jax.tree.leaves(x), strict=True)
+        ]
+        return state._replace(windows={name: structure.unflatten(written)})
 
     return absorbing(
         "window_average",
         empty,
         absorb,
+        period=k,
         every=every,
         start=start,
         where=where,
@@ -173,6 +187,7 @@ def bema(
     eta = _tree.within("eta", eta, 0, float("inf"))
     rho = _tree.within("rho", rho, 0, float("inf"))
     gamma = _tree.within("gamma", gamma, 0, float("inf"), open_low=True)
+    every, start = _tree.check_every(every, start)
 
     def empty(x):
         copies = lambda: jax.tree.map(
@@ -182,19 +197,21 @@ def bema(
             step=jnp.zeros([], jnp.int32),
             absorbed=jnp.zeros([], jnp.int32),
             rejected=jnp.zeros([], jnp.int32),
+            start=jnp.array(start, jnp.int32),
+            every=jnp.array(every, jnp.int32),
             corrected={name: copies()},
             uncorrected=copies(),
             base=copies(),
         )
 
-    def absorb(state, x, is_base):
-        t = (state.absorbed + 1).astype(jnp.float32)
+    def absorb(state, x, t, is_base):
         s = rho + gamma * t
         b, a = jnp.where(is_base, 1, s**-kappa), s**-eta
+        is_new = lambda x0: is_base | ((t == 1) & ~jnp.isfinite(x0))
         base = jax.tree.map(
-            lambda x0, x: jnp.where(is_base, x.astype(x0.dtype), x0), state.base, x
+            lambda x0, x: jnp.where(is_new(x0), x.astype(x0.dtype), x0), state.base, x
         )
-        ema = _accumulate.nearest(b, x, state.uncorrected)
+        ema = _accumulate.nearest(b, x, state.uncorrected, t == 1)
         correct = lambda ema, x, x0: (ema + a * (_tree.widen(x) - x0)).astype(x0.dtype)
         return state._replace(
             corrected={name: jax.tree.map(correct, ema, x, base)},
@@ -212,6 +229,37 @@ def bema(
         skip_nonfinite=skip_nonfinite,
         memory_kind=memory_kind,
     )
+
+
+def _rings(tree: Any, k: int) -> Any:
+    """Every leaf ``k`` times along a new first axis, which its box learns of."""
+    repeated = jax.tree.map(lambda leaf: _repeat(leaf, k), tree)
+    return jax.tree.map(_with_first_axis, repeated, is_leaf=_names_axes)
+
+
+def _names_axes(node: Any) -> bool:
+    """Whether a node is one of Flax's boxes: a leaf with names for its axes."""
+    return hasattr(node, "add_axis")
+
+
+def _with_first_axis(node: Any) -> Any:
+    """The box with a new first axis without a name, so that no mesh axis splits it."""
+    if not _names_axes(node):
+        return node
+    if hasattr(node, "set_metadata"):  # a variable of NNX, made new by the tree map
+        for key, names in _shifted(node.get_metadata()).items():
+            node.set_metadata(key, names)
+        node.add_axis(0, None)  # runs the user's hooks, changes nothing else
+        return node
+    if hasattr(node, "metadata"):  # one of NNX in Linen: its add_axis does nothing
+        return node.replace(metadata={**node.metadata, **_shifted(node.metadata)})
+    return node.add_axis(0, {"partition_name": None})
+
+
+def _shifted(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The names of axes in the metadata of NNX, with one more in front."""
+    keys = ("out_sharding", "sharding_names", "optimizer_sharding")
+    return {key: (None, *metadata[key]) for key in keys if metadata.get(key)}
 
 
 def _repeat(x: jax.Array, k: int) -> jax.Array:

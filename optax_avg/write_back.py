@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _sight, _tree
 from optax_avg.averaging import ema_params
 from optax_avg.readout import average_names, read_leaves
 
@@ -41,39 +41,7 @@ def write_back(
       >>> import optax, optax_avg as oa
       >>> tx = optax.chain(optax.adam(1e-3), oa.write_back(oa.window_average(6), 100))
     """
-    _tree.check_every(every, 0)
-    inner = optax.with_extra_args_support(average)
-
-    def init(params: Any) -> Any:
-        state: Any = inner.init(params)
-        if len(names := average_names(state)) != 1 or not hasattr(state, "step"):
-            raise ValueError(
-                "write_back needs a transformation with one average, such as "
-                f"ema_params(0.999); this one has {names or 'none'}."
-            )
-        return state
-
-    def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        _tree.require_params("write_back", params)
-        averaged: tuple[Any, Any] = inner.update(updates, state, params, **extra_args)
-        updates, state = averaged
-
-        def replace(updates):
-            found = read_leaves(state, params, None)
-            leaves, structure = jax.tree.flatten(params)
-            steps = [
-                u if average is None else _step_to(average, x, u)
-                for average, x, u in zip(
-                    found, leaves, structure.flatten_up_to(updates), strict=True
-                )
-            ]
-            return structure.unflatten(steps)
-
-        return lax.cond(state.step % every == 0, replace, lambda u: u, updates), state
-
-    return optax.GradientTransformationExtraArgs(init, update)
+    return _write_back("write_back", average, _tree.check_integer("every", every, 1))
 
 
 def switch_ema(
@@ -100,7 +68,8 @@ def switch_ema(
       Li et al., "Switch EMA: A Free Lunch for Better Flatness and Sharpness", 2024,
       2402.09240.
     """
-    return write_back(ema_params(decay, debias=debias), every)
+    every = _tree.check_integer("every", every, 1)
+    return _write_back("switch_ema", ema_params(decay, debias=debias), every)
 
 
 def lookahead(
@@ -131,9 +100,53 @@ def lookahead(
       Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", 2019,
       1907.08610.
     """
+    sync_period = _tree.check_integer("sync_period", sync_period, 1)
     alpha = _tree.within("slow_step_size", slow_step_size, 0, 1)
     slow = ema_params(1 - alpha, debias=False, every=sync_period, name="lookahead")
-    return write_back(slow, sync_period)
+    return _write_back("lookahead", slow, sync_period)
+
+
+def _write_back(
+    caller: str, average: optax.GradientTransformation, every: Any
+) -> optax.GradientTransformationExtraArgs:
+    """:func:`write_back`, with the name of the factory that the user called."""
+    inner = optax.with_extra_args_support(average)
+
+    def init(params: Any) -> Any:
+        state: Any = inner.init(params)
+        if len(names := average_names(state)) != 1 or not hasattr(state, "step"):
+            raise ValueError(
+                f"{caller} needs a transformation with one average, such as "
+                f"ema_params(0.999); this one has {names or 'none'}."
+            )
+        return state
+
+    def update(
+        updates: Any, state: Any, params: Any = None, **extra_args: Any
+    ) -> tuple[Any, Any]:
+        _tree.require_params(caller, params)
+        with _sight.collected(None):  # it reports for both
+            averaged: tuple[Any, Any] = inner.update(
+                updates, state, params, **extra_args
+            )
+        updates, state = averaged
+
+        def replace(updates):
+            found = read_leaves(state, params, None)
+            leaves, structure = jax.tree.flatten(params)
+            steps = [
+                u if average is None else _step_to(average, x, u)
+                for average, x, u in zip(
+                    found, leaves, structure.flatten_up_to(updates), strict=True
+                )
+            ]
+            return structure.unflatten(steps)
+
+        updates = lax.cond(state.step % every == 0, replace, lambda u: u, updates)
+        _sight.report(caller, emitted=updates, rewrites=True)
+        return updates, state
+
+    return optax.GradientTransformationExtraArgs(init, update)
 
 
 def _step_to(found: tuple[jax.Array, jax.Array], x: jax.Array, u: Any) -> jax.Array:

@@ -8,10 +8,14 @@ import numpy as np
 import optax
 import pytest
 import reference
+from cases import AVERAGES
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import optax_avg as oa
+
+LAST = np.iinfo(np.int32).max
+every_average = pytest.mark.parametrize("case", AVERAGES.values(), ids=AVERAGES.keys())
 
 
 def feed(tx, xs, **kwargs):
@@ -405,13 +409,352 @@ def test_off_stride_steps_run_no_arithmetic_on_the_average():
         (lambda: oa.bema(kappa=2.0), "kappa must lie"),
         (lambda: oa.bema(gamma=0.0), "gamma must lie"),
         (lambda: oa.lookahead(5, 1.5), "slow_step_size must lie"),
-        (lambda: oa.lookahead(0, 0.5), "every must be an integer >= 1"),
+        (lambda: oa.lookahead(0, 0.5), "sync_period must be an integer >= 1"),
         (lambda: oa.write_back(oa.ema_params(0.9), 0), "every must be an integer"),
+        (lambda: oa.switch_ema(0.9, 2.0), "every must be an integer"),
+        (lambda: oa.ema_params(0.9, every=True), "every must be an integer"),
+        (lambda: oa.ema_params(0.9, every=np.True_), "every must be an integer"),
+        (lambda: oa.ema_params(0.9, start=np.int64(-1)), "start must be an integer"),
+        (
+            lambda: oa.window_average(jnp.array(3)),
+            "k must be .* static_args",
+        ),
+        (
+            lambda: oa.ema_params(0.9, accumulator_dtype=jnp.float8_e4m3fn),
+            "16 bits or more",
+        ),
+        (
+            lambda: oa.ema_params(0.9, accumulator_dtype=jnp.complex64),
+            "must be floating, real",
+        ),
+        (
+            lambda: oa.power_ema(np.full((2, 2), 0.1)),
+            r"of them, got .*\(2, 2\)",
+        ),
+        (lambda: oa.power_ema([]), "power_ema needs distinct widths"),
+        (lambda: oa.power_ema("0.1"), "sigma_rel must be a number"),
+        (lambda: oa.power_ema(np.array([0.1, 0.4])), "sigma_rel must lie"),
+        (
+            lambda: oa.ema_params(np.array([0.9, 0.99])),
+            "decay must be one number",
+        ),
+        (lambda: oa.ema_params(np.array(1.5)), "decay must lie"),
+        (lambda: oa.bema(kappa=jnp.ones(3)), "kappa must be one number"),
+        (lambda: oa.lookahead(5, np.array([0.5, 0.6])), "slow_step_size must be one"),
     ],
 )
 def test_bad_arguments_are_refused_by_the_factory(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def test_integers_of_numpy_are_integers():
+    xs = walk(6, 12)
+    for make in (
+        lambda number: oa.ema_params(0.9, every=number(2), start=number(1)),
+        lambda number: oa.window_average(number(3), number(2)),
+        lambda number: oa.swa(number(2), number(3)),
+        lambda number: oa.lookahead(number(2), 0.5),
+    ):
+        np.testing.assert_array_equal(result(make(np.int64), xs), result(make(int), xs))
+    assert int(oa.swa(np.array(2), np.uint8(3)).init(xs[0]).every) == 3
+
+
+def test_widths_of_power_emas_may_come_in_any_container():
+    xs = walk(7, 20)
+    several = feed(oa.power_ema([0.05, 0.1]), xs)
+    for widths in (
+        (0.05, 0.1),
+        np.array([0.05, 0.1]),
+        np.array([0.05, 0.1], np.float32),
+        jnp.array([0.05, 0.1]),
+    ):
+        state = feed(oa.power_ema(widths), xs)
+        assert oa.average_names(state) == ["power_ema_0.05", "power_ema_0.1"]
+        for name, average in several.averages.items():
+            np.testing.assert_allclose(state.averages[name], average, rtol=1e-5)
+    one = result(oa.power_ema(0.1), xs)
+    for width in (np.array(0.1), np.float64(0.1), jnp.array(0.1)):
+        state = feed(oa.power_ema(width), xs)
+        np.testing.assert_allclose(state.averages["power_ema"], one, rtol=1e-5)
+    injected = optax.inject_hyperparams(oa.power_ema)(sigma_rel=np.array([0.05, 0.1]))
+    with pytest.raises(ValueError, match=r'write static_args=\("sigma_rel",\)'):
+        jax.jit(injected.init)(xs[0])
+
+
+def test_a_weight_is_one_number():
+    tx = oa.average(lambda t: jnp.array([0.1, 0.2, 0.3]))
+    with pytest.raises(ValueError, match=r"must be one number .* of shape \(3,\)"):
+        tx.update(jnp.zeros(3), tx.init(jnp.ones(3)), jnp.ones(3))
+
+
+ALIASES = {
+    "average": lambda: oa.average(oa.weights.uniform()),
+    "ema_params": lambda: oa.ema_params(0.9),
+    "polyak_average": oa.polyak_average,
+    "swa": lambda: oa.swa(1),
+    "tail_average": lambda: oa.tail_average(1),
+    "power_ema": oa.power_ema,
+    "lr_weighted_average": lambda: oa.lr_weighted_average(lambda count: 1.0),
+    "window_average": lambda: oa.window_average(2),
+    "bema": oa.bema,
+    "write_back": lambda: oa.write_back(oa.ema_params(0.9), 2),
+    "switch_ema": lambda: oa.switch_ema(0.9, 2),
+    "lookahead": lambda: oa.lookahead(2, 0.5),
+}
+
+
+@pytest.mark.parametrize("name", ALIASES)
+def test_errors_name_what_the_user_called(name):
+    tx = ALIASES[name]()
+    with pytest.raises(ValueError, match=f"^{name} needs the parameters; call"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)))
+
+
+TABLE = np.array([0.5, 0.9, 0.3, 0.8, 0.6, 0.7, 0.2, 0.4])
+
+
+@pytest.mark.parametrize("x64", [False, True])
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda s: oa.ema_params(s, every=2, start=3),
+        lambda s: oa.ema_params(s, debias=False),
+        lambda s: oa.average(oa.weights.ramp(s)),
+        lambda s: oa.average(oa.weights.half_life(s, fraction=0.5)),
+        lambda s: oa.average(oa.weights.inverse_gamma(1.0, 1.0, s)),
+        lambda s: oa.lr_weighted_average(s, 2.0, every=2, start=3),
+        lambda s: oa.switch_ema(s, 3),
+    ],
+    ids=["ema", "biased", "ramp", "half_life", "inverse_gamma", "lr", "switch"],
+)
+def test_schedules_may_index_a_table(make, x64):
+    with jax.enable_x64(x64):
+        kinds = []
+
+        def from_table(count):
+            kinds.append(count.dtype)
+            return jnp.asarray(TABLE, jnp.float32)[count]
+
+        by_choice = lambda count: jnp.select(
+            [count == i for i in range(len(TABLE))], list(TABLE.astype(np.float32))
+        )
+        xs = walk(8, 7)
+        np.testing.assert_allclose(
+            result(make(from_table), xs), result(make(by_choice), xs), rtol=1e-6
+        )
+        assert set(kinds) == {jnp.dtype(jnp.int32)}
+
+
+@every_average
+def test_init_takes_shapes_without_values(case):
+    structs = {
+        "w": jax.ShapeDtypeStruct((4, 2), jnp.bfloat16),
+        "n": jax.ShapeDtypeStruct((), jnp.int32),
+    }
+    tx = optax.chain(optax.adam(0.1), case.make())
+    concrete = tx.init(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), structs))
+    kind = lambda x: (x.shape, x.dtype)
+    assert jax.tree.map(kind, tx.init(structs)) == jax.tree.map(kind, concrete)
+
+
+@pytest.mark.parametrize("injected", [False, True])
+@every_average
+def test_types_of_the_state_are_fixed_under_x64(case, injected):
+    factory = case.factory
+    if injected:
+        factory = optax.inject_hyperparams(factory, static_args=case.static)
+    with jax.enable_x64(True):
+        params = (jnp.array([1.0, 2.0], jnp.float32), jnp.array([3.0, 4.0]))
+        tx = factory(**case.kwargs)
+        state = tx.init(params)
+        kinds = jax.tree.map(jax.typeof, (params, state))
+        update = jax.jit(tx.update)
+        for _ in range(4):
+            updates, state = update(params, state, params)
+            assert jax.tree.map(jax.typeof, (updates, state)) == kinds
+        for name in oa.average_names(state):
+            average = oa.averaged_params(state, params, name)
+            assert jax.tree.map(jax.typeof, average) == kinds[0]
+
+
+@pytest.mark.parametrize("rounding", [None, "stochastic", "compensated"])
+def test_complex_leaves_with_narrow_accumulators(rounding):
+    x = jnp.asarray([1 + 2j, 3 - 1j], jnp.complex64)
+    tx = oa.polyak_average(accumulator_dtype=jnp.bfloat16, rounding=rounding)
+    state = feed(tx, [x, 2 * x, 4 * x])
+    assert state.averages["polyak"].dtype == jnp.complex64
+    np.testing.assert_allclose(oa.averaged_params(state, x), 3 * x, rtol=1e-6)
+    with jax.enable_x64(True):
+        wide = oa.polyak_average(accumulator_dtype=jnp.float64).init(x)
+        assert wide.averages["polyak"].dtype == jnp.complex128
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+@every_average
+def test_parameters_of_8_bits(case, dtype):
+    tx = case.make()
+    xs = [jnp.full(3, v, dtype) for v in (0.0, 0.5, 1.0, 1.5, 2.0, 2.5, 3.0)]
+    step = jnp.full(3, 0.5, dtype)
+    state, wide_state = tx.init(xs[0]), tx.init(xs[0].astype(jnp.float32))
+    update = jax.jit(tx.update)
+    for x in xs[:-1]:
+        updates, state = update(step, state, x)
+        assert updates.dtype == dtype
+        wide = x.astype(jnp.float32)
+        _, wide_state = update(step.astype(jnp.float32), wide_state, wide)
+    for name in oa.average_names(state):
+        average = oa.averaged_params(state, xs[-1], name)
+        wanted = oa.averaged_params(wide_state, xs[-1].astype(jnp.float32), name)
+        assert average.dtype == dtype
+        np.testing.assert_allclose(average.astype(jnp.float32), wanted, rtol=0.13)
+
+
+@pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
+def test_non_finite_parameters_of_8_bits(dtype):
+    tx, x = oa.polyak_average(), jnp.ones(3, dtype)
+    _, state = jax.jit(tx.update)(x.at[1].set(jnp.nan), tx.init(x), x)
+    assert (int(state.absorbed), int(state.rejected)) == (0, 1)
+
+
+BIASED = {
+    "ema": lambda **kwargs: oa.ema_params(0.5, debias=False, **kwargs),
+    "compensated": lambda **kwargs: oa.ema_params(
+        0.5, debias=False, rounding="compensated", **kwargs
+    ),
+    "bits": lambda **kwargs: oa.ema_params(
+        0.5, debias=False, accumulator_dtype=jnp.bfloat16, **kwargs
+    ),
+    "half_life": lambda **kwargs: oa.average(oa.weights.half_life(1.0), **kwargs),
+    "bema": lambda **kwargs: oa.bema(1.0, 0.0, 0.0, 0.5, **kwargs),
+}
+
+
+@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("start", [0, 3])
+@pytest.mark.parametrize("make", BIASED.values(), ids=BIASED.keys())
+def test_a_start_that_is_not_finite_is_the_first_iterate(make, start, skip):
+    tx = make(start=start, skip_nonfinite=skip)
+    # The second element is sound: it starts from the parameters of step `start`.
+    xs = [jnp.full(2, -9.0)] * start + [jnp.array([jnp.nan, 1.0])]
+    xs += [jnp.array([2.0, 3.0]), jnp.array([4.0, 4.0])]
+    update = jax.jit(tx.update)
+    state = tx.init(xs[0])
+    for after in xs[1:]:
+        # From 0, because nothing finite leads away from a NaN.
+        _, state = update(after, state, jnp.zeros(2))
+    healed = [jnp.array([2.0, 1.0]), *xs[-2:]]
+    wanted = result(make(), healed)
+    found = oa.averaged_params(state, xs[-1])
+    np.testing.assert_allclose(found, wanted, rtol=1e-5)
+    assert (int(state.absorbed), int(state.rejected)) == (2, 0)
+
+
+def test_nan_on_request_stays_after_the_first_iterate():
+    tx = oa.ema_params(0.5, skip_nonfinite=False)
+    xs = [jnp.ones(1), jnp.ones(1), jnp.full(1, jnp.nan)]
+    state = tx.init(xs[0])
+    for x in [*xs[1:], jnp.ones(1)]:
+        _, state = tx.update(x, state, jnp.zeros(1))
+    assert bool(jnp.isnan(state.averages["ema"]).all())
+
+
+def late(tx, x, **counters):
+    """The state of an average whose counters have come far."""
+    return tx.init(x)._replace(**{k: jnp.int32(v) for k, v in counters.items()})
+
+
+@pytest.mark.parametrize("every", [1, 3, 1000])
+def test_the_clock_keeps_its_stride_at_the_largest_integer(every):
+    tx = oa.polyak_average(every=every)
+    # A step that is due, a few before the last.
+    due = LAST - LAST % every
+    state = late(tx, jnp.zeros(1), step=due - 1, absorbed=5)
+    _, (absorbed, steps) = jax.lax.scan(
+        lambda state, _: (
+            (new := tx.update(jnp.ones(1), state, jnp.zeros(1))[1]),
+            (new.absorbed - state.absorbed, new.step),
+        ),
+        state,
+        length=2 * every + 1,
+    )
+    wanted = [i % every == 0 for i in range(2 * every + 1)]
+    np.testing.assert_array_equal(absorbed, wanted)
+    assert int(steps.min()) > LAST - 2 * every
+
+
+def test_counters_of_iterates_do_not_wrap():
+    x = jnp.zeros(1)
+    for tx in (oa.polyak_average(), oa.bema()):
+        state = late(tx, x, step=LAST, absorbed=LAST, rejected=LAST)
+        _, state = jax.jit(tx.update)(jnp.ones(1), state, x)
+        assert (int(state.step), int(state.absorbed)) == (LAST, LAST)
+        average = oa.averaged_params(state, x)
+        assert 0 < float(average[0]) < 0.1
+        _, state = jax.jit(tx.update)(jnp.full(1, jnp.nan), state, x)
+        assert int(state.rejected) == LAST
+    tx = oa.lr_weighted_average(lambda count: jnp.where(count >= 0, 1.0, jnp.nan))
+    state = late(tx, x, step=LAST, absorbed=LAST)
+    _, state = jax.jit(tx.update)(jnp.ones(1), state, x)
+    assert bool(jnp.isfinite(state.averages["lr_weighted"]).all())
+
+
+def test_a_window_goes_round_at_the_largest_integer():
+    tx = oa.window_average(3)
+    state = late(tx, jnp.zeros(1), step=LAST, absorbed=LAST)
+    for i in range(1, 8):
+        _, state = tx.update(jnp.full(1, float(i)), state, jnp.zeros(1))
+    np.testing.assert_allclose(oa.averaged_params(state, jnp.zeros(1)), [6.0])
+
+
+def test_averages_draw_random_bits_of_their_own():
+    n = 4096
+    x = jnp.full(n, 1 + 2.0**-8)  # halfway between neighbours in bf16
+    narrow = {"accumulator_dtype": jnp.bfloat16}
+
+    def bits(tx, params, read=lambda state: state):
+        _, state = tx.update(
+            jax.tree.map(jnp.zeros_like, params), tx.init(params), params
+        )
+        return [np.asarray(a) > 1 for a in jax.tree.leaves(read(state))]
+
+    chain = optax.chain(
+        oa.ema_params(0.9, name="a", **narrow), oa.ema_params(0.9, name="b", **narrow)
+    )
+    drawn = bits(chain, {"u": x, "v": x}, lambda s: (s[0].averages, s[1].averages))
+    both = oa.average({"c": oa.weights.ema(0.9), "d": oa.weights.ema(0.99)}, **narrow)
+    drawn += bits(both, {"u": x}, lambda state: state.averages)
+    # Parts of the parameters under one name, as in optax.partition.
+    parts = optax.partition(
+        {key: oa.ema_params(0.9, **narrow) for key in "uv"}, {"u": "u", "v": "v"}
+    )
+    held = lambda state: [s.averages for s in oa.readout.average_states(state)]
+    drawn += bits(parts, {"u": x, "v": x}, held)
+    for i, first in enumerate(drawn):
+        assert 0.45 < first.mean() < 0.55
+        for second in drawn[:i]:
+            assert 0.45 < (first == second).mean() < 0.55
+    # Where a link stands does not matter.
+    turned = optax.chain(oa.swa(0), oa.ema_params(0.9, name="a", **narrow))
+    again = bits(turned, {"u": x, "v": x}, lambda state: state[1].averages)
+    np.testing.assert_array_equal(again, drawn[:2])
+
+
+def test_sums_of_masses_do_not_stop_growing():
+    # In float32, 2^24 + 1 is 2^24.
+    begun = 2**24
+    tx = oa.average(oa.weights.mass(lambda t: 1.0))
+    state = tx.init(jnp.zeros(1))
+    state = state._replace(
+        absorbed=jnp.int32(begun), masses={"average": jnp.float32(begun)}
+    )
+    state, _ = jax.lax.scan(
+        lambda state, _: (tx.update(jnp.ones(1), state, jnp.zeros(1))[1], None),
+        state,
+        length=2001,
+    )
+    total = float(state.masses["average"]) + float(state.remainders["average"])
+    assert total == begun + 2001
 
 
 def test_bf16_decay_from_inject_hyperparams_is_what_it_was_cast_to():

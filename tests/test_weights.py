@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optax_avg as oa
-from optax_avg import weights
+from optax_avg import _tree, weights
 
 T = np.arange(1.0, 200.0)
 
@@ -37,7 +37,8 @@ def values(weight, every=1):
         (weights.ramp(0.9), lambda t: 1 - min(0.9, (1 + t) / (10 + t))),
         (
             weights.inverse_gamma(2.0, 0.75, 0.99, 0.1),
-            lambda t: 1 - min(max(1 - (1 + (t - 1) / 2) ** -0.75, 0.1), 0.99),
+            # In both references the decay of the first step is 0, whatever the bounds.
+            lambda t: 1 - (t > 1) * min(max(1 - (1 + (t - 1) / 2) ** -0.75, 0.1), 0.99),
         ),
         (weights.annealed(0.9), lambda t: 1 - (0.9 * t + 1) / (t + 2)),
         (
@@ -235,7 +236,18 @@ def test_traced_hyper_parameters(dtype):
         (lambda: weights.inverse_gamma(gamma=0), "gamma must lie"),
         (lambda: weights.half_life_linear(0.9, 1.0, 5), "beta_end must lie"),
         (lambda: weights.mass(3.0), "mass takes a function"),
-        (lambda: weights.profile(weights.uniform(), 0), "steps >= 1"),
+        (
+            lambda: weights.profile(weights.uniform(), 0),
+            "steps must be an integer >= 1",
+        ),
+        (lambda: weights.profile(weights.uniform(), 3, every=0), "every must be an"),
+        (lambda: weights.inverse_gamma(1.0, 1.0, 0.5, 0.6), "0.6 must not exceed max"),
+        (lambda: weights.ema(jnp.ones(2)), r"decay must be one number, .*\(2,\)"),
+        (
+            lambda: weights.power_function(sigma_rel=np.full(2, 0.1)),
+            "sigma_rel must be",
+        ),
+        (lambda: weights.sequence(lambda t: jnp.ones(2), 3), "a weight must be one"),
         (lambda: weights.scale_decay(0.9, 0.0), "kappa must lie"),
         (lambda: weights.gamma_from_half_life(600, 1000), "h / steps must lie"),
     ],
@@ -255,3 +267,71 @@ def test_weights_of_averages_are_their_profiles():
         _, state = tx.update(eye[i], state, jnp.zeros(12))
     p = weights.profile(weight, 12)
     np.testing.assert_allclose(state.averages["average"], p.weights, atol=1e-6)
+
+
+@pytest.mark.parametrize("mass", [1.0, 0.1])
+def test_sums_of_masses_keep_their_digits(mass):
+    # A float32 sum of ones stands still from 2^24 on.
+    weight = weights.mass(lambda t: mass)
+    begun = 2**24
+    start = np.float32(np.float32(mass) * begun), np.float32(0)
+    step = lambda total, _: (weights.advance(weight, 1.0, 1, total)[1], None)
+    total, _ = jax.lax.scan(step, start, length=3000)
+    wanted = np.float64(np.float32(mass)) * (begun + 3000)
+    assert float(total[0]) + float(total[1]) == pytest.approx(wanted, rel=1e-10)
+    w, _ = weights.advance(weight, 1.0, 1, total)
+    assert float(w) == pytest.approx(1 / (begun + 3001), rel=3e-7)
+
+
+@pytest.mark.parametrize("decay", [0.9, 0.99999, 1 - 1e-6])
+def test_scheduled_decays_near_one_keep_their_digits(decay):
+    # r S rounds to S long before S is 1; with (1 - r) S it goes on.
+    weight = weights.ema(lambda step: jnp.float32(decay))
+    d = np.float64(np.float32(decay))
+    begun = 1 - 0.05  # the sum of the weights, close to its limit
+    steps = 5000
+    start = jnp.float32(begun), jnp.float32(0)
+    step = lambda total, _: (weights.advance(weight, 1.0, 1, total)[1], None)
+    total, _ = jax.lax.scan(step, start, length=steps)
+    wanted = 1 - (1 - np.float64(np.float32(begun))) * d**steps
+    found = float(total[0]) + float(total[1])
+    assert found - begun == pytest.approx(wanted - begun, rel=1e-4, abs=1e-6)
+
+
+def test_masses_that_are_forgotten():
+    # r = 0 at t = 3: nothing of what was large before is left.
+    weight = weights.Mass(
+        retain=lambda t, dt: jnp.where(t == 3, 0.0, 1.0),
+        add=lambda t, dt: jnp.where(t < 3, 1e10, 1.0),
+    )
+    total = (jnp.float32(0), jnp.float32(0))
+    found = []
+    for t in (1.0, 2.0, 3.0, 4.0):
+        w, total = weights.advance(weight, t, 1, total)
+        found.append(float(w))
+    assert found == [1.0, 0.5, 1.0, 0.5]
+
+
+def test_steps_of_schedules_are_exact_integers():
+    for t, dt in ((1, 1), (2**24, 100), (2**24 - 1, 127)):
+        step = _tree.step_of(jnp.float32(t), dt)
+        assert step.dtype == jnp.int32
+        assert int(step) == (t - 1) * dt
+    last = 2**31 - 1
+    assert 0 < int(_tree.step_of(jnp.float32(last), 10, 3)) <= last
+    assert int(_tree.step_of(jnp.float32(last), 1)) > last - 256
+
+
+def test_profiles_read_tables_and_integers_of_numpy():
+    table = jnp.asarray([0.5, 0.25, 0.75])
+    from_table = weights.ema(lambda step: table[step])
+    found = weights.sequence(from_table, np.int64(3))
+    # S(t) = d S(t-1) + 1 - d by hand: 1/2, 7/8, 29/32.
+    np.testing.assert_allclose(found, [1.0, 0.75 / 0.875, 0.25 / 0.90625])
+
+
+def test_conversions_take_arrays():
+    widths = np.array([0.05, 0.1])
+    wanted = [weights.gamma_from_sigma_rel(float(s)) for s in widths]
+    found = weights.gamma_from_sigma_rel(jnp.asarray(widths))
+    np.testing.assert_allclose(found, wanted, rtol=1e-4)

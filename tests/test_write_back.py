@@ -107,3 +107,15 @@ def test_any_single_average_can_be_written_back():
 def test_write_back_needs_one_average(inner):
     with pytest.raises(ValueError, match="needs a transformation with one average"):
         oa.write_back(inner, 2).init(jnp.ones(2))
+
+
+def test_lookahead_goes_on_at_the_largest_integer():
+    tx = oa.lookahead(3, 0.5)
+    last = 2**31 - 1
+    state = tx.init(jnp.zeros(1))._replace(step=jnp.int32(last - last % 3), absorbed=5)
+    updates = []
+    for _ in range(9):
+        update, state = tx.update(jnp.ones(1), state, jnp.zeros(1))
+        updates.append(float(update[0]))
+    # Every third step leads half the way from the slow weights: 1/2, 3/4, 7/8.
+    assert updates == [1, 1, 0.5, 1, 1, 0.75, 1, 1, 0.875]
