@@ -13,8 +13,8 @@ from typing import Any, NamedTuple, ParamSpec
 import jax
 import optax
 
-from optax_avg import _tree, rules
-from optax_avg.rules.offsets import Radius, radius_at
+from optax_avg import _mixups, _sight, _tree, rules
+from optax_avg.rules.offsets import Radius, finite, radius_at
 from optax_avg.sharpness import RuleState, SharpnessRule, as_link
 
 P = ParamSpec("P")
@@ -122,9 +122,10 @@ def decoupled_wsam(
       Yue et al., "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
       Regularization Term", 2023, 2305.15817, algorithm 1.
     """
+    _mixups.refuse_no_optimizer("decoupled_wsam", optimizer)
     gamma = _tree.within("gamma", gamma, 0, 1, closed_high=False)
     if not callable(learning_rate):
-        learning_rate = _tree.within("learning_rate", learning_rate, 0, float("inf"))
+        learning_rate = finite("learning_rate", learning_rate)
     inner = optax.with_extra_args_support(optimizer)
     perturbed = as_link(rules.sam(rho), "decoupled_wsam")
 
@@ -135,7 +136,10 @@ def decoupled_wsam(
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        found: Any = perturbed.update(updates, state.rule_state, params, **extra_args)
+        with _sight.collected(None):  # it reports for both
+            found: Any = perturbed.update(
+                updates, state.rule_state, params, **extra_args
+            )
         gd, rule_state = found
         lr = radius_at(learning_rate, state.rule_state)
         steps, inner_state = inner.update(
@@ -151,6 +155,7 @@ def decoupled_wsam(
             )
 
         steps = jax.tree.map(add, steps, updates, gd, is_leaf=lambda x: x is None)
+        _sight.report("decoupled_wsam", received=updates, emitted=steps)
         return steps, DecoupledState(rule_state, inner_state)
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(_tree.shapes_for_shapes(init), update)

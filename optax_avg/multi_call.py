@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _mixups, _sight, _tree
 from optax_avg.sharpness import (
     RuleState,
     SharpnessRule,
@@ -32,6 +32,8 @@ class MultiCallState(NamedTuple):
       evaluation: int32, the evaluation that the next gradient belongs to.
       clean_params: the parameters without offset.
       probe_grads: gradients of this step so far, zeros where there is none yet.
+      sound: whether all gradients of this step so far are finite.
+      rejected: int32, steps left out because a gradient was not finite.
       rule_state: the rule's own.
       inner_state: the optimizer's.
     """
@@ -39,6 +41,8 @@ class MultiCallState(NamedTuple):
     evaluation: jax.Array
     clean_params: Any
     probe_grads: tuple[Any, ...]
+    sound: jax.Array
+    rejected: jax.Array
     rule_state: RuleState
     inner_state: Any
 
@@ -53,6 +57,21 @@ def multi_call(
     the last one moves them to where ``optimizer`` steps from the clean ones. Evaluate
     and save :func:`eval_params`, not the parameters in between.
 
+    The clean parameters are in the state, and what ``optimizer`` makes of them is
+    exactly what it would make without a rule. The updates lead to the parameters of
+    the next call, in the wider dtype of gradients and parameters; where an offset is
+    larger than a weight, the way back is rounded and the two may differ by one rounding
+    of the offset, which no later call inherits.
+
+    What else changes the parameters between calls (a write-back, clipping, a restored
+    checkpoint) is undone by the next call: put it into ``optimizer``, or change
+    ``state._replace(clean_params=...)`` as well. Leaves without a gradient are not
+    touched and follow the parameters.
+
+    A gradient that is not finite, of any evaluation, makes this step void: the
+    parameters stand at the clean ones until its last call, which counts it in
+    ``rejected`` and leaves everything else as it was, ``optimizer`` included.
+
     Args:
       rule: from :mod:`optax_avg.rules`, but those with Hessian-vector products.
       optimizer: what follows the rule, averages included.
@@ -61,8 +80,9 @@ def multi_call(
       A transformation with the state :class:`MultiCallState`.
 
     Raises:
-      ValueError: If the rule needs a Hessian-vector product, or ``update`` gets no
-        params.
+      ValueError: If the rule needs a Hessian-vector product, a leaf is complex, or
+        ``update`` gets no params or something else than gradients.
+      TypeError: If ``rule`` is no rule or ``optimizer`` no transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -75,14 +95,19 @@ def multi_call(
       >>> float(x), float(oa.eval_params(state, x))
       (-0.5, -0.5)
     """
+    _mixups.refuse_no_rule("multi_call", rule)
+    _mixups.refuse_no_optimizer("multi_call", optimizer)
     inner = optax.with_extra_args_support(optimizer)
+
+    def inner_update(*args: Any, **extra_args: Any) -> Any:
+        with _sight.collected(None):  # its links have another first and last
+            return inner.update(*args, **extra_args)
+
     last = rule.num_evals - 1
 
     def init(params: Any) -> MultiCallState:
         refuse_masked("multi_call", params)
-        zeros = _tree.over(
-            lambda x: jnp.zeros_like(_tree.wide(jnp.asarray(x))), params, params
-        )
+        zeros = _tree.over(_tree.zeros_like, params, params)
         state = init_state(rule, params)
         probes = tuple(jax.tree.map(jnp.copy, zeros) for _ in range(last))
         for i in range(rule.num_evals):
@@ -95,6 +120,8 @@ def multi_call(
             evaluation=jnp.zeros([], jnp.int32),
             clean_params=jax.tree.map(lambda x: jnp.array(x, copy=True), params),
             probe_grads=probes,
+            sound=jnp.asarray(True),
+            rejected=jnp.zeros([], jnp.int32),
             rule_state=state,
             inner_state=inner.init(params),
         )
@@ -104,39 +131,66 @@ def multi_call(
     ) -> tuple[Any, Any]:
         _tree.require_params("multi_call", params)
         refuse_masked("multi_call", updates)
-        clean_first = rule.probe(0, params, (), state.rule_state) is None
+        _mixups.refuse_no_gradient("the first argument of update", updates, params)
+
+        def gradients(before):
+            g = widened(updates, params)
+            absent = lambda old, g: None if g is None else old
+            return [*(jax.tree.map(absent, old, g) for old in before), g]
+
+        def start(state):
+            clean, rule_state = state.clean_params, state.rule_state
+            target, _ = _reached(clean, rule.probe(0, clean, (), rule_state))
+            return target, state._replace(
+                evaluation=jnp.zeros([], jnp.int32), sound=jnp.asarray(True)
+            )
 
         def finish(state, gradient, rule_state):
-            clean, at = state.clean_params, like(gradient, updates)
-            step, inner_state = inner.update(at, state.inner_state, clean, **extra_args)
-            clean = _tree.new_iterate(clean, step)
-            target = displaced(clean, rule.probe(0, clean, (), rule_state))
-            return target, state._replace(
-                evaluation=jnp.zeros([], jnp.int32),
-                clean_params=clean,
-                rule_state=rule_state,
-                inner_state=inner_state,
-            )
+            at = like(gradient, updates)
+
+            def step(state):
+                clean = state.clean_params
+                steps, inner_state = inner_update(
+                    at, state.inner_state, clean, **extra_args
+                )
+                return state._replace(
+                    clean_params=_tree.new_iterate(clean, steps),
+                    rule_state=rule_state,
+                    inner_state=inner_state,
+                )
+
+            def void(state):
+                rejected: Any = optax.safe_increment(state.rejected)
+                return state._replace(rejected=rejected)
+
+            sound = state.sound & _finite(at, updates)
+            return start(lax.cond(sound, step, void, state))
 
         def move(i, state):
-            grads = [*state.probe_grads[:i], widened(updates, params)]
-            offset = rule.probe(i + 1, state.clean_params, grads, state.rule_state)
+            grads = gradients(state.probe_grads[:i])
+            clean = state.clean_params
+            offset = rule.probe(i + 1, clean, grads, state.rule_state)
+            target, reached = _reached(clean, offset)
+            sound = state.sound & reached & _finite(updates)
+            target = _choose(sound, target, clean)
             probes = list(state.probe_grads)
             probes[i] = jax.tree.map(
-                lambda old, g: g.astype(old.dtype), probes[i], grads[i]
+                lambda old, g: old if g is None else g.astype(old.dtype),
+                probes[i],
+                grads[i],
             )
-            return displaced(state.clean_params, offset), state._replace(
-                evaluation=jnp.asarray(i + 1, jnp.int32), probe_grads=tuple(probes)
+            return target, state._replace(
+                evaluation=jnp.asarray(i + 1, jnp.int32),
+                probe_grads=tuple(probes),
+                sound=sound,
             )
 
         def full(state):
-            grads = [*state.probe_grads, widened(updates, params)]
+            grads = gradients(state.probe_grads)
             gradient, memory = rule.combine(state.clean_params, grads, state.rule_state)
             return finish(state, gradient, advanced(state.rule_state, memory, grads))
 
         def first(state):
-            if clean_first:
-                state = state._replace(clean_params=params)
             advance = full if last == 0 else lambda state: move(0, state)
             if rule.due is None:
                 return advance(state)
@@ -144,7 +198,7 @@ def multi_call(
 
         def skip(state):
             g = widened(updates, params)
-            gradient, memory = skipping(rule)(params, g, state.rule_state)
+            gradient, memory = skipping(rule)(state.clean_params, g, state.rule_state)
             return finish(state, gradient, advanced(state.rule_state, memory, [g]))
 
         calls = [first]
@@ -152,11 +206,25 @@ def multi_call(
             calls.append(lambda state, i=i: move(i, state))
         if last:
             calls.append(full)
+        clean = jax.tree.map(_newest, params, state.clean_params, updates)
+        state = state._replace(clean_params=clean)
+        if jax.tree.map(jnp.result_type, clean) != jax.tree.map(
+            jnp.result_type, updates
+        ):
+            after = jax.eval_shape(
+                lambda s, x: inner_update(updates, s, x, **extra_args)[1],
+                state.inner_state,
+                clean,
+            )
+            # Optimizers may take the dtype of the first gradient, all branches alike.
+            inner_state = jax.tree.map(_as_dtype, state.inner_state, after)
+            state = state._replace(inner_state=inner_state)
         target, state = lax.switch(state.evaluation, calls, state)
         steps = jax.tree.map(_step_to, params, target, updates)
+        _sight.report("multi_call", received=updates, emitted=steps, perturbs=True)
         return steps, state
 
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(_tree.shapes_for_shapes(init), update)
 
 
 def eval_params(state: Any, params: Any) -> Any:
@@ -184,11 +252,49 @@ def eval_params(state: Any, params: Any) -> Any:
         raise ValueError(
             f"eval_params needs a state with one multi_call in it, found {len(found)}."
         )
-    return jax.tree.map(lambda x, clean: clean, params, found[0].clean_params)
+    return jax.tree.map(
+        lambda x, clean: clean if _tree.is_float(x) else x,
+        params,
+        found[0].clean_params,
+    )
+
+
+def _as_dtype(x: Any, like: Any) -> Any:
+    return x if x.dtype == like.dtype else x.astype(like.dtype)
+
+
+def _newest(x: Any, clean: Any, u: Any) -> Any:
+    """The clean leaf; a copy of ``x`` where it has no gradient."""
+    return clean if _trained(x, u) else jnp.array(x, copy=True)
 
 
 def _step_to(x: Any, target: Any, u: Any) -> Any:
-    """The update from ``x`` to ``target`` in the dtype of ``u``."""
-    if u is None or not _tree.is_float(x):
+    """The update from ``x`` to ``target``, no narrower than either."""
+    if not _trained(x, u):
         return u
-    return (_tree.wide(target) - _tree.wide(x)).astype(u.dtype)
+    step = _tree.wide(target) - _tree.wide(x)
+    return step.astype(jnp.promote_types(u.dtype, x.dtype))
+
+
+def _trained(x: Any, u: Any) -> bool:
+    return u is not None and _tree.is_float(x)
+
+
+def _reached(clean: Any, offset: Any) -> tuple[Any, Any]:
+    """``clean + offset``, or ``clean`` where that is not finite; and which it is."""
+    if offset is None:
+        return clean, jnp.asarray(True)
+    target = displaced(clean, offset)
+    finite = _finite(target)
+    return _choose(finite, target, clean), finite
+
+
+def _choose(condition: Any, new: Any, old: Any) -> Any:
+    return jax.tree.map(
+        lambda a, b: a if a is b else jnp.where(condition, a, b), new, old
+    )
+
+
+def _finite(*trees: Any) -> Any:
+    """Whether all floats of trees are finite."""
+    return _tree.all_finite([x for x in jax.tree.leaves(trees) if _tree.is_float(x)])

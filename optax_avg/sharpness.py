@@ -17,7 +17,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _mixups, _sight, _tree
 
 Grads = Sequence[Any]
 
@@ -45,11 +45,14 @@ class SharpnessRule(NamedTuple):
       probe: ``(i, params, grads[:i], state) -> offset`` of evaluation ``i``, None for
         the parameters themselves.
       combine: ``(params, grads, state) -> (gradient, memory)``.
-      init: ``params -> memory``.
+      init_memory: ``params -> memory``.
       direction: ``(i, params, grads[:i], state) -> tree`` or None; where it is a tree,
         evaluation ``i`` is the Hessian-vector product along it.
-      num_ascents: leading evaluations that :func:`sharpness_aware` takes from
-        ``ascent_fn``.
+      num_ascents: leading evaluations that make offsets and directions. An
+        ``ascent_fn`` of :func:`sharpness_aware` takes them.
+      in_result: which of these leading evaluations ``combine`` needs of the loss, None
+        for all. With an ``ascent_fn`` each of them is taken twice: ``probe`` and
+        ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
       due: ``state -> bool``, whether this step takes all evaluations; None for always.
       skip: ``(params, g_0, state) -> (gradient, memory)`` of a step that is not due.
     """
@@ -57,11 +60,17 @@ class SharpnessRule(NamedTuple):
     num_evals: int
     probe: Callable[[int, Any, Grads, RuleState], Any]
     combine: Callable[[Any, Grads, RuleState], tuple[Any, Any]]
-    init: Callable[[Any], Any] = lambda params: ()
+    init_memory: Callable[[Any], Any] = lambda params: ()
     direction: Callable[[int, Any, Grads, RuleState], Any] = lambda *_: None
     num_ascents: int = 1
+    in_result: tuple[int, ...] | None = None
     due: Callable[[RuleState], Any] | None = None
     skip: Callable[[Any, Any, RuleState], tuple[Any, Any]] | None = None
+
+    @property
+    def init(self) -> Any:
+        """Raises: Optax asks for it where a rule stands in place of a link."""
+        raise AttributeError(_mixups.RULE_FOR_LINK)
 
 
 class SharpnessAware(Protocol):
@@ -77,8 +86,15 @@ class SharpnessAware(Protocol):
 
 
 def init_state(rule: SharpnessRule, params: Any) -> RuleState:
-    """The state of a rule before the first step."""
-    return RuleState(jnp.zeros([], jnp.int32), rule.init(params))
+    """The state of a rule before the first step.
+
+    Raises:
+      ValueError: If a leaf is complex.
+    """
+    _tree.refuse_complex("a sharpness rule", params)
+    init = lambda params: RuleState(jnp.zeros([], jnp.int32), rule.init_memory(params))
+    state: Any = _tree.shapes_for_shapes(init)(params)
+    return state
 
 
 def displaced(params: Any, offset: Any) -> Any:
@@ -101,22 +117,47 @@ def widened(grads: Any, params: Any) -> Any:
 
 def evaluate(
     rule: SharpnessRule,
-    grad_at: Callable[[int, Any], Any],
+    grad_at: Callable[[Any], Any],
     params: Any,
     state: RuleState,
     grads: Grads = (),
+    ascents: Grads = (),
+    ascent_at: Callable[[Any], Any] | None = None,
 ) -> list[Any]:
-    """All gradients of a step, from the first that is not yet in ``grads``."""
-    grads = list(grads)
+    """All gradients of a step that ``combine`` gets.
+
+    Args:
+      rule: whose step.
+      grad_at: from parameters to the loss's gradient.
+      params: ``x``.
+      state: of the rule.
+      grads: the first ones, for ``combine``.
+      ascents: the first ones, for ``probe`` and ``direction``.
+      ascent_at: from parameters to the gradient of the ascent, if it is another.
+
+    Returns:
+      As many gradients as the rule has evaluations.
+    """
+    grads, ascents = list(grads), list(ascents)
     for i in range(len(grads), rule.num_evals):
-        x = displaced(params, rule.probe(i, params, grads, state))
-        along = rule.direction(i, params, grads, state)
-        if along is None:
-            g = grad_at(i, x)
+        x = displaced(params, rule.probe(i, params, ascents, state))
+        along = rule.direction(i, params, ascents, state)
+
+        def taken(at, x=x, along=along):
+            g = at(x) if along is None else _hessian_product(at, x, along)
+            return widened(g, params)
+
+        if ascent_at is None or i >= rule.num_ascents:
+            ascents.append(taken(grad_at))
+            grads.append(ascents[-1])
         else:
-            g = _hessian_product(lambda x, i=i: grad_at(i, x), x, along)
-        grads.append(widened(g, params))
+            ascents.append(taken(ascent_at))
+            grads.append(taken(grad_at) if _in_result(rule, i) else ascents[-1])
     return grads
+
+
+def _in_result(rule: SharpnessRule, i: int) -> bool:
+    return rule.in_result is None or i in rule.in_result
 
 
 def advanced(state: RuleState, memory: Any, grads: Grads) -> RuleState:
@@ -128,6 +169,12 @@ def advanced(state: RuleState, memory: Any, grads: Grads) -> RuleState:
             lambda new, old: jnp.where(finite, new, old), memory, state.rule_memory
         )
     return RuleState(step, memory)
+
+
+WITHOUT_PRODUCTS = (
+    "rules of gradients alone, such as gam() in place of gam_hvp() and "
+    "gradient_regularisation(scheme='central') in place of 'exact'"
+)
 
 
 def _hessian_product(grad_at: Callable[[Any], Any], x: Any, along: Any) -> Any:
@@ -148,7 +195,7 @@ def _hessian_product(grad_at: Callable[[Any], Any], x: Any, along: Any) -> Any:
         _tree.vary(leaves[i], _tree.varying_axes(v))
         for i, v in zip(moving, tangent, strict=True)
     ]
-    return jax.jvp(of, (primal,), (tangent,))[1]
+    return _tree.derivative_along(of, primal, tangent, WITHOUT_PRODUCTS)
 
 
 def sharpness_aware(
@@ -171,7 +218,13 @@ def sharpness_aware(
       rule: from :mod:`optax_avg.rules`.
       has_aux: whether there is an aux.
       ascent_fn: like ``value_and_grad_fn``, for the ascent (a loss without L2, or on
-        part of the batch); value and aux are then its own.
+        part of the batch). Offsets are made of its gradients alone, the result of the
+        loss's alone. Value and aux are then those of ``ascent_fn`` at the clean
+        parameters, at every step. Rules whose result is the last gradient cost as much
+        as before; ``gsam``, ``gnp``, ``wsam``, ``cr_sam``, ``gradient_regularisation``,
+        ``gam_hvp`` and the SAM steps of ``look_sam`` take one gradient more, ``gam``
+        takes three more. A step on which nothing is due costs one gradient of the loss
+        and the value of ``ascent_fn``.
       axis_name: mapped axis or axes over which gradients and value are averaged.
       perturbation: ``"local"``: every device ascends along its own gradient
         (m-sharpness); ``"global"``: along the average over all axes; or the axes over
@@ -184,7 +237,9 @@ def sharpness_aware(
 
     Raises:
       ValueError: If ``perturbation`` names no axis, or ``ascent_fn`` is given to a rule
-        of one evaluation.
+        of one evaluation. The function itself raises if ``value_and_grad_fn`` returns
+        something else than it should.
+      TypeError: If ``rule`` is no rule, or a function cannot be called.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_avg as oa
@@ -198,6 +253,10 @@ def sharpness_aware(
     References:
       See the rules.
     """
+    _mixups.refuse_no_rule("sharpness_aware", rule)
+    _mixups.refuse_no_function("value_and_grad_fn", value_and_grad_fn)
+    if ascent_fn is not None:
+        _mixups.refuse_no_function("ascent_fn", ascent_fn)
     axes = _names(axis_name)
     if perturbation == "local":
         ascent_axes: tuple[str, ...] = ()
@@ -213,18 +272,30 @@ def sharpness_aware(
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
 
     def sharp(params, state, *args, **kwargs):
-        def out_and_grads(i, x):
-            fn = value_and_grad_fn
-            if ascent_fn is not None and i < rule.num_ascents:
-                fn = ascent_fn
-            # Of replicated parameters shard_map would sum the gradients itself.
-            x = jax.tree.map(lambda leaf: _tree.vary(leaf, axes), x)
-            out, g = fn(x, *args, **kwargs)
-            return out, _mean(g, ascent_axes)
+        def taken(name, fn):
+            def out_and_grads(x):
+                # Of replicated parameters shard_map would sum the gradients itself.
+                x = jax.tree.map(lambda leaf: _tree.vary(leaf, axes), x)
+                found = fn(x, *args, **kwargs)
+                _mixups.refuse_no_pair(name, found, params, has_aux)
+                return found[0], _mean(found[1], ascent_axes)
 
-        def full(g):
-            grad_at = lambda i, x: out_and_grads(i, x)[1]
-            grads = evaluate(rule, grad_at, params, state, [widened(g, params)])
+            return out_and_grads
+
+        loss_at = taken("value_and_grad_fn", value_and_grad_fn)
+        ascent_at = None if ascent_fn is None else taken("ascent_fn", ascent_fn)
+        start = displaced(params, rule.probe(0, params, (), state))
+
+        def full(ascent, g):
+            grads = evaluate(
+                rule,
+                lambda x: loss_at(x)[1],
+                params,
+                state,
+                [widened(g, params)],
+                [widened(ascent, params)],
+                None if ascent_at is None else lambda x, at=ascent_at: at(x)[1],
+            )
             gradient, memory = rule.combine(params, grads, state)
             if rest_axes:
                 gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)
@@ -236,8 +307,20 @@ def sharpness_aware(
             gradient, memory = skipping(rule)(params, first, state)
             return like(gradient, g), advanced(state, memory, [first])
 
-        out, g = out_and_grads(0, displaced(params, rule.probe(0, params, (), state)))
-        gradient, state = _when_due(rule, state, full, skip, g)
+        if ascent_at is None:
+            out, g = loss_at(start)
+            gradient, state = _when_due(rule, state, lambda g: full(g, g), skip, g)
+        else:
+
+            def ascend(_):
+                out, ascent = ascent_at(start)
+                g = loss_at(start)[1] if _in_result(rule, 0) else ascent
+                return out, *full(ascent, g)
+
+            def descend(_):
+                return ascent_at(start)[0], *skip(loss_at(start)[1])
+
+            out, gradient, state = _when_due(rule, state, ascend, descend, ())
         value, aux = out if has_aux else (out, None)
         value = _mean(value, axes)
         return ((value, aux) if has_aux else value), gradient, state
@@ -262,7 +345,9 @@ def as_link(
       micro-batches: Optax calls the inner update with the last one's.
 
     Raises:
-      ValueError: If ``update`` gets no ``params`` or ``grad_fn``, or a masked tree.
+      ValueError: If ``update`` gets no ``params`` or ``grad_fn``, a masked tree, or
+        something else than gradients.
+      TypeError: If ``rule`` is no rule.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_avg as oa
@@ -272,6 +357,7 @@ def as_link(
       >>> float(tx.update(grad_fn(x), tx.init(x), x, grad_fn=grad_fn)[0])
       -2.5
     """
+    _mixups.refuse_no_rule("as_link", rule)
 
     def init(params: Any) -> RuleState:
         refuse_masked(name, params)
@@ -287,17 +373,23 @@ def as_link(
     ) -> tuple[Any, Any]:
         del extra_args
         _tree.require_params(name, params)
+        _sight.report(name, received=updates)
         refuse_masked(name, updates)
         if grad_fn is None:
             raise ValueError(
                 f"{name} needs the gradient as a function; call "
                 "tx.update(grads, state, params, grad_fn=jax.grad(loss))."
             )
-        grad_at = lambda i, x: grad_fn(x)
+        _mixups.refuse_no_gradient("the first argument of update", updates, params)
+
+        def grad_at(x):
+            found = grad_fn(x)
+            _mixups.refuse_no_gradient("what grad_fn returns", found, params)
+            return found
 
         def full(g):
             first = () if rule.num_evals == 1 else [widened(g, params)]
-            grads = evaluate(rule, grad_at, params, state, first)
+            grads = evaluate(rule, grad_at, params, state, first, first)
             gradient, memory = rule.combine(params, grads, state)
             return like(gradient, updates), advanced(state, memory, grads)
 
@@ -343,7 +435,9 @@ def trajectory_loss(
             f"logits differ in shape: {jnp.shape(student_logits)} of the student, "
             f"{jnp.shape(teacher_logits)} of the teacher."
         )
-    t = _tree.within("temperature", temperature, 0, float("inf"), open_low=True)
+    t = _tree.within(
+        "temperature", temperature, 0, float("inf"), open_low=True, closed_high=False
+    )
     student = jax.nn.log_softmax(_tree.wide(student_logits) / t)
     teacher = jax.nn.log_softmax(_tree.wide(lax.stop_gradient(teacher_logits)) / t)
     # A class of probability 0 counts nothing, though its logit is infinite.

@@ -1,8 +1,9 @@
 """Slow, obvious float64 NumPy references of the sharpness family.
 
-A point is one flat vector; ``SIZES`` says where its leaves begin and end. Each
-reference is a function ``(g, x, memory, step) -> (result, memory)`` of the gradient
-function ``g``, with ``memory`` None before the first step.
+A point is one flat vector; ``SLICES`` says where its leaves begin and end. Each
+reference is a function ``(g, a, x, memory, step) -> (result, memory)`` of the gradient
+functions ``g`` of the loss and ``a`` of what is ascended on, with ``memory`` None
+before the first step.
 """
 
 import numpy as np
@@ -50,8 +51,8 @@ def only(v, names):
 
 
 def plain(offset):
-    """The gradient at ``x + offset(g0, x)``."""
-    return lambda g, x, memory, step: (g(x + offset(g(x), x)), None)
+    """The gradient at ``x + offset(a0, x)``."""
+    return lambda g, a, x, memory, step: (g(x + offset(a(x), x)), None)
 
 
 def sam(rho):
@@ -127,10 +128,10 @@ def awp(gamma):
 
 
 def amp(epsilon, eta, steps):
-    def step(g, x, memory, step):
+    def step(g, a, x, memory, step):
         d = np.zeros_like(x)
         for _ in range(steps):
-            d = d + eta * g(x + d)
+            d = d + eta * a(x + d)
             n = np.linalg.norm(d)
             if n > epsilon:
                 d = d * epsilon / n
@@ -140,23 +141,22 @@ def amp(epsilon, eta, steps):
 
 
 def fsam(rho, sparsity, refresh):
-    def step(g, x, memory, step):
-        g0 = g(x)
+    def step(g, a, x, memory, step):
+        a0 = a(x)
         mask = np.ones_like(x) if memory is None else memory
-        result = g(x + rho * unit(mask * g0))
+        result = g(x + rho * unit(mask * a0))
         if step % refresh == 0:
-            threshold = np.sort(g0**2)[int(sparsity * len(x))]
-            mask = (g0**2 >= threshold).astype(float)
+            mask = np.ones_like(x)
+            mask[np.argsort(a0**2, kind="stable")[: int(sparsity * len(x))]] = 0
         return result, mask
 
     return step
 
 
 def gsam(rho, alpha):
-    def step(g, x, memory, step):
-        g0 = g(x)
-        gd = g(x + rho * unit(g0))
-        return gd - alpha * orthogonal(g0, gd), None
+    def step(g, a, x, memory, step):
+        gd = g(x + rho * unit(a(x)))
+        return gd - alpha * orthogonal(g(x), gd), None
 
     return step
 
@@ -164,17 +164,16 @@ def gsam(rho, alpha):
 def mixed(rho, alpha):
     """GNP; WSAM with ``alpha = gamma/(1 - gamma)``."""
 
-    def step(g, x, memory, step):
-        g0 = g(x)
-        return (1 - alpha) * g0 + alpha * g(x + rho * unit(g0)), None
+    def step(g, a, x, memory, step):
+        return (1 - alpha) * g(x) + alpha * g(x + rho * unit(a(x))), None
 
     return step
 
 
 def gradient_regularisation(gamma, epsilon, scheme):
-    def step(g, x, memory, step):
-        g0 = g(x)
-        ahead, behind = g(x + epsilon * g0), g(x - epsilon * g0)
+    def step(g, a, x, memory, step):
+        g0, a0 = g(x), a(x)
+        ahead, behind = g(x + epsilon * a0), g(x - epsilon * a0)
         difference = {
             "forward": (ahead - g0) / epsilon,
             "backward": (g0 - behind) / epsilon,
@@ -186,9 +185,8 @@ def gradient_regularisation(gamma, epsilon, scheme):
 
 
 def cr_sam(rho, gamma, beta):
-    def step(g, x, memory, step):
-        g0 = g(x)
-        d = rho * unit(g0)
+    def step(g, a, x, memory, step):
+        g0, d = g(x), rho * unit(a(x))
         gw, gb = g(x + d), g(x - d)
         return gw + gamma * (gw + gb - 2 * g0) + beta * (gw - gb), None
 
@@ -196,30 +194,30 @@ def cr_sam(rho, gamma, beta):
 
 
 def vasso(rho, theta):
-    def step(g, x, memory, step):
-        g0 = g(x)
-        m = g0 if memory is None else (1 - theta) * memory + theta * g0
+    def step(g, a, x, memory, step):
+        a0 = a(x)
+        m = a0 if memory is None else (1 - theta) * memory + theta * a0
         return g(x + rho * unit(m)), m
 
     return step
 
 
 def friendly_sam(rho, sigma, decay):
-    def step(g, x, memory, step):
-        g0 = g(x)
+    def step(g, a, x, memory, step):
+        a0 = a(x)
         if memory is None:
-            return g(x + rho * unit(g0)), g0
-        result = g(x + rho * unit(g0 - sigma * memory))
-        return result, decay * memory + (1 - decay) * g0
+            return g(x + rho * unit(a0)), a0
+        result = g(x + rho * unit(a0 - sigma * memory))
+        return result, decay * memory + (1 - decay) * a0
 
     return step
 
 
 def look_sam(rho, k, alpha):
-    def step(g, x, memory, step):
+    def step(g, a, x, memory, step):
         g0 = g(x)
         if step % k == 0:
-            gd = g(x + rho * unit(g0))
+            gd = g(x + rho * unit(a(x)))
             return gd, orthogonal(gd, g0)
         return g0 + alpha * np.linalg.norm(g0) * unit(memory), memory
 
@@ -227,15 +225,14 @@ def look_sam(rho, k, alpha):
 
 
 def every_k(rho, k):
-    def step(g, x, memory, step):
-        g0 = g(x)
-        return (g(x + rho * unit(g0)) if step % k == 0 else g0), None
+    def step(g, a, x, memory, step):
+        return (g(x + rho * unit(a(x))) if step % k == 0 else g(x)), None
 
     return step
 
 
 def momentum_sam(rho, mu):
-    def step(g, x, memory, step):
+    def step(g, a, x, memory, step):
         v = np.zeros_like(x) if memory is None else memory
         gd = g(x - rho * unit(v))
         return gd, mu * v + gd
@@ -244,12 +241,11 @@ def momentum_sam(rho, mu):
 
 
 def gam(rho, rho_prime, alpha, beta, gamma, decomposition="paper"):
-    def step(g, x, memory, step):
-        g0 = g(x)
-        g1 = g(x + rho_prime * unit(g0))
-        e2 = rho * unit(g1 - g0)
-        g2 = g(x + e2)
-        g3 = g(x + e2 + rho_prime * unit(g2))
+    def step(g, a, x, memory, step):
+        first = x + rho_prime * unit(a(x))
+        second = x + rho * unit(a(first) - a(x))
+        third = second + rho_prime * unit(a(second))
+        g0, g1, g2, g3 = g(x), g(first), g(second), g(third)
         plus = alpha * g1 + (1 - alpha) * g3
         minus = beta * g0 + (1 - beta) * g2
         if decomposition == "reference":

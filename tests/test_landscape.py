@@ -43,6 +43,71 @@ def test_lanczos_goes_on_past_an_invariant_subspace():
     np.testing.assert_allclose(found, 2.0, rtol=1e-5)
 
 
+@functools.cache
+def spectrum_of(k, num_iters):
+    return jax.jit(
+        lambda h, key: landscape.top_eigenvalues(
+            lambda x: 0.5 * x @ (h @ x), jnp.zeros(len(h)), key, k, num_iters
+        )
+    )
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-20, 1.0, 1e20])
+@pytest.mark.parametrize(
+    "spectrum", [(3, 3, 1, 1, 2, 2, 2, 0), (5, 5, 0, 0, 0, 0, 0, 0), range(-8, 0)]
+)
+def test_lanczos_on_spectra_of_any_size_and_multiplicity(spectrum, scale):
+    wanted = np.sort(spectrum)[::-1].astype(float)
+    turn = np.linalg.qr(np.random.default_rng(0).normal(size=(8, 8)))[0]
+    for basis in (np.eye(8), turn):
+        h = jnp.asarray(scale * (basis * wanted) @ basis.T, jnp.float32)
+        found = np.asarray(spectrum_of(8, 8)(h, KEY), float) / scale
+        np.testing.assert_allclose(found, wanted, atol=1e-5)
+
+
+def test_a_repeated_eigenvalue_may_be_found_once_before_the_end():
+    """What the docstring says: the copy of 50 is missing, not wrong."""
+    diagonal = jnp.concatenate([jnp.array([50.0, 50.0, 40.0]), jnp.linspace(0, 9, 61)])
+    few = spectrum_of(2, 8)(jnp.diag(diagonal), KEY)
+    np.testing.assert_allclose(few, [50.0, 40.0], rtol=1e-4)
+    all_of_them = spectrum_of(3, 64)(jnp.diag(diagonal), KEY)
+    np.testing.assert_allclose(all_of_them, [50.0, 50.0, 40.0], rtol=1e-4)
+
+
+@jax.custom_vjp
+def only_reverse(x):
+    return jnp.sum(x**2)
+
+
+only_reverse.defvjp(lambda x: (only_reverse(x), x), lambda x, g: (2 * g * x,))
+
+
+MEASURES = {
+    "hessian_product": lambda loss, x: landscape.hessian_product(loss, x, x),
+    "gradient_norm": lambda loss, x: landscape.gradient_norm_in_ball(loss, x),
+    "eigenvalues": lambda loss, x: landscape.top_eigenvalues(loss, x, KEY, num_iters=2),
+    "trace": lambda loss, x: landscape.hessian_trace(loss, x, KEY, 2),
+    "sharpness": landscape.sharpness,
+}
+
+
+@pytest.mark.parametrize("name", ["hessian_product", "gradient_norm"])
+def test_error_says_what_hessian_products_need(name):
+    with pytest.raises(TypeError, match=r"fwd of a jax\.custom_vjp.*jax\.custom_jvp"):
+        MEASURES[name](only_reverse, jnp.ones(3))
+
+
+@pytest.mark.parametrize("name", MEASURES)
+def test_complex_leaves_are_refused(name):
+    with pytest.raises(ValueError, match=r"takes real parameters"):
+        MEASURES[name](lambda x: jnp.sum(jnp.abs(x) ** 2), jnp.ones(3, jnp.complex64))
+
+
+def test_other_type_errors_stay_what_they_are():
+    with pytest.raises(TypeError, match="unsupported operand"):
+        landscape.hessian_product(lambda x: x @ x + "a", jnp.ones(3), jnp.ones(3))
+
+
 def test_lanczos_on_a_large_diagonal():
     """Converges to the top of a spectrum long before it has seen all of it."""
     diagonal = jnp.concatenate([jnp.array([50.0, 40.0]), jnp.linspace(0, 10, 2000)])

@@ -70,5 +70,5 @@ def test_without_matplotlib_the_message_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "matplotlib", None)
     monkeypatch.setitem(sys.modules, "matplotlib.pyplot", None)
     monkeypatch.delitem(sys.modules, "optax_avg.landscape.pictures")
-    with pytest.raises(ImportError, match=r"pip install 'optax_avg\[plot\]'"):
+    with pytest.raises(ImportError, match=r'pip install "optax_avg\[plot\]"'):
         importlib.import_module("optax_avg.landscape.pictures")

@@ -1,15 +1,20 @@
 """The sharpness family against its references, its identities and its three forms."""
 
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
 import reference_sharpness as ref
-from sharpness_cases import ALL, PRODUCTS, RULES, SGD, flat, loss_of, tree_of
+from flax import nnx
+from sharpness_cases import ALL, PRODUCTS, RADII, RULES, SGD, flat, loss_of, tree_of
 
 import optax_avg as oa
 from optax_avg import rules
+from optax_avg.rules.offsets import is_normalisation
 
 STEPS = 7
 every_rule = pytest.mark.parametrize("name", ALL)
@@ -25,21 +30,24 @@ def start(seed=1):
     return np.random.default_rng(seed).normal(size=ref.SIZE)
 
 
-def descend_by_reference(step_of):
-    """SGD with momentum on the results of a reference."""
-    parts = ref.problem()
-    g = lambda x: ref.gradient(x, *parts)
+def descend_by_reference(step_of, ascent=0):
+    """SGD with momentum on the results of a reference; the ascent is on a problem."""
+    g, a = (
+        functools.partial(ref.gradient, matrix=m, frequency=f, quartic=q)
+        for m, f, q in (ref.problem(), ref.problem(ascent))
+    )
     x, velocity, memory, results = start(), 0.0, None, []
     for i in range(STEPS):
-        result, memory = step_of(g, x, memory, i)
+        result, memory = step_of(g, a, x, memory, i)
         velocity = 0.5 * velocity + result
         x = x - 0.05 * velocity
         results.append(result)
     return x, results
 
 
-def by_wrapper(rule, loss, params, steps=STEPS):
-    sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+def by_wrapper(rule, loss, params, steps=STEPS, ascent=None):
+    ascent_fn = None if ascent is None else jax.value_and_grad(ascent)
+    sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule, ascent_fn=ascent_fn)
 
     @jax.jit
     def advance(params, state, opt_state):
@@ -107,6 +115,56 @@ def test_hessian_product_rules(x64):
     }
     for name, rule in PRODUCTS.items():
         _, [(_, grads)] = by_wrapper(rule, loss_of(*parts), tree_of(x), steps=1)
+        np.testing.assert_allclose(flat(grads), wanted[name], rtol=1e-10)
+
+
+OTHER = 7
+TWO_AT_LEAST = [name for name, rule in ALL.items() if rule.num_evals > 1]
+
+
+@pytest.mark.parametrize("name", [name for name in RULES if name in TWO_AT_LEAST])
+def test_ascent_on_another_loss(name, x64):
+    """Offsets are made of the ascent's gradients alone, results of the loss's."""
+    rule, reference = RULES[name]
+    loss, ascent = loss_of(*ref.problem()), loss_of(*ref.problem(OTHER))
+    wanted, results = descend_by_reference(reference, OTHER)
+    x = tree_of(start())
+    params, found = by_wrapper(rule, loss, x, ascent=ascent)
+    for (_, grads), result in zip(found, results, strict=True):
+        np.testing.assert_allclose(flat(grads), result, rtol=1e-10, atol=1e-12)
+    np.testing.assert_allclose(flat(params), wanted, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("k", [1, 2])
+@pytest.mark.parametrize("name", TWO_AT_LEAST)
+def test_value_is_that_of_the_ascent_at_every_step(name, k):
+    loss, ascent = loss_of(*ref.problem()), loss_of(*ref.problem(OTHER))
+    value_and_grad = jax.value_and_grad(ascent)
+    sharp = oa.sharpness_aware(
+        jax.value_and_grad(loss), rules.every_k(ALL[name], k), ascent_fn=value_and_grad
+    )
+    params, step = tree_of(start()), jax.jit(sharp)
+    state = sharp.init(params)
+    for _ in range(2):
+        value, _, state = step(params, state)
+        np.testing.assert_allclose(value, ascent(params), rtol=1e-6)
+
+
+def test_ascent_of_hessian_product_rules(x64):
+    """The direction is the ascent's, the Hessian in the result the loss's."""
+    x, parts, others = start(), ref.problem(), ref.problem(OTHER)
+    g0, h0 = ref.gradient(x, *parts), ref.hessian(x, *parts)
+    a0, b0 = ref.gradient(x, *others), ref.hessian(x, *others)
+    at = x + 0.25 * ref.unit(b0 @ ref.unit(a0))
+    ga, ha = ref.gradient(at, *parts), ref.hessian(at, *parts)
+    wanted = {
+        "gr_exact": g0 + 0.5 * h0 @ a0,
+        "gam_hvp": g0 + 0.5 * 0.25 * ha @ ref.unit(ga),
+    }
+    for name, rule in PRODUCTS.items():
+        _, [(_, grads)] = by_wrapper(
+            rule, loss_of(*parts), tree_of(x), 1, loss_of(*others)
+        )
         np.testing.assert_allclose(flat(grads), wanted[name], rtol=1e-10)
 
 
@@ -282,3 +340,205 @@ def test_decoupled_wsam_adds_the_sharpness_after_adam():
         updates, state = tx.update(grad_fn(x), state, x, grad_fn=grad_fn)
         np.testing.assert_allclose(flat(updates), wanted, rtol=1e-4, atol=1e-5)
         x = optax.apply_updates(x, updates)
+
+
+def test_gam_defaults_are_those_of_the_authors_code():
+    """grad_beta_1 = 0.6 weighs g1 and grad_beta_0 = 0.5 weighs g0."""
+    defaults = inspect.signature(rules.gam).parameters
+    names = ("rho", "rho_prime", "alpha", "beta", "gamma")
+    assert [defaults[name].default for name in names] == [0.2, 0.02, 0.6, 0.5, 0.03]
+
+
+@pytest.mark.parametrize("sparsity", [0.0, 0.25, 0.5, 0.9])
+@pytest.mark.parametrize("values", [(0.0,), (0.0, 1.0), (0.0, 1e-30, 2e-30), (3.0,)])
+def test_ties_do_not_defeat_the_sparsity(values, sparsity):
+    """Exactly the promised share is left out, of equal entries the first."""
+    rng = np.random.default_rng(0)
+    shapes = {"a": (5, 4), "b": (), "c": (3, 2, 3)}
+    grads = {
+        name: jnp.asarray(rng.choice(values, shape), jnp.float32)
+        for name, shape in shapes.items()
+    }
+    rule = rules.fsam(0.25, sparsity)
+    state = oa.sharpness_aware(jax.value_and_grad(sum), rule).init(grads)
+    _, mask = jax.jit(rule.combine)(grads, [grads, grads], state)
+    join = lambda tree: np.concatenate([np.ravel(tree[name]) for name in shapes])
+    kept, entries = join(mask), join(grads)
+    wanted = np.ones(entries.size, bool)
+    wanted[np.argsort(entries, kind="stable")[: int(sparsity * entries.size)]] = False
+    np.testing.assert_array_equal(kept, wanted)
+
+
+RADIUS_TREES = {
+    "sam": lambda r: rules.sam(r),
+    "usam": rules.usam,
+    "dnsam": rules.dnsam,
+    "asam": rules.asam,
+    "fisher_sam": rules.fisher_sam,
+    "fsam": rules.fsam,
+    "sam_on": rules.sam_on,
+    "awp": rules.awp,
+    "esam": rules.esam,
+    "gsam": rules.gsam,
+    "gnp": rules.gnp,
+    "wsam": rules.wsam,
+    "cr_sam": rules.cr_sam,
+    "vasso": rules.vasso,
+    "friendly_sam": rules.friendly_sam,
+    "look_sam": rules.look_sam,
+    "momentum_sam": rules.momentum_sam,
+    "gam": lambda r: rules.gam(r, r),
+}
+ONE_RADIUS = {
+    "epsilon of amp": rules.amp,
+    "eta of amp": lambda r: rules.amp(0.5, r),
+    "norm of dnsam": lambda r: rules.dnsam(0.1, r),
+    "rho of gam_hvp": rules.gam_hvp,
+    "epsilon of gradient_regularisation": lambda r: rules.gradient_regularisation(1, r),
+}
+
+
+@pytest.mark.parametrize("name", RADIUS_TREES)
+def test_a_tree_of_equal_radii_is_one_radius(name, x64):
+    loss, params = loss_of(*ref.problem()), tree_of(start())
+    make = RADIUS_TREES[name]
+    wanted, _ = by_wrapper(make(0.25), loss, params, 3)
+    tree = {"bias": 0.25, "norm": lambda step: 0.25, "weight": 0.25}
+    found, _ = by_wrapper(make(tree), loss, params, 3)
+    np.testing.assert_allclose(flat(found), flat(wanted), rtol=1e-12)
+    zero = {"bias": 0.0, "norm": 0.0, "weight": 0.0}
+    plain, _ = by_wrapper(make(zero), loss, params, 3)
+    assert not np.allclose(flat(plain), flat(wanted), rtol=1e-9)
+    other = {"bias": 0.25, "norm": 0.25}
+    with pytest.raises(ValueError, match="a prefix of them"):
+        by_wrapper(make(other), loss, params, 3)
+
+
+@pytest.mark.parametrize("name", ONE_RADIUS)
+def test_a_tree_of_radii_is_refused_by_name(name):
+    with pytest.raises(ValueError, match=f"{name} is one number or schedule"):
+        ONE_RADIUS[name](RADII)
+
+
+NUMBERS = [
+    (factory, parameter.name)
+    for factory in (getattr(rules, name) for name in rules.__all__)
+    for parameter in inspect.signature(factory).parameters.values()
+    if isinstance(parameter.default, float)
+]
+
+
+@pytest.mark.parametrize("value", [np.inf, -np.inf, np.nan, -1.0, np.float32(np.inf)])
+@pytest.mark.parametrize(
+    ("factory", "name"), NUMBERS, ids=[f"{f.__name__}-{n}" for f, n in NUMBERS]
+)
+def test_numbers_that_are_not_finite_are_refused(factory, name, value):
+    with pytest.raises(ValueError, match=f"^{name} must lie in"):
+        factory(**{name: value})
+
+
+def test_radii_in_trees_are_checked():
+    with pytest.raises(ValueError, match="rho must lie in"):
+        rules.sam({"bias": 0.1, "norm": np.inf})
+    with pytest.raises(ValueError, match="learning_rate must lie in"):
+        oa.decoupled_wsam(SGD, np.inf)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: jax.random.key(3),
+        lambda: jax.random.PRNGKey(3),
+        lambda: 3,
+        lambda: np.int64(3),
+        lambda: jnp.array(3),
+    ],
+)
+def test_keys_of_esam(make):
+    """Copied into the state, which may be donated; injected or not."""
+    loss, params = loss_of(*ref.problem()), tree_of(start().astype(np.float32))
+    grad_fn, key = jax.grad(loss), make()
+    wanted = oa.esam(0.25, 0.5, 3)
+    wanted = wanted.update(params, wanted.init(params), params, grad_fn=grad_fn)[0]
+    injected = optax.inject_hyperparams(oa.esam)  # has the key itself in its state
+    static = optax.inject_hyperparams(oa.esam, static_args=("key",))
+    for esam, donated in ((oa.esam, 1), (static, 1), (injected, ())):
+        tx = esam(0.25, 0.5, key)
+        step = jax.jit(
+            lambda p, s, tx=tx: tx.update(p, s, p, grad_fn=grad_fn),
+            donate_argnums=donated,
+        )
+        for _ in range(2):
+            updates, _ = step(params, tx.init(params))
+            np.testing.assert_allclose(flat(updates), flat(wanted), rtol=1e-5)
+
+
+@pytest.mark.parametrize("key", [0.5, True, "seed", np.ones(2)])
+def test_what_is_no_key_is_refused(key):
+    with pytest.raises(ValueError, match="key must be a PRNG key or an integer seed"):
+        rules.esam(key=key)
+
+
+NORMALISATIONS = [
+    *("BatchNorm_0", "LayerNorm", "GroupNorm", "RMSNorm", "InstanceNorm2d", "rms_norm"),
+    *("norm1", "norms", "norm2d", "q_norm", "input_layernorm", "batch_normalization"),
+    *("ln", "ln_1", "ln_f", "bn1", "BN", "gn2", "preln", "postLN", "ResNetBN"),
+    *("post_attention_layernorm", "LayerNormalization", "resnet/~/batch_norm"),
+]
+OTHERS = [
+    *("normalizer", "normal_head", "normalize_fn", "normal", "abnormal", "normed"),
+    *("Dense_0", "plan", "kernel", "signal", "online", "gnn", "bnb", "columns", "ffn"),
+]
+
+
+@pytest.mark.parametrize("name", NORMALISATIONS + OTHERS)
+def test_names_of_normalisations(name):
+    """Of the leaf or of the module that holds it, with what frameworks add."""
+    leaf = jnp.ones(2)
+    trees = [{name: leaf}, {name: {"scale": leaf}}, {name: [{"w": leaf}]}]
+    for tree in [*trees, {"a": {name: {"w": nnx.State({"value": leaf})}}}]:
+        [(path, _)] = jax.tree.flatten_with_path(tree)[0]
+        assert is_normalisation(path, leaf) == (name in NORMALISATIONS), path
+    [(path, _)] = jax.tree.flatten_with_path({name: {"Dense_0": {"w": leaf}}})[0]
+    assert not is_normalisation(path, leaf)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (rules.sam_on, "no leaf belongs to a normalisation by its name"),
+        (lambda: rules.sam_on(where=lambda path, x: False), "where is true of no leaf"),
+        (lambda: rules.sam(mask={"w": False, "b": False}), "mask is true of no leaf"),
+        (lambda: rules.usam(mask=lambda path, x: False), "mask is true of no leaf"),
+        (lambda: rules.asam(where=lambda path, x: False), "this would be sam"),
+        (rules.awp, "no leaf has two dimensions"),
+    ],
+)
+def test_a_rule_that_would_perturb_nothing_is_refused(make, message):
+    x = {"w": jnp.ones(2), "b": jnp.ones(3)}
+    for maker in (
+        oa.sharpness_aware(jax.value_and_grad(sum), make()),
+        oa.as_link(make()),
+        oa.multi_call(make(), SGD),
+    ):
+        with pytest.raises(ValueError, match=rf"{message}.*\['b'\], \['w'\]"):
+            maker.init(x)
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_error_says_what_hessian_products_need(name):
+    loss, x = only_reverse, jnp.ones(3)
+    sharp, link = oa.sharpness_aware(jax.value_and_grad(loss), ALL[name]), ALL[name]
+    link = oa.as_link(link)
+    with pytest.raises(TypeError, match=r"custom_vjp.*or take .*gam\(\)"):
+        sharp(x, sharp.init(x))
+    with pytest.raises(TypeError, match=r"custom_vjp.*or take .*gam\(\)"):
+        link.update(x, link.init(x), x, grad_fn=jax.grad(loss))
+
+
+@jax.custom_vjp
+def only_reverse(x):
+    return jnp.sum(x**2)
+
+
+only_reverse.defvjp(lambda x: (only_reverse(x), x), lambda x, g: (2 * g * x,))

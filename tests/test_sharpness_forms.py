@@ -79,9 +79,9 @@ UNCHECKED = ("sam", "vasso", "fsam", "every_k")
 def test_rules_in_shard_map(name, check_vma):
     """Global perturbation is the rule on the whole batch; local leaves state shared."""
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
-    params = {"norm": jnp.asarray(W[:1]), "w": jnp.asarray(W[1:])}
+    params = {"norm": jnp.asarray(W[:1]), "w": jnp.asarray(W[1:, None])}
     fn = jax.value_and_grad(
-        lambda p, x, y: loss(jnp.concatenate([p["norm"], p["w"]]), x, y)
+        lambda p, x, y: loss(jnp.concatenate([p["norm"], p["w"].ravel()]), x, y)
     )
     rule = ALL[name] if name != "sam_leaf" else rules.sam(0.25, scope="leaf")
 

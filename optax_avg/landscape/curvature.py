@@ -26,6 +26,11 @@ def hessian_product(loss: Loss, params: Any, v: Any) -> Any:
     Returns:
       A tree like ``params``.
 
+    Raises:
+      ValueError: If a leaf is complex.
+      TypeError: If the gradient has no forward derivative, as where the ``fwd`` of a
+        ``jax.custom_vjp`` calls the function itself.
+
     Example:
       >>> import jax.numpy as jnp
       >>> from optax_avg import landscape
@@ -33,11 +38,13 @@ def hessian_product(loss: Loss, params: Any, v: Any) -> Any:
       >>> hv.tolist()
       [2.0, 2.0]
     """
-    return jax.jvp(jax.grad(loss), (params,), (v,))[1]
+    _tree.refuse_complex("curvature", params)
+    return _tree.derivative_along(jax.grad(loss), params, v)
 
 
 def _flat_product(loss: Loss, params: Any) -> tuple[Any, jax.Array]:
     """``v -> H v`` on flat vectors in float32 or wider, and one of zeros."""
+    _tree.refuse_complex("curvature", params)
     flat, unravel = ravel_pytree(jax.tree.map(_tree.wide, params))
 
     def product(v):
@@ -58,8 +65,11 @@ def top_eigenvalues(
 ) -> jax.Array:
     """Largest eigenvalues of the Hessian by Lanczos with full reorthogonalisation.
 
-    Exact (to rounding) once ``num_iters`` reaches the number of parameters. The basis
-    takes ``num_iters`` times the memory of the parameters in float32.
+    Exact (to rounding) once ``num_iters`` reaches the number of parameters, for a
+    spectrum of any size. With fewer a repeated eigenvalue may be found only once: one
+    start leads to one copy of it, further copies come last, and until then a smaller
+    eigenvalue stands in their place. The basis takes ``num_iters`` times the memory of
+    the parameters in float32.
 
     Args:
       loss: ``params -> scalar``.
@@ -73,7 +83,8 @@ def top_eigenvalues(
       Shape (k,), largest first.
 
     Raises:
-      ValueError: If ``k`` is not between 1 and ``num_iters``.
+      ValueError: If ``k`` is not between 1 and ``num_iters``, or a leaf is complex.
+      TypeError: As :func:`hessian_product`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -98,7 +109,6 @@ def top_eigenvalues(
             w = w - basis.T @ (basis @ w)
         return w
 
-    unit = lambda w: w / jnp.where(jnp.any(w != 0), jnp.linalg.norm(w), 1)
     eps = jnp.finfo(zeros.dtype).eps
 
     def step(carry, i):
@@ -106,23 +116,27 @@ def top_eigenvalues(
         basis = basis.at[i].set(q)
         w = product(q)
         alpha = w @ q
-        scale = jnp.maximum(scale, jnp.linalg.norm(w))
+        scale = jnp.maximum(scale, _tree.norm(w))
         w = orthogonal(w, basis)
-        beta = jnp.linalg.norm(w)
+        beta = _tree.norm(w)
         # What is left is rounding: the Krylov space is exhausted, go on from elsewhere.
         spent = beta <= 10 * eps * scale
         fresh = jax.random.normal(jax.random.fold_in(key, i + 1), q.shape, q.dtype)
-        q = unit(jnp.where(spent, orthogonal(fresh, basis), w))
-        q = unit(orthogonal(q, basis))
+        q = _tree.unit(jnp.where(spent, orthogonal(fresh, basis), w))
+        q = _tree.unit(orthogonal(q, basis))
         report(progress, i + 1, num_iters)
         return (basis, q, scale), (alpha, jnp.where(spent, 0, beta))
 
     q = jax.random.normal(key, zeros.shape, zeros.dtype)
     basis = jnp.zeros((num_iters, zeros.size), zeros.dtype)
-    start = basis, unit(q), jnp.zeros([], zeros.dtype)
+    start = basis, _tree.unit(q), jnp.zeros([], zeros.dtype)
     _, (alphas, betas) = lax.scan(step, start, jnp.arange(num_iters))
-    tridiagonal = jnp.diag(alphas) + jnp.diag(betas[:-1], 1) + jnp.diag(betas[:-1], -1)
-    return jnp.linalg.eigvalsh(tridiagonal)[::-1][:k]
+    # A solver may lose what is far from 1.
+    size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
+    size = jnp.where(size > 0, size, 1)
+    alphas, betas = alphas / size, betas[:-1] / size
+    tridiagonal = jnp.diag(alphas) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
+    return size * jnp.linalg.eigvalsh(tridiagonal)[::-1][:k]
 
 
 def hessian_trace(
@@ -218,6 +232,7 @@ def sharpness(loss: Loss, params: Any, rho: Any = 0.05) -> jax.Array:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
       Generalization", 2021, 2010.01412.
     """
+    _tree.refuse_complex("sharpness", params)
     value, grads = jax.value_and_grad(loss)(params)
     return loss(moved(params, rho, _tree.unit(grads))) - value
 
@@ -296,6 +311,7 @@ def gradient_norm_in_ball(
       Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and
       Improves Generalization", 2023, 2303.03108.
     """
+    _tree.refuse_complex("gradient_norm_in_ball", params)
     gradient = jax.grad(loss)
     d = jax.tree.map(lambda x: jnp.zeros_like(_tree.wide(x)), params)
     g = gradient(params)

@@ -16,7 +16,7 @@ try:
     from matplotlib.colors import BoundaryNorm
 except ImportError as error:
     raise ImportError(
-        "pictures need matplotlib; run pip install 'optax_avg[plot]'."
+        'pictures need matplotlib; write pip install "optax_avg[plot]".'
     ) from error
 
 

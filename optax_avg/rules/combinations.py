@@ -9,18 +9,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _tree
+from optax_avg import _mixups, _tree
 from optax_avg.rules.offsets import (
     Radius,
     after_clean,
     ascent,
+    check_one_radius,
     check_radius,
+    finite,
     radius_at,
     sam,
 )
 from optax_avg.sharpness import Grads, RuleState, SharpnessRule
-
-INFINITY = float("inf")
 
 
 def _linear(*pairs: tuple[Any, Any]) -> Any:
@@ -59,9 +59,9 @@ def gsam(rho: Radius = 0.05, alpha: float = 0.4) -> SharpnessRule:
       Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training",
       2022, 2203.08065.
     """
-    alpha = _tree.within("alpha", alpha, 0, INFINITY)
+    alpha = finite("alpha", alpha)
     combine = lambda g0, gd: _linear((1, gd), (-alpha, _tree.project_out(g0, gd)))
-    return sam(rho)._replace(combine=_combining(combine))
+    return sam(rho)._replace(combine=_combining(combine), in_result=None)
 
 
 def gnp(r: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
@@ -87,9 +87,10 @@ def gnp(r: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
       Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in
       Deep Learning", 2022, 2202.03599.
     """
-    alpha = _tree.within("alpha", alpha, 0, INFINITY)
+    alpha = finite("alpha", alpha)
     combine = lambda g0, gd: _linear((1 - alpha, g0), (alpha, gd))
-    return sam(r)._replace(combine=_combining(combine))
+    rule = sam(check_radius("r", r))
+    return rule._replace(combine=_combining(combine), in_result=None)
 
 
 def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
@@ -115,6 +116,7 @@ def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
       Yue et al., "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
       Regularization Term", 2023, 2305.15817.
     """
+    rho = check_radius("rho", rho)
     gamma = _tree.within("gamma", gamma, 0, 1, closed_high=False)
     return gnp(rho, gamma / (1 - gamma))
 
@@ -139,6 +141,8 @@ def gradient_regularisation(
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: When ``"exact"`` is used, if the gradient has no forward derivative, as
+        where the ``fwd`` of a ``jax.custom_vjp`` calls the function itself.
 
     Example:
       >>> import optax_avg as oa
@@ -148,9 +152,10 @@ def gradient_regularisation(
       Karakida et al., "Understanding Gradient Regularization in Deep Learning:
       Efficient Finite-Difference Computation and Implicit Bias", 2023, 2210.02720.
     """
-    gamma = _tree.within("gamma", gamma, 0, INFINITY)
-    if not callable(epsilon):
-        epsilon = _tree.within("epsilon", epsilon, 0, INFINITY, open_low=True)
+    gamma = finite("gamma", gamma)
+    epsilon = check_one_radius(
+        "epsilon", epsilon, "gradient_regularisation", open_low=True
+    )
     if scheme == "exact":
         return SharpnessRule(
             2,
@@ -204,8 +209,8 @@ def cr_sam(rho: Radius = 0.05, gamma: float = 0.1, beta: float = 0.01) -> Sharpn
       2312.13555.
     """
     rho = check_radius("rho", rho)
-    gamma = _tree.within("gamma", gamma, 0, INFINITY)
-    beta = _tree.within("beta", beta, 0, INFINITY)
+    gamma = finite("gamma", gamma)
+    beta = finite("beta", beta)
 
     def probe(i, params, grads, state):
         if i == 0:
@@ -221,8 +226,7 @@ def cr_sam(rho: Radius = 0.05, gamma: float = 0.1, beta: float = 0.01) -> Sharpn
 
 def _ema_of_gradients(params: Any) -> tuple[jax.Array, Any]:
     """No gradient yet, and zeros."""
-    zeros = lambda x: jnp.zeros_like(_tree.wide(jnp.asarray(x)))
-    return jnp.asarray(False), _tree.over(zeros, params, params)
+    return jnp.asarray(False), _tree.over(_tree.zeros_like, params, params)
 
 
 def _ema(memory: Any, decay: Any, g: Any) -> tuple[jax.Array, Any]:
@@ -267,7 +271,8 @@ def vasso(rho: Radius = 0.05, theta: float = 0.4) -> SharpnessRule:
     def combine(params, grads, state):
         return grads[-1], _ema(state.rule_memory, 1 - theta, grads[0])
 
-    return SharpnessRule(2, after_clean(offset), combine, _ema_of_gradients)
+    probe = after_clean(offset)
+    return SharpnessRule(2, probe, combine, _ema_of_gradients, in_result=())
 
 
 def friendly_sam(
@@ -297,7 +302,7 @@ def friendly_sam(
       Li et al., "Friendly Sharpness-Aware Minimization", 2024, 2403.12350.
     """
     rho = check_radius("rho", rho)
-    sigma = _tree.within("sigma", sigma, 0, INFINITY)
+    sigma = finite("sigma", sigma)
     decay = _tree.within("decay", decay, 0, 1)
 
     def offset(params, g0, state):
@@ -308,7 +313,8 @@ def friendly_sam(
     def combine(params, grads, state):
         return grads[-1], _ema(state.rule_memory, decay, grads[0])
 
-    return SharpnessRule(2, after_clean(offset), combine, _ema_of_gradients)
+    probe = after_clean(offset)
+    return SharpnessRule(2, probe, combine, _ema_of_gradients, in_result=())
 
 
 def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
@@ -332,6 +338,7 @@ def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
       >>> import optax_avg as oa
       >>> rule = oa.rules.every_k(oa.rules.sam(0.05), 5)
     """
+    _mixups.refuse_no_rule("every_k", rule)
     _tree.check_every(k, 0)
     if rule.num_evals < 2:
         raise ValueError("every_k needs a rule of two evaluations or more.")
@@ -367,7 +374,7 @@ def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRul
       Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", 2022,
       2203.02714.
     """
-    alpha = _tree.within("alpha", alpha, 0, INFINITY)
+    alpha = finite("alpha", alpha)
 
     def combine(params, grads, state):
         return grads[-1], _tree.project_out(grads[-1], grads[0])
@@ -376,8 +383,14 @@ def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRul
         gv = state.rule_memory
         return _linear((1, g0), (alpha * _tree.norm(g0), _tree.unit(gv))), gv
 
-    init = lambda params: _ema_of_gradients(params)[1]
-    return every_k(sam(rho)._replace(combine=combine, init=init, skip=skip), k)
+    rule = SharpnessRule(
+        2,
+        sam(rho).probe,
+        combine,
+        init_memory=lambda params: _ema_of_gradients(params)[1],
+        skip=skip,
+    )
+    return every_k(rule, k)
 
 
 def momentum_sam(rho: Radius = 0.05, mu: float = 0.9) -> SharpnessRule:
@@ -420,8 +433,8 @@ def momentum_sam(rho: Radius = 0.05, mu: float = 0.9) -> SharpnessRule:
 def gam(
     rho: Radius = 0.2,
     rho_prime: Radius = 0.02,
-    alpha: float = 0.5,
-    beta: float = 0.6,
+    alpha: float = 0.6,
+    beta: float = 0.5,
     gamma: float = 0.03,
     decomposition: str = "paper",
 ) -> SharpnessRule:
@@ -431,6 +444,11 @@ def gam(
     at ``x + e2 + rho' u(g2)``. ``h+ = alpha g1 + (1 - alpha) g3`` and ``h- = beta g0 +
     (1 - beta) g2``; result ``h+ - gamma (part of h- orthogonal to h+)``. The authors'
     code has ``h- = g0 + |1 - beta| g2``: ``decomposition="reference"``.
+
+    The defaults are those of the authors' code for CIFAR-100 with a ResNet. There
+    ``grad_norm_rho`` is ``rho``, ``grad_rho`` is ``rho_prime``, ``grad_beta_1``, the
+    weight of ``g1``, is ``alpha``, ``grad_beta_0`` is ``beta``, and ``grad_gamma`` is
+    ``gamma``, as its README says, too.
 
     Args:
       rho: radius of the ball in which the gradient norm is maximised.
@@ -454,12 +472,12 @@ def gam(
 
     References:
       Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and
-      Improves Generalization", 2023, 2303.03108.
+      Improves Generalization", 2023, 2303.03108; code: github.com/xxgege/GAM.
     """
     rho, rho_prime = check_radius("rho", rho), check_radius("rho_prime", rho_prime)
     alpha = _tree.within("alpha", alpha, 0, 1)
-    beta = _tree.within("beta", beta, 0, INFINITY)
-    gamma = _tree.within("gamma", gamma, 0, INFINITY)
+    beta = finite("beta", beta)
+    gamma = finite("gamma", gamma)
     if decomposition not in ("paper", "reference"):
         raise ValueError(
             f"decomposition must be 'paper' or 'reference', got {decomposition!r}."
@@ -482,7 +500,7 @@ def gam(
             minus = _linear((1, g0), (abs(1 - beta), g2))
         return _linear((1, plus), (-gamma, _tree.project_out(minus, plus)))
 
-    return SharpnessRule(4, probe, _combining(combine))
+    return SharpnessRule(4, probe, _combining(combine), num_ascents=3)
 
 
 def gam_hvp(rho: Radius = 0.2, alpha: float = 1.0) -> SharpnessRule:
@@ -500,6 +518,8 @@ def gam_hvp(rho: Radius = 0.2, alpha: float = 1.0) -> SharpnessRule:
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: When it is used, if the gradient has no forward derivative, as where
+        the ``fwd`` of a ``jax.custom_vjp`` calls the function itself.
 
     Example:
       >>> import optax_avg as oa
@@ -508,8 +528,8 @@ def gam_hvp(rho: Radius = 0.2, alpha: float = 1.0) -> SharpnessRule:
     References:
       Zhang et al., 2023, 2303.03108.
     """
-    rho = check_radius("rho", rho)
-    alpha = _tree.within("alpha", alpha, 0, INFINITY)
+    rho = check_one_radius("rho", rho, "gam_hvp")
+    alpha = finite("alpha", alpha)
 
     def probe(i, params, grads, state):
         return None if i < 2 else ascent(params, grads[1], radius_at(rho, state))
@@ -521,4 +541,6 @@ def gam_hvp(rho: Radius = 0.2, alpha: float = 1.0) -> SharpnessRule:
         r = radius_at(rho, state)
         return _linear((1, grads[0]), (alpha * r, grads[3])), state.rule_memory
 
-    return SharpnessRule(4, probe, combine, direction=direction)
+    return SharpnessRule(
+        4, probe, combine, direction=direction, num_ascents=2, in_result=(0,)
+    )

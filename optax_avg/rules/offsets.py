@@ -9,7 +9,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
+from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_avg import _tree
 from optax_avg.sharpness import Grads, RuleState, SharpnessRule
@@ -87,12 +89,22 @@ def _row_norm(v: jax.Array) -> jax.Array:
 
 
 def _spread(radius: Any, params: Any) -> Any:
-    """One radius a leaf, from a prefix tree."""
-    return jax.tree.map(
-        lambda r, part: jax.tree.map(lambda _: _tree.wide(jnp.asarray(r)), part),
-        radius,
-        params,
-    )
+    """One radius a leaf, from a prefix tree.
+
+    Raises:
+      ValueError: If the tree is no prefix.
+    """
+    try:
+        return jax.tree.map(
+            lambda r, part: jax.tree.map(lambda _: _tree.wide(jnp.asarray(r)), part),
+            radius,
+            params,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            "a tree of radii must be like params or a prefix of them; pass a number, a "
+            f"schedule, or such a tree. {error}"
+        ) from error
 
 
 def radius_at(radius: Radius, state: RuleState) -> Any:
@@ -100,11 +112,51 @@ def radius_at(radius: Radius, state: RuleState) -> Any:
     return jax.tree.map(lambda r: r(state.rule_step) if callable(r) else r, radius)
 
 
+def finite(name: str, value: Any, open_low: bool = False) -> Any:
+    """A number from 0 on.
+
+    Raises:
+      ValueError: If it is negative, infinite or no number.
+    """
+    return _tree.within(
+        name, value, 0, float("inf"), open_low=open_low, closed_high=False
+    )
+
+
 def check_radius(name: str, radius: Radius) -> Radius:
     """Raises unless every number in ``radius`` is finite and not negative."""
-    return jax.tree.map(
-        lambda r: r if callable(r) else _tree.within(name, r, 0, float("inf")), radius
-    )
+    return jax.tree.map(lambda r: r if callable(r) else finite(name, r), radius)
+
+
+def check_one_radius(name: str, radius: Any, rule: str, open_low: bool = False) -> Any:
+    """The same, where a rule takes one radius for all leaves.
+
+    Raises:
+      ValueError: If it is a tree, or out of range.
+    """
+    if not jax.tree_util.all_leaves([radius]):
+        raise ValueError(
+            f"{name} of {rule} is one number or schedule for all leaves, got a tree; "
+            "sam(), asam(), dnsam(), awp() and gam() take trees of radii."
+        )
+    return radius if callable(radius) else finite(name, radius, open_low)
+
+
+def check_some(mask: _tree.Where | None, otherwise: str) -> Callable[[Any], Any]:
+    """An ``init_memory`` that remembers nothing and raises if a mask keeps no leaf."""
+
+    def init_memory(params):
+        inside = () if mask is None else jax.tree.leaves(inside_of(mask, params))
+        if inside and not any(inside):
+            paths = [keystr(path) for path, _ in tree_leaves_with_path(params)]
+            shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
+            raise ValueError(f"{otherwise}. The leaves are {shown}.")
+        return ()
+
+    return init_memory
+
+
+UNPERTURBED = "is true of no leaf, so that nothing would be perturbed"
 
 
 def _check_scope(scope: str) -> None:
@@ -125,6 +177,14 @@ def after_clean(offset: Callable[[Any, Any, RuleState], Any]) -> Callable[..., A
         return None if i == 0 else offset(params, grads[0], state)
 
     return probe
+
+
+def _descending(
+    offset: Callable[[Any, Any, RuleState], Any],
+    init_memory: Callable[[Any], Any] = lambda params: (),
+) -> SharpnessRule:
+    """A rule of two gradients whose result is the second."""
+    return SharpnessRule(2, after_clean(offset), descend, init_memory, in_result=())
 
 
 def sam(
@@ -165,7 +225,7 @@ def sam(
     offset = lambda params, g0, state: ascent(
         params, g0, radius_at(rho, state), mask=mask, metric=metric, scope=scope
     )
-    return SharpnessRule(2, after_clean(offset), descend)
+    return _descending(offset, check_some(mask, f"mask {UNPERTURBED}"))
 
 
 def usam(rho: Radius = 0.05, *, mask: _tree.Where | None = None) -> SharpnessRule:
@@ -216,8 +276,7 @@ def dnsam(
       Compagnoni et al., 2023, 2301.08203.
     """
     rho = check_radius("rho", rho)
-    if not callable(norm):
-        norm = _tree.within("norm", norm, 0, float("inf"), open_low=True)
+    norm = check_one_radius("norm", norm, "dnsam", open_low=True)
 
     def offset(params, g0, state):
         radii = _spread(radius_at(rho, state), params)
@@ -226,7 +285,7 @@ def dnsam(
             lambda g, r: r / n * g, params, masked(mask, params, g0), radii
         )
 
-    return SharpnessRule(2, after_clean(offset), descend)
+    return _descending(offset, check_some(mask, f"mask {UNPERTURBED}"))
 
 
 def asam(
@@ -256,7 +315,7 @@ def asam(
       Kwon et al., "ASAM: Adaptive Sharpness-Aware Minimization for Scale-Invariant
       Learning of Deep Neural Networks", 2021, 2102.11600.
     """
-    eta = _tree.within("eta", eta, 0, float("inf"))
+    eta = finite("eta", eta)
 
     def metric(params, grads):
         return jax.tree.map(
@@ -272,7 +331,8 @@ def asam(
             grads,
         )
 
-    return sam(rho, metric=metric)
+    check = check_some(where, "where is true of no leaf, so that this would be sam")
+    return sam(rho, metric=metric)._replace(init_memory=check)
 
 
 def fisher_sam(rho: Radius = 0.1, eta: float = 1.0) -> SharpnessRule:
@@ -296,7 +356,7 @@ def fisher_sam(rho: Radius = 0.1, eta: float = 1.0) -> SharpnessRule:
       Kim et al., "Fisher SAM: Information Geometry and Sharpness Aware Minimisation",
       2022, 2206.04920.
     """
-    eta = _tree.within("eta", eta, 0, float("inf"))
+    eta = finite("eta", eta)
     metric = lambda params, grads: jax.tree.map(
         lambda g: lax.rsqrt(1 + eta * jnp.square(g)), grads
     )
@@ -310,11 +370,13 @@ def fsam(
 
     The Fisher is the squared gradient of the batch at every ``refresh``-th step; its
     mask serves the steps after, and the steps up to the first one perturb all. The
-    norm is over the masked gradient.
+    norm is over the masked gradient. Of equal entries, as of zeros, those that stand
+    first are left out first, so that the share holds for a sparse gradient, too.
 
     Args:
       rho: radius.
-      sparsity: share of the parameters that is left unperturbed, in [0, 1).
+      sparsity: share of the parameters that is left unperturbed, in [0, 1), rounded
+        down to a whole number of them.
       refresh: steps between masks.
 
     Returns:
@@ -336,7 +398,9 @@ def fsam(
     _tree.check_every(refresh, 0)
 
     def init(params):
-        return _tree.over(lambda x: jnp.ones_like(x, dtype=bool), params, params)
+        if sum(jnp.size(x) for x in jax.tree.leaves(params)) >= 2**31:
+            raise ValueError("fsam counts up to 2**31 - 1 parameters; use sam(mask=).")
+        return _tree.over(lambda x: ~_tree.zeros_like(x, bool), params, params)
 
     def offset(params, g0, state):
         sparse = _tree.over(
@@ -348,11 +412,13 @@ def fsam(
         g0 = grads[0]
 
         def renew(_):
-            fisher = jax.tree.map(lambda g: jnp.square(jnp.abs(g)), g0)
-            leaves = jax.tree.leaves(fisher)
-            below = jnp.floor(sparsity * sum(float(leaf.size) for leaf in leaves))
-            threshold = _tree.order_statistic(leaves, below)
-            return jax.tree.map(lambda f: f >= threshold, fisher)
+            sizes, structure = jax.tree.flatten(jax.tree.map(jnp.abs, g0))
+            count = sum(leaf.size for leaf in sizes)
+            # Python counts exactly where float32 cannot.
+            share: Any = sparsity * count
+            exact = int(share) if isinstance(share, float) else share.astype(jnp.int32)
+            dropped = jnp.minimum(exact, count - 1)
+            return structure.unflatten(_tree.ranked_after(sizes, dropped))
 
         due = state.rule_step % refresh == 0
         keep = lambda mask: jax.tree.map(
@@ -361,7 +427,7 @@ def fsam(
         memory = lax.cond(due, renew, keep, state.rule_memory)
         return grads[-1], memory
 
-    return SharpnessRule(2, after_clean(offset), combine, init)
+    return _descending(offset, init)._replace(combine=combine)
 
 
 def _as_float(mask: Any) -> Any:
@@ -376,17 +442,30 @@ def sam_on(
 ) -> SharpnessRule:
     """SAM on the normalisation parameters alone; the norm is over them.
 
+    By default a leaf counts by its own name and by that of the module that holds it,
+    not by those further out: in ``["PreNorm_0"]["Dense_0"]["kernel"]`` the names are
+    ``Dense_0`` and ``kernel``. Names are split into words at ``/``, ``.``, ``_``,
+    digits and capitals. A leaf is perturbed if one of the words
+
+    - ends in ``norm`` or ``norms`` (``BatchNorm_0``, ``rms_norm``, ``layernorm``,
+      ``norm1``), or is ``normalization`` or ``normalisation``, or
+    - is ``bn``, ``ln`` or ``gn``, with ``pre`` or ``post`` before it or not (``bn1``,
+      ``ln_f``, ``ResNetBN``, ``preln``).
+
+    ``normalizer``, ``normal_head`` and ``normalize_fn`` are none of these.
+
     Args:
       rho: radius.
-      where: the leaves to perturb; by default those whose path names a normalisation
-        (``norm``, ``bn``, ``ln`` in any case).
+      where: the leaves to perturb, a tree of bools or ``(key_path, leaf) -> bool``; by
+        default those whose names say that they belong to a normalisation.
       metric: as in :func:`sam`, for the adaptive variants.
 
     Returns:
       A rule of 2 gradients.
 
     Raises:
-      ValueError: If ``rho`` is negative.
+      ValueError: If ``rho`` is out of range or, when the state is made, no leaf is to
+        be perturbed.
 
     Example:
       >>> import optax_avg as oa
@@ -396,14 +475,35 @@ def sam_on(
       Mueller et al., "Normalization Layers Are All That Sharpness-Aware Minimization
       Needs", 2023, 2306.04226.
     """
-    return sam(rho, mask=is_normalisation if where is None else where, metric=metric)
+    otherwise = f"where {UNPERTURBED}"
+    if where is None:
+        where = is_normalisation
+        otherwise = (
+            "no leaf belongs to a normalisation by its name; pass "
+            "where=lambda path, leaf: ..., true of the leaves to perturb"
+        )
+    check = check_some(where, otherwise)
+    return sam(rho, mask=where, metric=metric)._replace(init_memory=check)
 
 
 def is_normalisation(path: Any, leaf: Any) -> bool:
-    """Whether a key path names a normalisation layer."""
+    """Whether a key path names a parameter of a normalisation layer."""
     del leaf
-    name = jax.tree_util.keystr(path).lower()
-    return re.search(r"norm|(?<![a-z])(bn|ln)(?![a-z])", name) is not None
+    names = re.split(r"[/.]", "/".join(_key_name(key) for key in path))
+    # Indices and the containers of frameworks name no module.
+    names = [n for n in names if not re.fullmatch(r"\d*|value|raw_value|~", n)]
+    words = [word.lower() for name in names[-2:] for word in WORD.findall(name)]
+    return any(NORMALISATION.fullmatch(word) for word in words)
+
+
+WORD = re.compile(r"[A-Z]+(?![a-z])|[A-Z]?[a-z]+")
+NORMALISATION = re.compile(
+    r"\w*norms?|(batch|layer|group|instance)?normali[sz]ation|(pre|post)?(bn|ln|gn)"
+)
+
+
+def _key_name(key: Any) -> str:
+    return keystr((key,), simple=True)
 
 
 def awp(gamma: Radius = 0.01) -> SharpnessRule:
@@ -431,14 +531,20 @@ def awp(gamma: Radius = 0.01) -> SharpnessRule:
     gamma = check_radius("gamma", gamma)
 
     def offset(params, g0, state):
-        r = radius_at(gamma, state)
         radii = jax.tree.map(
-            lambda x: r * _tree.norm(x) if _tree.is_float(x) else r, params
+            lambda r, x: r * _tree.norm(x) if _tree.is_float(x) else r,
+            _spread(radius_at(gamma, state), params),
+            params,
         )
-        matrices = lambda path, x: jnp.ndim(x) >= 2
-        return ascent(params, g0, radii, mask=matrices, scope="leaf")
+        return ascent(params, g0, radii, mask=_is_matrix, scope="leaf")
 
-    return SharpnessRule(2, after_clean(offset), descend)
+    otherwise = "no leaf has two dimensions, so that nothing would be perturbed"
+    return _descending(offset, check_some(_is_matrix, otherwise))
+
+
+def _is_matrix(path: Any, leaf: Any) -> bool:
+    del path
+    return jnp.ndim(leaf) >= 2
 
 
 def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRule:
@@ -467,7 +573,8 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
       Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation",
       2021, 2010.04925.
     """
-    epsilon, eta = check_radius("epsilon", epsilon), check_radius("eta", eta)
+    epsilon = check_one_radius("epsilon", epsilon, "amp")
+    eta = check_one_radius("eta", eta, "amp")
     _tree.check_integer("steps", steps, 1)
 
     def probe(i, params, grads, state):
@@ -481,7 +588,7 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
             d = _tree.scale(jnp.where(n > ball, ball / jnp.maximum(n, ball), 1), d)
         return d
 
-    return SharpnessRule(1 + steps, probe, descend, num_ascents=steps)
+    return SharpnessRule(1 + steps, probe, descend, num_ascents=steps, in_result=())
 
 
 def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
@@ -511,9 +618,7 @@ def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
     rho = check_radius("rho", rho)
     beta = _tree.within("beta", beta, 0, 1, open_low=True)
 
-    def init(params):
-        del params
-        return jax.random.key(key) if isinstance(key, int) else key
+    make_key = _key_maker(key)
 
     def offset(params, g0, state):
         d = ascent(params, g0, radius_at(rho, state))
@@ -524,4 +629,25 @@ def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
             [jnp.where(keep, leaf / beta, 0) for keep, leaf in zip(kept, leaves)]
         )
 
-    return SharpnessRule(2, after_clean(offset), descend, init)
+    return _descending(offset, lambda params: make_key())
+
+
+def _key_maker(key: Any) -> Callable[[], jax.Array]:
+    """A function that makes a key of the state's own: a state may be donated.
+
+    Raises:
+      ValueError: If it is neither a key nor a seed.
+    """
+    dtype, shape = getattr(key, "dtype", None), np.shape(key)
+    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
+        return lambda: jax.random.clone(key)
+    if dtype == jnp.uint32 and len(shape) == 1:
+        return lambda: jnp.array(key, copy=True)
+    is_seed = isinstance(key, (int, np.number, np.ndarray, jax.Array))
+    if isinstance(key, bool) or shape or not is_seed:
+        raise ValueError(
+            f"key must be a PRNG key or an integer seed, got {key!r}; call "
+            "esam(key=jax.random.key(0))."
+        )
+    # A seed that inject_hyperparams holds is an array, perhaps of floats.
+    return lambda: jax.random.key(jnp.asarray(key).astype(jnp.int32))

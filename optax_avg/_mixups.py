@@ -1,0 +1,145 @@
+"""What users mix up around sharpness rules, said before it goes wrong.
+
+Every function returns nothing where all is well, and raises an error that names the
+call to write instead.
+"""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+
+RULE_FOR_LINK = (
+    "a sharpness rule stands where Optax wants a transformation; take the link, such "
+    "as oa.sam(0.05) in place of oa.rules.sam(0.05), or oa.as_link(rule)."
+)
+
+
+def refuse_no_rule(name: str, rule: Any) -> None:
+    """Raises unless ``rule`` is a sharpness rule.
+
+    Raises:
+      TypeError: If it is not.
+    """
+    if _is_rule(rule):
+        return
+    if isinstance(rule, optax.GradientTransformation):
+        came = "an Optax transformation; oa.sam(0.05) is the link of a chain"
+    elif callable(rule):
+        came = f"the function {_name_of(rule)}, which has to be called first"
+    else:
+        came = f"{type(rule).__name__}"
+    raise TypeError(f"{name} needs a rule, such as oa.rules.sam(0.05). It got {came}.")
+
+
+def refuse_no_optimizer(name: str, optimizer: Any) -> None:
+    """Raises unless ``optimizer`` is an Optax transformation.
+
+    Raises:
+      TypeError: If it is not.
+    """
+    if isinstance(optimizer, optax.GradientTransformation):
+        return
+    if _is_rule(optimizer):
+        came = "a sharpness rule"
+    elif hasattr(optimizer, "init") and hasattr(optimizer, "update"):
+        return
+    elif callable(optimizer):
+        came = f"the function {_name_of(optimizer)}, which has to be called first"
+    else:
+        came = f"{type(optimizer).__name__}"
+    raise TypeError(
+        f"{name} needs an optimizer, such as optax.adamw(1e-3). It got {came}."
+    )
+
+
+def refuse_no_function(name: str, fn: Any) -> None:
+    """Raises unless ``fn`` can be called.
+
+    Raises:
+      TypeError: If it cannot.
+    """
+    if not callable(fn):
+        came = "a sharpness rule" if _is_rule(fn) else type(fn).__name__
+        raise TypeError(
+            f"{name} must be a function. It got {came}; call "
+            "oa.sharpness_aware(jax.value_and_grad(loss), oa.rules.sam(0.05))."
+        )
+
+
+def refuse_no_pair(name: str, found: Any, params: Any, has_aux: bool) -> None:
+    """Raises unless a function returned what ``jax.value_and_grad`` returns.
+
+    Raises:
+      ValueError: If it did not.
+    """
+    call = f"jax.value_and_grad(loss{', has_aux=True' if has_aux else ''})"
+    wanted = "((value, aux), gradient)" if has_aux else "(value, gradient)"
+    if not _is_pair(found) or not _fits(found[1], params):
+        raise ValueError(
+            f"{name} must return {wanted} with a gradient like params. It returned "
+            f"{_words(found)}; pass {call}, not the loss itself or jax.grad(loss)."
+        )
+    out = found[0]
+    if has_aux and not _is_pair(out):
+        raise ValueError(
+            f"{name} must return {wanted} because of has_aux=True. It returned no aux; "
+            f"pass {call}, or leave has_aux out."
+        )
+    if not has_aux and _is_pair(out):
+        raise ValueError(
+            f"{name} returned a pair where the value should stand. If the loss returns "
+            "(value, aux), call sharpness_aware(..., has_aux=True)."
+        )
+
+
+def refuse_no_gradient(name: str, found: Any, params: Any) -> None:
+    """Raises unless ``found`` is a gradient: a tree like ``params``.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if _fits(found, params):
+        return
+    if _is_pair(found) and _fits(found[1], params):
+        way = "a value and a gradient; take the gradient alone, as from jax.grad(loss)"
+    elif _is_pair(found) and _fits(found[0], params):
+        way = "a gradient and an aux; take the gradient alone"
+    else:
+        way = f"{_words(found)}; take the gradient as from jax.grad(loss)"
+    raise ValueError(f"{name} must be a gradient like params. It is {way}.")
+
+
+def _is_rule(x: Any) -> bool:
+    return isinstance(x, tuple) and hasattr(x, "num_evals")
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, (tuple, list)) and len(x) == 2
+
+
+def _name_of(fn: Any) -> str:
+    return getattr(fn, "__name__", type(fn).__name__)
+
+
+def _words(found: Any) -> str:
+    """What a function returned, in a few words."""
+    leaves = jax.tree.leaves(found)
+    if len(leaves) == 1 and leaves[0] is found:
+        return f"an array of shape {jnp.shape(found)}"
+    return f"a {type(found).__name__} of {len(leaves)} arrays"
+
+
+def _fits(tree: Any, params: Any) -> bool:
+    """Whether a tree has the structure and shapes of params; None fits any leaf."""
+    leaves, structure = jax.tree.flatten(params)
+    try:
+        parts = structure.flatten_up_to(tree)
+    except (ValueError, TypeError):
+        return False
+    return all(
+        part is None
+        or (jax.tree_util.all_leaves([part]) and jnp.shape(part) == jnp.shape(leaf))
+        for part, leaf in zip(parts, leaves, strict=True)
+    )

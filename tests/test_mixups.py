@@ -1,0 +1,185 @@
+"""What users mix up, and the error that names the call to write instead."""
+
+import jax
+import jax.numpy as jnp
+import optax
+import pytest
+from sharpness_cases import ALL
+
+import optax_avg as oa
+from optax_avg import rules
+
+LINK = r"oa\.sam\(0\.05\) is the link of a chain"
+FACTORY = r"the function sam, which has to be called first"
+TAKERS = {
+    "sharpness_aware": lambda rule: oa.sharpness_aware(jax.value_and_grad(sum), rule),
+    "as_link": oa.as_link,
+    "multi_call": lambda rule: oa.multi_call(rule, optax.sgd(0.1)),
+    "every_k": lambda rule: rules.every_k(rule, 2),
+}
+
+
+@pytest.mark.parametrize("name", TAKERS)
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (oa.sam(), LINK),
+        (optax.adam(0.1), LINK),
+        (rules.sam, FACTORY),
+        (oa.sam, FACTORY),
+        (0.05, "It got float"),
+        (None, "It got NoneType"),
+    ],
+)
+def test_something_else_than_a_rule(name, given, message):
+    with pytest.raises(TypeError, match=f"{name} needs a rule.*{message}"):
+        TAKERS[name](given)
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda rule: optax.chain(rule, optax.sgd(0.1)),
+        lambda rule: optax.named_chain(("rule", rule)),
+        lambda rule: optax.MultiSteps(rule, 2),
+        lambda rule: optax.masked(rule, True),
+        lambda rule: optax.apply_if_finite(rule, 2),
+        lambda rule: optax.with_extra_args_support(rule),
+        lambda rule: rule.init({}),
+    ],
+)
+def test_a_rule_where_optax_wants_a_link(use):
+    with pytest.raises(AttributeError, match=r"take the link, such as oa\.sam"):
+        use(rules.sam())
+
+
+@pytest.mark.parametrize("take", [oa.multi_call, oa.decoupled_wsam])
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [(rules.sam(), "a sharpness rule"), (optax.sgd, "function sgd"), (0.1, "float")],
+)
+def test_something_else_than_an_optimizer(take, given, message):
+    first = (rules.sam(),) if take is oa.multi_call else ()
+    last = () if take is oa.multi_call else (0.1,)
+    with pytest.raises(TypeError, match=f"needs an optimizer.*{message}"):
+        take(*first, given, *last)
+
+
+def test_arguments_in_the_wrong_order():
+    with pytest.raises(TypeError, match="multi_call needs a rule"):
+        oa.multi_call(optax.sgd(0.1), rules.sam())
+    with pytest.raises(TypeError, match="sharpness_aware needs a rule"):
+        oa.sharpness_aware(rules.sam(), jax.value_and_grad(sum))
+    with pytest.raises(TypeError, match="value_and_grad_fn must be a function"):
+        oa.sharpness_aware(rules.sam(), rules.sam())
+    with pytest.raises(TypeError, match="ascent_fn must be a function"):
+        oa.sharpness_aware(jax.value_and_grad(sum), rules.sam(), ascent_fn=1.0)
+
+
+def loss(p):
+    return sum(jnp.sum(x**2) for x in jax.tree.leaves(p))
+
+
+def with_aux(p):
+    return loss(p), {"seen": p}
+
+
+PARAMS = {
+    "dict": {"w": jnp.ones((2, 3)), "b": jnp.ones(2)},
+    "pair": (jnp.ones((2, 3)), jnp.ones(2)),
+    "array": jnp.ones(2),
+    "nested_pair": (jnp.ones(2), jnp.ones(2)),
+}
+NOT_PAIRS = {
+    "loss": loss,
+    "gradient": jax.grad(loss),
+    "loss_with_aux": with_aux,
+    "gradient_with_aux": jax.grad(with_aux, has_aux=True),
+    "two_arguments": lambda p: jax.value_and_grad(lambda p, q: loss(p), (0, 1))(p, p),
+    "by_example": lambda p: jax.tree.map(lambda x: jnp.stack([x, x]), (0.0, p)),
+}
+
+
+@pytest.mark.parametrize("place", ["value_and_grad_fn", "ascent_fn"])
+@pytest.mark.parametrize("has_aux", [False, True])
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("fn", NOT_PAIRS)
+def test_something_else_than_value_and_grad(fn, params, has_aux, place):
+    right = jax.value_and_grad(with_aux if has_aux else loss, has_aux=has_aux)
+    both = {"value_and_grad_fn": right, "ascent_fn": right} | {place: NOT_PAIRS[fn]}
+    x = PARAMS[params]
+    sharp = oa.sharpness_aware(
+        both["value_and_grad_fn"],
+        rules.sam(),
+        has_aux=has_aux,
+        ascent_fn=both["ascent_fn"],
+    )
+    with pytest.raises(ValueError, match=rf"{place} .*pass jax\.value_and_grad\(loss"):
+        sharp(x, sharp.init(x))
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize("name", ["sam", "every_k", "momentum_sam"])
+def test_forgotten_aux(name, params):
+    x = PARAMS[params]
+    aux = jax.value_and_grad(with_aux, has_aux=True)
+    sharp = oa.sharpness_aware(aux, ALL[name])
+    with pytest.raises(ValueError, match=r"has_aux=True\)"):
+        sharp(x, sharp.init(x))
+    sharp = oa.sharpness_aware(jax.value_and_grad(loss), ALL[name], has_aux=True)
+    with pytest.raises(ValueError, match=r"leave has_aux out"):
+        sharp(x, sharp.init(x))
+    sharp = oa.sharpness_aware(aux, ALL[name], has_aux=True)
+    (value, _), _, _ = sharp(x, sharp.init(x))
+    assert float(value) == float(loss(x))
+
+
+@pytest.mark.parametrize("params", PARAMS)
+@pytest.mark.parametrize(
+    ("fn", "message"),
+    [
+        (jax.value_and_grad(loss), "a value and a gradient"),
+        (jax.grad(with_aux, has_aux=True), "a gradient and an aux"),
+        (loss, "an array of shape"),
+    ],
+)
+def test_something_else_than_a_gradient(fn, message, params):
+    x = PARAMS[params]
+    if params == "array" and message == "an array of shape":
+        x = jnp.ones((2, 2))
+    link, calls = oa.sam(), oa.multi_call(rules.sam(), optax.sgd(0.1))
+    grads = jax.grad(loss)(x)
+    with pytest.raises(ValueError, match=f"grad_fn .*{message}"):
+        link.update(grads, link.init(x), x, grad_fn=fn)
+    for tx in (link, calls):
+        with pytest.raises(ValueError, match=f"first argument of update .*{message}"):
+            tx.update(fn(x), tx.init(x), x, grad_fn=jax.grad(loss))
+
+
+def test_what_is_right_is_taken():
+    """None for leaves without a gradient, a list for the pair, a scalar."""
+    x = {"w": jnp.ones(2), "frozen": jnp.ones(3)}
+
+    def value_and_grad(p):
+        value, g = jax.value_and_grad(loss)(p)
+        return [value, g | {"frozen": None}]
+
+    sharp = oa.sharpness_aware(value_and_grad, rules.sam())
+    _, g, _ = sharp(x, sharp.init(x))
+    assert g["frozen"] is None
+    sharp = oa.sharpness_aware(jax.value_and_grad(lambda x: x**2), rules.sam())
+    _, g, _ = sharp(jnp.array(2.0), sharp.init(jnp.array(2.0)))
+    assert abs(float(g) - 4.1) < 1e-6
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_complex_leaves_are_refused_by_name(name):
+    x = {"bias": jnp.ones(2), "norm": jnp.ones(3), "weight": jnp.ones((2, 2)) + 1j}
+    makers = [
+        oa.sharpness_aware(jax.value_and_grad(loss), ALL[name]),
+        oa.as_link(ALL[name]),
+        oa.multi_call(ALL[name], optax.sgd(0.1)),
+    ]
+    for maker in makers:
+        with pytest.raises(ValueError, match=r"\['weight'\] is complex.*lax\.com"):
+            maker.init(x)
