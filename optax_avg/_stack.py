@@ -7,6 +7,7 @@ they iterate on ``n`` numbers. Across devices each one holds all rows of its sha
 the coordinates, so that rules that go coordinate by coordinate need no more either.
 """
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
@@ -55,7 +56,7 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
     paths = jax.tree.flatten_with_path(updates, is_leaf=_tree.is_absent)[0]
     found: dict[int, jax.Array] = {}
     for i, (path, x) in enumerate(paths):
-        if _tree.is_absent(x) or not _tree.is_float(x):
+        if not _tree.is_gradient(x):
             continue
         if axis is not None and not -jnp.ndim(x) <= axis < jnp.ndim(x):
             raise ValueError(
@@ -147,14 +148,14 @@ def _padded(x: jax.Array, parts: int) -> jax.Array:
 
 def _exchanged(x: jax.Array, axis_name: Any) -> jax.Array:
     """Own rows of all coordinates for all rows of own coordinates, (n, width)."""
-    x = _tree.vary(x, _names(axis_name))
+    x = _tree.vary(x, axis_names(axis_name))
     received = lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
     return received.reshape(-1, x.shape[-1])
 
 
 def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
     """``x`` of every device on every device, alike on all: shape (devices, ...)."""
-    x = _tree.vary(x, _names(axis_name))
+    x = _tree.vary(x, axis_names(axis_name))
     namespace: Any = lax
     if not _tree.varying_axes(x):
         return lax.all_gather(x, axis_name)
@@ -163,7 +164,7 @@ def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
     return namespace.all_gather(x, axis_name, to="invarying")
 
 
-def _names(axis_name: Any) -> tuple[Any, ...]:
+def axis_names(axis_name: Any) -> tuple[Any, ...]:
     return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
 
 
@@ -192,7 +193,7 @@ def row_norms(
             for x, part in zip(rows, _parts(centre, rows), strict=True)
         ]
         sums = [lax.optimization_barrier(s) for s in sums]
-        return sum(sums[1:], sums[0])
+        return functools.reduce(jnp.add, sums)
 
     norms = _tree.square_roots(squares)
     if axis_name is None:
@@ -210,15 +211,26 @@ def _parts(centre: Centre, rows: list[jax.Array]) -> list[Any]:
     return list(centre) if isinstance(centre, list) else [centre] * len(rows)
 
 
-def combine(stack: Stack, weights: jax.Array) -> list[jax.Array]:
-    """``sum_i w_i v_i`` over the valid rows, in float32 or wider."""
+def combine(
+    stack: Stack, weights: jax.Array, factors: jax.Array | None = None
+) -> list[jax.Array]:
+    """``sum_i w_i (f_i v_i)`` over the valid rows, in float32 or wider.
+
+    Rows get factors, by default 1, where a weight alone would under- or overflow.
+    """
     weights = jnp.where(jnp.broadcast_to(stack.valid, weights.shape), weights, 0)
+    plain = jnp.all(stack.valid)
+    if factors is not None:
+        plain &= jnp.all(factors == 1)
 
     def product(x):
         x = _tree.wide(x)
         return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
 
     def without(x):
+        if factors is not None:
+            x = _tree.wide(x)
+            x = x * like(factors.astype(x.dtype), x)
         return product(jnp.where(like(stack.valid, x), x, 0))
 
     def slow(rows):
@@ -227,7 +239,7 @@ def combine(stack: Stack, weights: jax.Array) -> list[jax.Array]:
     def quick(rows):
         return [product(x) for x in rows]
 
-    return lax.cond(jnp.all(stack.valid), quick, slow, stack.rows)
+    return lax.cond(plain, quick, slow, stack.rows)
 
 
 def like(per_row: jax.Array, x: jax.Array) -> jax.Array:
@@ -250,7 +262,7 @@ def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
         lax.optimization_barrier(_sum_over_chunks(product, x, part))
         for x, part in zip(stack.rows, _parts(centre, stack.rows), strict=True)
     ]
-    return stack.total(sum(products[1:], products[0]))
+    return stack.total(functools.reduce(jnp.add, products))
 
 
 def _chunks(x: jax.Array) -> tuple[int, int]:
@@ -332,10 +344,18 @@ def _inner(x: jax.Array) -> jax.Array:
     return jnp.real(found)
 
 
+def nth(values: jax.Array, valid: jax.Array, n: Any) -> jax.Array:
+    """Index of the valid value with ``n`` others before it in ascending order.
+
+    The last one where there are no more.
+    """
+    order = jnp.argsort(jnp.where(valid, values, jnp.inf))
+    return order[jnp.clip(n, 0, jnp.maximum(jnp.sum(valid) - 1, 0))]
+
+
 def middle(values: jax.Array, valid: jax.Array) -> jax.Array:
     """Index of the (lower) median of the valid values."""
-    order = jnp.argsort(jnp.where(valid, values, jnp.inf))
-    return order[jnp.maximum(jnp.sum(valid) - 1, 0) // 2]
+    return nth(values, valid, (jnp.sum(valid) - 1) // 2)
 
 
 def rank_weighted(stack: Stack, weights: jax.Array) -> list[jax.Array]:

@@ -19,11 +19,12 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optax_avg import _stack, _tree
+from optax_avg._centred import FAR, centred, distances, factored, invertible, scales
+from optax_avg._row_checks import check_rows
 from optax_avg._stack import Stack
 from optax_avg.location import track_location
 
 INFINITY = float("inf")
-FAR = 2.0**50  # in units of a typical distance; its square does not overflow
 # From a stack, what the rule remembers and the step to leaves, and what it remembers.
 Rule = Callable[[Stack, Any, jax.Array], tuple[list[jax.Array], Any]]
 
@@ -60,7 +61,8 @@ def aggregator(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        del params, extra_args
+        del extra_args
+        check_rows(updates, params, per_elt_axis, axis_name)
         stack = _stack.stack_of(updates, per_elt_axis, axis_name)
         step = state.aggregation_step
         if stack.rows:
@@ -75,7 +77,7 @@ def aggregator(
             memory,
         )
 
-    return aggregating.Aggregator(init_fn, update_fn)
+    return aggregating.Aggregator(_tree.shapes_for_shapes(init_fn), update_fn)
 
 
 def coordinate_median(
@@ -90,10 +92,17 @@ def coordinate_median(
       per_elt_axis: axis of the elements; by default 0, or none with ``axis_name``:
         then every device holds one element.
       axis_name: of the devices, inside ``shard_map`` or ``pmap``; each gathers its
-        share of the coordinates of all, memory does not grow with their number.
+        share of the coordinates of all, memory does not grow with their number. The
+        gradients must differ over it: take them at ``jax.lax.pcast(params, axis_name,
+        to="varying")``, or ``jax.grad`` sums them over the devices.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
+
+    Raises:
+      ValueError: In ``update``, if gradients do not differ over ``axis_name``, or do
+        not have the shapes of ``params``, where these are passed, and an axis of
+        elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -122,7 +131,8 @@ def trimmed_mean(
 
     Args:
       trim: left out at each end; where no more than ``2 trim`` elements are finite, the
-        median.
+        median. If at most so many rows are bad, each coordinate lies between those of
+        good rows.
       per_elt_axis: axis of the elements, see :func:`coordinate_median`.
       axis_name: of the devices, see :func:`coordinate_median`.
 
@@ -167,61 +177,6 @@ def _check_count(stack: Stack, least: int, what: str) -> None:
         )
 
 
-class Centred(NamedTuple):
-    """Rows around one of them, for rules that weigh rows by distances.
-
-    Attributes:
-      gram: of ``s_i (v_i - z)``, ``s = min(1, FAR unit / |v_i - z|) / unit``.
-      valid: rows that count.
-      unit: a typical distance.
-      weights: from coefficients of the rows of ``gram`` to those of the rows.
-    """
-
-    gram: jax.Array
-    valid: jax.Array
-    unit: jax.Array
-    weights: Callable[[jax.Array], jax.Array]
-
-
-def centred(stack: Stack, axis_name: Any) -> Centred:
-    """The Gram matrix around a row amid the others, in units of a typical distance.
-
-    The row in the middle of the distances to the row of median norm: outliers are
-    neither, and near-identical rows do not cancel.
-    """
-    reference = _stack.middle(stack.norms, stack.valid)
-    distance = _stack.row_norms(stack.rows, axis_name, reference)
-    valid = stack.valid & jnp.isfinite(distance)
-    unit, shrink = units(distance, valid)
-    i = _stack.middle(distance, valid)
-    matrix = _stack.gram(stack._replace(valid=valid), shrink / unit, i)
-
-    def weights(c):
-        c = jnp.where(valid, c * shrink, 0)
-        return c.at[i].add(jnp.where(jnp.any(valid), 1 - jnp.sum(c), 0))
-
-    return Centred(matrix, valid, unit, weights)
-
-
-def units(distance: jax.Array, valid: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """A typical distance, and ``min(1, FAR unit/distance)``.
-
-    A row beyond FAR is drawn in along its ray: its pull stays that of a unit vector.
-    """
-    median = distance[_stack.middle(distance, valid)]
-    most = jnp.max(jnp.where(valid, distance, 0))
-    unit = jnp.where(median > 0, median, jnp.where(most > 0, most, 1))
-    unit = jnp.where(jnp.isfinite(unit), unit, 1)
-    far = valid & (distance > FAR * unit)
-    return unit, jnp.where(far, FAR * unit / distance, 1)
-
-
-def distances(gram: jax.Array, c: jax.Array) -> jax.Array:
-    """``|D_i - sum_j c_j D_j|`` from the Gram matrix of the ``D_i``."""
-    along = gram @ c
-    return jnp.sqrt(jnp.maximum(jnp.diagonal(gram) - 2 * along + c @ along, 0))
-
-
 def geometric_median(
     *,
     nu: float = 1e-6,
@@ -235,8 +190,13 @@ def geometric_median(
     the mean of the half of the rows that is closest to one of them. Rounds are on
     ``n`` coefficients and cost next to nothing.
 
+    With ``f < n/2`` bad rows, whatever they are, the distance of the geometric median
+    from any point is at most ``2 (n - f)/(n - 2 f)`` times that of the farthest good
+    row.
+
     Args:
-      nu: least distance, in units of the gradients.
+      nu: least distance, in units of the gradients. No more of it counts than the
+        median distance of the rows from the middle one, or it would move small rows.
       num_iters: rounds.
       per_elt_axis: axis of the elements, see :func:`coordinate_median`.
       axis_name: of the devices, see :func:`coordinate_median`.
@@ -270,6 +230,9 @@ def median_of_means(
     axis_name: Any = None,
 ) -> aggregating.Aggregator:
     """The geometric median of the means of contiguous groups.
+
+    Bad rows must lie in fewer than half of the groups; then it stays as close to the
+    means of the others as :func:`geometric_median` to good rows.
 
     Args:
       groups: their number, a divisor of that of the elements.
@@ -310,9 +273,10 @@ def _geometric_median(
         del step
         if groups is not None:
             stack = group_means(stack, groups, axis_name)
-        found = centred(stack, axis_name)
-        c = weiszfeld(found.gram, found.valid, nu / found.unit, num_iters)
-        return _stack.combine(stack, found.weights(c)), memory
+        found = centred(stack, axis_name, lambda count: count // 2)
+        least = jnp.maximum(jnp.minimum(nu, found.typical) / found.unit, 1 / FAR)
+        c = weiszfeld(found.gram, found.valid, least, num_iters)
+        return found.combine(c), memory
 
     return aggregator(rule, axis, axis_name)
 
@@ -362,7 +326,8 @@ def centered_clip(
     """``m <- m + mean_i min(1, tau/|v_i - m|) (v_i - m)``, with m carried over.
 
     The location starts at zero. With one element this is
-    ``oa.vclip(tau, init="zeros")``.
+    ``oa.vclip(tau, init="zeros")``. While fewer than half of the rows are bad it stays
+    within the largest good row plus ``tau`` of zero.
 
     Args:
       tau: a float or a schedule of the step.
@@ -397,18 +362,21 @@ def centered_clip(
         valid = stack.valid & jnp.isfinite(size)
         stack = stack._replace(valid=valid)
         share = valid / jnp.maximum(jnp.sum(valid), 1)
-        c = share * clip_factor(radius, size)
+        size = jnp.where(valid, size, 0)
+        unit = invertible(radius)
+        scale = scales(size, unit)
+        c = share * clip_factor(radius / unit, scale * size)
         if num_iters > 1:
-            unit, shrink = units(size, valid)
-            matrix = _stack.gram(stack, shrink / unit, m)
+            matrix = _stack.gram(stack, scale, m)
 
             def advance(_, c):
                 pull = share * clip_factor(radius / unit, distances(matrix, c))
                 return (1 - jnp.sum(pull)) * c + pull
 
-            c = shrink * lax.fori_loop(1, num_iters, advance, c / shrink)
-        pulled = _stack.combine(stack, c)
-        leaves = [(1 - jnp.sum(c)) * a + b for a, b in zip(m, pulled, strict=True)]
+            c = lax.fori_loop(1, num_iters, advance, c)
+        weights, factors, total = factored(c, size, unit)
+        pulled = _stack.combine(stack, weights, factors)
+        leaves = [(1 - total) * a + b for a, b in zip(m, pulled, strict=True)]
         return leaves, stack.place(leaves, memory)
 
     return aggregator(rule, per_elt_axis, axis_name, _tree.zeros_like_wide)
@@ -428,10 +396,14 @@ def krum(
 ) -> aggregating.Aggregator:
     """The row whose ``n - f - 2`` nearest rows are the closest; multi-Krum.
 
+    For ``n >= 2 f + 3`` it is no longer than ``1 + 2 sqrt(n - f - 2)`` times the
+    largest good row.
+
     Args:
       num_byzantine: ``f``, how many rows may be anything; the paper's guarantee holds
         for ``n >= 2 f + 3``.
-      num_selected: so many rows with the least sums of squared distances are averaged.
+      num_selected: so many rows with the least sums of squared distances are averaged,
+        at most ``n - f``.
       per_elt_axis: axis of the elements, see :func:`coordinate_median`.
       axis_name: of the devices, see :func:`coordinate_median`.
 
@@ -457,12 +429,14 @@ def krum(
 
     def rule(stack, memory, step):
         del step
-        least = max(num_byzantine + 3, num_selected)
+        least = num_byzantine + max(3, num_selected)
         _check_count(stack, least, f"krum({num_byzantine}, {num_selected})")
-        found = centred(stack, axis_name)
+        # So many rows are neighbours of the best one, or are averaged.
+        rank = max(len(stack.valid) - num_byzantine - 2, num_selected - 1)
+        found = centred(stack, axis_name, lambda _: rank)
         score = krum_scores(found.gram, found.valid, num_byzantine)
-        rank = jnp.argsort(jnp.argsort(score))
-        chosen = (rank < num_selected) & found.valid
+        place = jnp.argsort(jnp.argsort(score))
+        chosen = (place < num_selected) & found.valid
         return _stack.combine(stack, chosen / jnp.maximum(jnp.sum(chosen), 1)), memory
 
     return aggregator(rule, per_elt_axis, axis_name)
@@ -492,6 +466,9 @@ def flag(
     ``mean_i Y Y' v_i``, ``Y = argmin sum_i sqrt(1 - |Y' v_i|^2/|v_i|^2)`` over
     orthonormal ``Y`` of ``rank`` columns, by iteratively reweighted least squares from
     equal weights. The authors' code sums projections of normalised rows instead.
+
+    The subspace knows directions alone: a bad row inside it counts with its whole
+    length. Clip the rows before where they can be of any size.
 
     Args:
       rank: of the subspace; the paper takes ``ceil((n + 1)/2)``.
@@ -524,12 +501,18 @@ def flag(
         del step
         _check_count(stack, rank, f"flag({rank})")
         size = jnp.where(stack.valid, stack.norms, 0)
-        inverse = jnp.where(size > 0, 1 / jnp.where(size > 0, size, 1), 0)
-        matrix = _stack.gram(stack, inverse)
+        least = 64 * jnp.finfo(size.dtype).tiny
+        # Rows of length 4: the inverse of the largest number is not a full one.
+        inverse = jnp.where(size > 0, 4 / jnp.maximum(size, least), 0)
+        matrix = _stack.gram(stack, inverse) / 16
         basis = flag_basis(matrix, rank, num_iters)
         unit = jnp.maximum(jnp.max(size), jnp.finfo(size.dtype).tiny)
         mean = (size / unit) @ matrix @ basis / jnp.maximum(jnp.sum(stack.valid), 1)
-        return _stack.combine(stack, unit * inverse * (basis @ mean)), memory
+        c = basis @ mean / 4
+        small = (size > 0) & (size < unit / FAR)
+        weights = jnp.where(small, unit, unit * jnp.where(small, 0, inverse)) * c
+        factors = jnp.where(small, inverse, 1)
+        return _stack.combine(stack, weights, factors), memory
 
     return aggregator(rule, per_elt_axis, axis_name)
 
@@ -568,7 +551,8 @@ def one_pass_location(
     """One proximal step per element from the location so far: no sort, no rounds.
 
     :func:`optax_avg.track_location` over the elements in their order; the location is
-    carried over to the next call.
+    carried over to the next call. Where the first element may be anything, start with
+    ``init="zeros"``: with ``"l2"`` each element then moves it by ``tau`` at most.
 
     Args:
       distance: see :func:`optax_avg.track_location`.
@@ -605,7 +589,8 @@ def one_pass_location(
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        del params, extra_args
+        del extra_args
+        check_rows(updates, params, axis, axis_name)
         move = lambda x: x[None] if axis is None else jnp.moveaxis(x, axis, 0)
         rows = jax.tree.map(move, updates)
         count = jax.tree.leaves(rows)[0].shape[0] if jax.tree.leaves(rows) else 0
@@ -624,7 +609,13 @@ def one_pass_location(
         def advance(carry, i):
             return tracker.update(element(i), carry[1]), None
 
-        blank = jax.tree.map(lambda x: jnp.zeros(x.shape[1:], x.dtype), rows)
+        def blank_row(x):
+            if axis_name is not None:  # the same on all devices, as the result
+                return jnp.zeros(x.shape[1:], x.dtype)
+            # Of a sum: it has the sharding of one row, also where there is none.
+            return jnp.zeros_like(x.sum(axis=0), x.dtype)
+
+        blank = jax.tree.map(blank_row, rows)
         return lax.scan(advance, (blank, state), jnp.arange(count * devices))[0]
 
     return aggregating.Aggregator(tracker.init, update_fn)

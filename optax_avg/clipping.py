@@ -2,7 +2,8 @@
 
     g <- min(1, limit/|g|) g
 
-A gradient that is not finite becomes zeros, changes no statistic and is counted.
+A gradient that is not finite becomes zeros, changes no statistic and is counted. One
+that is zero says nothing of the size of others: limits of norms do not count it.
 """
 
 from collections.abc import Callable
@@ -16,6 +17,8 @@ from optax_avg import _tree
 from optax_avg.location import adaptive_radius, track_location
 
 INFINITY = float("inf")
+UNUSUAL = 100.0  # a norm, in units of the median, that says nothing of the others
+SPIKE = 1e6  # a global norm, in units of its limit, that says nothing of the leaves
 
 # (norms of the groups, step, statistics) -> (limits, new statistics)
 Limit = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
@@ -25,7 +28,8 @@ class ClipState(NamedTuple):
     """State of the clips of this module.
 
     Attributes:
-      clip_step: int32, finite gradients so far.
+      clip_step: int32, finite gradients so far; for limits of norms those that are not
+        zero.
       clip_statistics: of their norms, small arrays.
       clipped: int32, gradients of which some part was cut.
       rejected: int32, gradients that were not finite.
@@ -45,13 +49,17 @@ def clip_by_zscore(
     Where ``|g| - mu > z_max sigma`` the limit is ``mu + z_max^2 sigma^2/(|g| - mu)``,
     the lower the higher the spike. Then ``mu <- decay mu + (1 - decay) n`` and
     ``sigma^2 <- decay sigma^2 + (1 - decay) (n - mu)^2`` with the clipped norm ``n``
-    and the new ``mu``. In the warm-up nothing is clipped, ``mu`` and ``sigma`` are
-    those of the norms so far.
+    and the new ``mu``. In the warm-up nothing is clipped, and ``mu`` and ``sigma`` are
+    those of the norms so far. Norms above 100 times their median are left out of these.
+
+    As published, the rule follows slow changes of the norms only. Norms that rise at
+    once by several times their deviation, and stay there, are clipped for good.
 
     Args:
       z_max: positive.
       decay: of the statistics, in [0, 1).
-      warmup_steps: at least 1.
+      warmup_steps: Number of norms in the warm-up, at least 1. They are kept in the
+        state.
 
     Returns:
       A transformation with the state :class:`ClipState`.
@@ -60,8 +68,13 @@ def clip_by_zscore(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clip_by_zscore(), optax.adamw(3e-4))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clip_by_zscore(warmup_steps=3)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 1.2, 0.8, 50.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> round(float(updates[0]), 2)
+      1.0
 
     References:
       Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
@@ -69,23 +82,33 @@ def clip_by_zscore(
     """
     z_max = _tree.within("z_max", z_max, 0, INFINITY, open_low=True)
     decay = _tree.within("decay", decay, 0, 1, closed_high=False)
-    _tree.check_integer("warmup_steps", warmup_steps, 1)
+    hint = "; inside optax.inject_hyperparams name it in static_args"
+    warmup_steps = _tree.static_integer("warmup_steps", warmup_steps, 1, hint)
 
     def limit(n, step, statistics):
-        mu, var = statistics
-        excess = n - mu
-        spike = (step >= warmup_steps) & (excess > z_max * jnp.sqrt(var))
+        mu, var, first = statistics
+        warm = step < warmup_steps
+        excess, reach = n - mu, z_max * jnp.sqrt(var)
+        spike = ~warm & (excess > reach)
         high = jnp.where(
-            spike, mu + z_max**2 * var / jnp.where(spike, excess, 1), INFINITY
+            spike, mu + reach * (reach / jnp.where(spike, excess, 1)), INFINITY
         )
         n = jnp.minimum(n, high)
-        # The plain mean and variance of all norms so far, then an exponential one.
-        weight = jnp.where(step < warmup_steps, 1 / (step + 1.0), 1 - decay)
-        new = mu + weight * (n - mu)
-        square = jnp.where(step < warmup_steps, (n - mu) * (n - new), (n - new) ** 2)
-        return high, (new, (1 - weight) * var + weight * square)
+        # A square that overflows would never leave the variance.
+        n = jnp.minimum(n, 0.25 * float(jnp.finfo(n.dtype).max) ** 0.5)
+        place = jnp.arange(warmup_steps)
+        first = jnp.where(place == step, n[:, None], first)
+        median = jnp.nanmedian(first, axis=1, keepdims=True)
+        usual = jnp.where(first <= UNUSUAL * median, first, jnp.nan)
+        new = jnp.where(warm, jnp.nanmean(usual, 1), mu + (1 - decay) * (n - mu))
+        later = decay * var + (1 - decay) * (n - new) ** 2
+        return high, (new, jnp.where(warm, jnp.nanvar(usual, 1), later), first)
 
-    zeros = lambda groups: (jnp.zeros(groups), jnp.zeros(groups))
+    zeros = lambda groups: (
+        jnp.zeros(groups),
+        jnp.zeros(groups),
+        jnp.full((groups, warmup_steps), jnp.nan, jnp.float32),
+    )
     return _clip(limit, zeros)
 
 
@@ -116,7 +139,8 @@ def clip_by_percentile(
     _tree.check_integer("window", window, 1)
 
     def limit(n, step, norms):
-        norms = norms.at[step % window].set(n[0])
+        del step
+        norms = jnp.append(norms[1:], n[0])
         return jnp.nanquantile(norms, percentile / 100)[None], norms
 
     return _clip(limit, lambda groups: jnp.full(window, jnp.nan, jnp.float32))
@@ -190,7 +214,9 @@ def clip_by_ema_norm(
     In the warm-up the global norm is clipped at ``lambda_abs`` and ``gamma`` is the
     smallest norm of each leaf; then ``limit = lambda_rel gamma`` and ``gamma <- decay
     gamma + (1 - decay) min(|g|, limit)``. A leaf whose gradients have all been zero has
-    no ``gamma`` yet and is not clipped (in the paper it would stay at zero for ever).
+    no ``gamma`` yet and is not clipped (in the paper it would stay at zero for ever);
+    later ones of zero leave it alone, as does a global norm of ``1e6 lambda_abs`` in
+    the warm-up.
 
     Args:
       lambda_rel: at least 1.
@@ -224,10 +250,12 @@ def clip_by_ema_norm(
         relative = jnp.where(known, lambda_rel * gamma, INFINITY)
         high = jnp.where(step < warmup_steps, share * n, relative)
         n = jnp.minimum(n, high)
-        smallest = jnp.where(n > 0, jnp.minimum(gamma, n), gamma)
+        smallest = jnp.minimum(gamma, n)
         ema = decay * gamma + (1 - decay) * n
         followed = jnp.where(step < warmup_steps, smallest, ema)
-        return high, jnp.where(known, followed, n)
+        followed = jnp.where(known, followed, n)
+        telling = (n > 0) & ((step >= warmup_steps) | (total < SPIKE * lambda_abs))
+        return high, jnp.where(telling, followed, gamma)
 
     return _clip(limit, jnp.zeros, scope="leaf")
 
@@ -349,7 +377,7 @@ def scale_by_induced_metric(
         del step
         total, mass = statistics
         # One huge gradient must not fill the average with infinity.
-        square = jnp.minimum(xi * norms[0] ** 2, 1e30)
+        square = jnp.minimum((xi**0.5 * norms[0]) ** 2, 1e30)
         total = decay * total + (1 - decay) * square
         mass = decay * mass + (1 - decay)
         factor = 1 / (1 + total / mass)
@@ -372,13 +400,14 @@ def _clip(
         out = {i: factor[group(i)] * x for i, x in g.items()}
         return out, statistics, jnp.any(cut)
 
-    return _with_statistics(shorten, init, scope)
+    return _with_statistics(shorten, init, scope, zeros_count=False)
 
 
 def _with_statistics(
     change: Callable[..., tuple[Any, Any, jax.Array]],
     init: Callable[[int], Any],
     scope: str = "global",
+    zeros_count: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
     """A transformation of finite gradients, from the norms of its groups.
 
@@ -390,7 +419,9 @@ def _with_statistics(
         leaves = jax.tree.leaves(params, is_leaf=_tree.is_absent)
         count = lambda: jnp.zeros([], jnp.int32)
         groups = len(leaves) if scope == "leaf" else 1
-        return ClipState(count(), init(groups), count(), count())
+        dtype = _tree.dtype_of_norms(_tree.select(params, None))
+        statistics = jax.tree.map(lambda s: s.astype(dtype), init(groups))
+        return ClipState(count(), statistics, count(), count())
 
     def update_fn(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
@@ -407,14 +438,19 @@ def _with_statistics(
         else:
             members = [list(g.values())]
         norms = _tree.norms(members)
+        if kept := jax.tree.leaves(state.clip_statistics):
+            # A norm that they cannot hold counts as not finite.
+            norms = norms.astype(kept[0].dtype)
         finite = jnp.all(jnp.isfinite(norms))
+        telling = jnp.any(norms >= jnp.finfo(norms.dtype).tiny)
+        counted = finite if zeros_count else finite & telling
         out, statistics, cut = change(g, norms, state.clip_step, state.clip_statistics)
         for i, x in out.items():
             leaves[i] = jnp.where(finite, x, 0).astype(leaves[i].dtype)
         return structure.unflatten(leaves), ClipState(
-            clip_step=_tree.count_if(finite, state.clip_step),
+            clip_step=_tree.count_if(counted, state.clip_step),
             clip_statistics=jax.tree.map(
-                lambda new, old: jnp.where(finite, new, old),
+                lambda new, old: jnp.where(counted, new, old).astype(old.dtype),
                 statistics,
                 state.clip_statistics,
             ),
@@ -422,4 +458,6 @@ def _with_statistics(
             rejected=_tree.count_if(~finite, state.rejected),
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        _tree.shapes_for_shapes(init_fn), update_fn
+    )

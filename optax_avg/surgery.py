@@ -85,7 +85,7 @@ def perp_grad(
         _tree.require_params("perp_grad", params)
         leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
         xs = jax.tree.leaves(params, is_leaf=_tree.is_absent)
-        floats = [i for i, g in enumerate(leaves) if _is_gradient(g)]
+        floats = [i for i, g in enumerate(leaves) if _tree.is_gradient(g)]
         for group in [floats] if scope == "global" else [[i] for i in floats]:
             found = one([leaves[i] for i in group], [jnp.asarray(xs[i]) for i in group])
             for i, p in zip(group, found, strict=True):
@@ -93,10 +93,6 @@ def perp_grad(
         return structure.unflatten(leaves), state
 
     return optax.GradientTransformationExtraArgs(optax.init_empty_state, update_fn)
-
-
-def _is_gradient(x: Any) -> bool:
-    return not _tree.is_absent(x) and _tree.is_float(x)
 
 
 class BloopState(NamedTuple):
@@ -194,7 +190,7 @@ def bloop(
         first = (state.bloop_step == 0) & (init == "first")
         leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
         old, layout = jax.tree.flatten(state.main_ema, is_leaf=_tree.is_absent)
-        floats = [i for i, g in enumerate(leaves) if _is_gradient(g)]
+        floats = [i for i, g in enumerate(leaves) if _tree.is_gradient(g)]
         g = {i: _tree.wide(leaves[i]) for i in floats}
         m = {i: old[i] for i in floats}
         rate = jnp.where(first, 1, at(ema_rate))
@@ -211,7 +207,7 @@ def bloop(
                     f"an auxiliary gradient has {len(parts)} leaves, the main one "
                     f"{len(leaves)}."
                 )
-            a = {i: _tree.wide(parts[i]) for i in floats if _is_gradient(parts[i])}
+            a = {i: _tree.wide(parts[i]) for i in floats if _tree.is_gradient(parts[i])}
             a = {i: a.get(i, jnp.zeros_like(g[i])) for i in floats}
             good = _tree.all_finite(list(a.values()))
             left_out = _tree.count_if(~good, left_out)
@@ -228,7 +224,9 @@ def bloop(
             _tree.count_if(finite, state.bloop_step), layout.unflatten(old), left_out
         )
 
-    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+    return optax.GradientTransformationExtraArgs(
+        _tree.shapes_for_shapes(init_fn), update_fn
+    )
 
 
 def mgda(
@@ -302,9 +300,14 @@ def cagrad(
     ``argmax_{|d - g_0| <= c |g_0|} min_i <g_i, d> = g_0 + c |g_0| g_w/|g_w|``, where
     ``w`` on the simplex minimises ``<g_w, g_0> + c |g_0| |g_w|``; not rescaled.
 
+    Where ``g_w = 0``, at points that are Pareto-stationary, many directions are as
+    good: ``d`` is the one closest to ``g_0``. For ``c < 1`` it is zero only where
+    ``g_0`` is, so that descent goes on to a stationary point of the mean loss. For ``c
+    >= 1`` it may rest at any Pareto-stationary point. Gradients that are zero, or 1e-18
+    of the greatest, ask for nothing.
+
     Args:
-      c: at least 0, which gives the mean; below 1 it converges to a minimum of the
-        mean loss.
+      c: at least 0, which gives the mean.
       per_elt_axis: axis of the objectives, see :func:`optax_avg.coordinate_median`.
       axis_name: of the devices, see :func:`optax_avg.coordinate_median`.
 
@@ -332,30 +335,46 @@ def cagrad(
         along = matrix @ mean
         g0 = jnp.sqrt(jnp.maximum(mean @ along, 0))
         radius = c * g0
-        size = lambda w: jnp.sqrt(jnp.maximum(w @ matrix @ w, 0))
-        bound = valid & (jnp.diagonal(matrix) > 0)  # a zero gradient asks for nothing
+        lengths = jnp.sqrt(jnp.diagonal(matrix))
+        bound = valid & (lengths > 0)  # a zero gradient asks for nothing
 
-        # |g_w| = min_t (|g_w|^2/t + t)/2: at fixed t the shortest of g_i + t/radius g0.
-        def shifted(t):
-            s = t / jnp.where(radius > 0, radius, 1)
-            moved = matrix + s * (along[:, None] + along[None]) + (s * g0) ** 2
-            return shortest(jnp.where(bound[:, None] & bound[None], moved, 0), bound)
+        # The shortest q = sum_i v_i g_i with <g_i, g_0 + q> >= level for all i.
+        def pull(level, rounds):
+            asked = jnp.where(bound, level - along, 0)
+            return nonnegative_minimiser(matrix, asked, rounds)
 
-        def halve(_, bounds):
-            low, high = bounds
-            t = (low + high) / 2
-            longer = size(shifted(t)) > t
-            return jnp.where(longer, t, low), jnp.where(longer, high, t)
+        # One round has a ridge: any level can be met, at a length that rises with it.
+        def halve(_, levels):
+            low, high = levels
+            level = (low + high) / 2
+            v = pull(level, 1)
+            short = v @ jnp.where(bound, level - along, 0) < radius**2
+            return jnp.where(short, level, low), jnp.where(short, high, level)
 
-        norms = jnp.sqrt(jnp.diagonal(matrix))
-        top = jnp.max(norms)
-        _, t = lax.fori_loop(0, 24, halve, (jnp.zeros_like(top), top))
-        w = shifted(t)
-        n = size(w)
-        # With g_w = 0 no direction helps all, which for c < 1 is where g_0 = 0.
-        some = n > 1e-5 * (w @ norms)
-        pull = jnp.where(some, radius / jnp.where(some, n, 1), 0)
-        return jnp.where(some | (radius == 0), mean + pull * w, 0)
+        least = lambda x: jnp.min(jnp.where(bound, x, INFINITY))
+        levels = least(along), least(along + radius * lengths)
+        level, _ = lax.fori_loop(0, 32, halve, levels)
+
+        def within(v):
+            size = jnp.sqrt(jnp.maximum(v @ matrix @ v, 0))
+            beyond = size > radius
+            return ~beyond, v * jnp.where(
+                beyond, radius / jnp.where(beyond, size, 1), 1
+            )
+
+        slopes = lambda v: along + matrix @ v
+        # What the ridge has shifted comes back, but where the level can't be met.
+        _, ridged = within(pull(level, 1))
+        _, exact = within(pull(level, PROXIMAL_ROUNDS))
+        better = least(slopes(exact)) > least(slopes(ridged))
+        best = jnp.where(better, exact, ridged)
+        near, closest = within(pull(jnp.zeros_like(level), PROXIMAL_ROUNDS))
+        # The best common descent does not depend on the lengths of the gradients.
+        unit = jnp.where(bound, 1 / jnp.where(bound, lengths, 1), 0)
+        cosines = unit[:, None] * matrix * unit[None]
+        w = shortest(cosines, bound)
+        stationary = w @ cosines @ w <= STATIONARY**2
+        return mean + jnp.where(near & stationary, closest, best)
 
     return _weighted(weights, per_elt_axis, axis_name)
 
@@ -449,15 +468,19 @@ def shortest(gram: jax.Array, valid: jax.Array) -> jax.Array:
 
 RIDGE = 1e-6  # of a correlation matrix, for rows that depend on each other
 PROXIMAL_ROUNDS = 3  # each takes away most of what the ridge has shifted
+STATIONARY = 1e-3  # a common descent of gradients of length 1 that float32 can't tell
 
 
-def nonnegative_minimiser(a: jax.Array, b: jax.Array) -> jax.Array:
+def nonnegative_minimiser(
+    a: jax.Array, b: jax.Array, rounds: int = PROXIMAL_ROUNDS
+) -> jax.Array:
     """``argmin_{v >= 0} v' A v/2 - b' v`` for a small positive semidefinite ``A``.
 
     Block principal pivoting: all coordinates with the wrong sign change sides; where
     that does not make them fewer, only the last one, which ends after finitely many.
     Rows that depend on each other have no single answer: the proximal point method,
-    ``v <- argmin v' A v/2 - b' v + r |v - v_last|^2/2``, comes to one of them.
+    ``v <- argmin v' A v/2 - b' v + r |v - v_last|^2/2``, comes to one of them. One of
+    its rounds is the minimiser with a ridge.
 
     References:
       Júdice & Pires, "A Block Principal Pivoting Algorithm for Large-Scale Strictly
@@ -510,5 +533,5 @@ def nonnegative_minimiser(a: jax.Array, b: jax.Array) -> jax.Array:
         )
         return jnp.maximum(done[1], 0)
 
-    v = lax.fori_loop(0, PROXIMAL_ROUNDS, regularised, jnp.zeros_like(b))
+    v = lax.fori_loop(0, rounds, regularised, jnp.zeros_like(b))
     return unit * v * jnp.where(size > 0, size, 0)

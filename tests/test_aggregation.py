@@ -601,3 +601,81 @@ def test_the_counter_saturates():
 def test_errors(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+def summed_rows(tx, check_vma, varying):
+    """Gradients of replicated parameters on eight devices, aggregated."""
+    params = {"w": jnp.ones(3), "b": jnp.zeros([])}
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+
+    def local(params, row):
+        loss = lambda p: jnp.sum((p["w"] * row[0] + p["b"]) ** 2)
+        at = params
+        if varying:
+            at = jax.tree.map(lambda p: jax.lax.pcast(p, "d", to="varying"), params)
+        return tx.update(jax.grad(loss)(at), tx.init(params), params)[0]
+
+    found = jax.jit(
+        shard_map(
+            local,
+            mesh=devices(8),
+            in_specs=(P(), P("d")),
+            out_specs=P(),
+            check_vma=check_vma,
+        )
+    )(params, x)
+    each = jax.vmap(
+        jax.grad(lambda p, r: jnp.sum((p["w"] * r + p["b"]) ** 2)), (None, 0)
+    )
+    return found, each(params, x)
+
+
+NAMED = {
+    "coordinate_median": oa.coordinate_median,
+    "geometric_median": oa.geometric_median,
+    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5),
+    "upgrad": oa.upgrad,
+}
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_that_are_already_summed_are_refused(name):
+    with pytest.raises(ValueError, match=r"\['b'\] does not vary over 'd'.*pcast"):
+        summed_rows(NAMED[name](axis_name="d"), check_vma=True, varying=False)
+
+
+@pytest.mark.parametrize("way", ["pcast", "unchecked"])
+def test_gradients_of_each_device_are_taken(way):
+    for make in NAMED.values():
+        pcast = way == "pcast"
+        found, rows = summed_rows(make(axis_name="d"), pcast, pcast)
+        wanted, _ = once(make(), rows)
+        chex.assert_trees_all_close(found, wanted, rtol=2e-5, atol=2e-6)
+
+
+@pytest.mark.parametrize("name", NAMED)
+def test_gradients_must_have_the_shapes_of_the_parameters(name):
+    params = {"w": jnp.zeros((8, 3)), "b": jnp.zeros(8)}
+    alone = jax.tree.map(jnp.ones_like, params)
+    tx = NAMED[name]()
+    state = tx.init(params)
+    with pytest.raises(ValueError, match=r"\['b'\] has shape \(8,\).*jax.vmap"):
+        tx.update(alone, state, params)
+    with pytest.raises(ValueError, match=r"updates has 1 leaves and params 2"):
+        tx.update({"w": jnp.ones((2, 8, 3))}, state, params)
+    stacked = jax.tree.map(lambda x: jnp.stack([x, x, x]), alone)
+    chex.assert_trees_all_close(tx.update(stacked, state, params)[0]["w"], alone["w"])
+    partly = {"w": stacked["w"], "b": None}
+    assert tx.update(partly, state, params)[0]["b"] is None
+
+
+def test_masked_subtrees_match_the_parameters():
+    params = {"kept": jnp.zeros(2), "rest": {"a": jnp.zeros(3), "b": jnp.zeros(())}}
+    rows = jax.tree.map(lambda x: jnp.ones((4, *x.shape)), params)
+    tx = optax.masked(oa.geometric_median(), {"kept": True, "rest": False})
+    found, _ = tx.update(rows, tx.init(params), params)
+    np.testing.assert_allclose(found["kept"], 1)
+    tx = oa.geometric_median()
+    masked = {"kept": rows["kept"], "rest": optax.MaskedNode()}
+    found, _ = tx.update(masked, tx.init(masked), params)
+    np.testing.assert_allclose(found["kept"], 1)

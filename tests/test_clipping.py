@@ -1,5 +1,8 @@
 """Clips that follow the norms, against plain NumPy written from the papers."""
 
+import functools
+
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -177,7 +180,7 @@ def test_zscore_by_hand():
         u, state = tx.update(jnp.array([g]), state)
         out.append(float(u[0]))
     np.testing.assert_allclose(out, [1.0, 3.0, 2.5], rtol=1e-6)
-    mu, var = state.clip_statistics
+    mu, var, _ = state.clip_statistics
     np.testing.assert_allclose(mu, [2.25], rtol=1e-6)
     np.testing.assert_allclose(var, [0.5 * 1 + 0.5 * 0.25**2], rtol=1e-6)
     assert int(state.clipped) == 1
@@ -324,3 +327,133 @@ def test_norms_of_every_size_side_by_side():
     np.testing.assert_allclose(
         state.clip_statistics, [wanted[key] for key in sorted(g)], rtol=1e-6
     )
+
+
+def test_percentile_of_the_latest_norms_beyond_the_largest_count():
+    tx = oa.clip_by_percentile(100.0, 2)
+    state = tx.init(jnp.zeros([]))
+    state = state._replace(clip_step=jnp.array(np.iinfo(np.int32).max))
+    for size in (100.0, 1.0, 1.0, 2.0):
+        out, state = tx.update(jnp.array(size), state)
+        assert float(out) == size
+    assert sorted(state.clip_statistics.tolist()) == [1.0, 2.0]
+    assert int(state.clip_step) == np.iinfo(np.int32).max
+
+
+def test_float64_norms_that_float32_statistics_cannot_hold():
+    with jax.enable_x64(True):
+        tx = oa.scale_by_clipped_adagrad_norm(max_norm=1e300)
+        state = tx.init(jnp.zeros([], jnp.float32))
+        out, state = tx.update(jnp.array(1e200), state)
+        assert float(out) == 0
+        assert int(state.rejected) == 1
+        assert float(state.clip_statistics) == 1
+        wide = tx.init(jnp.zeros([], jnp.float64))
+        out, wide = tx.update(jnp.array(1e200), wide)
+        assert float(out) == 1e200
+        assert float(wide.clip_statistics) == 1e200
+
+
+BEGINNINGS = {
+    "zeros": [0.0] * 40,
+    "subnormal": [1e-42] * 40,
+    "1e19": [1e19],
+    "3e19": [1.0, 1.2, 3e19],
+    "1e30": [1.0, 1e30, 0.8],
+    "1e38": [1e38] * 3,
+    "infinite": [np.inf] * 40,
+    "all": [0.0, np.inf, 1e-42, 1.0, 1e38, np.nan, 0.0],
+}
+FOLLOWERS = FACTORIES | {
+    "tracker": lambda: oa.vclip(oa.adaptive_radius(0.5)),
+    "elements": lambda: oa.cclip(oa.adaptive_radius(0.5)),
+}
+
+
+@functools.cache
+def scanned(name):
+    tx = FOLLOWERS[name]()
+
+    def advance(state, g):
+        out, state = tx.update(g, state)
+        return state, out
+
+    return tx, jax.jit(lambda state, grads: jax.lax.scan(advance, state, grads))
+
+
+@pytest.mark.parametrize("warmup_steps", [2, 3, 10])
+def test_a_small_first_norm_does_not_clip_the_others(warmup_steps):
+    tx = oa.clip_by_zscore(warmup_steps=warmup_steps)
+    state = tx.init(jnp.zeros(1))
+    for norm in [1e-20, *[1.0, 1.2] * 20]:
+        out, state = tx.update(jnp.array([norm]), state)
+    np.testing.assert_allclose(out, 1.2, rtol=1e-6)
+
+
+def in_time(grads):
+    return {k: jnp.stack([g[k] for g in grads]) for k in SHAPES}
+
+
+@pytest.mark.parametrize("beginning", BEGINNINGS)
+@pytest.mark.parametrize("name", FOLLOWERS)
+def test_recovers_from_any_beginning(name, beginning):
+    tx, run = scanned(name)
+    usual = gradients(1200, seed=3, spikes=False)
+    last = gradients(1, seed=4, spikes=False)[0]
+    ones = {k: np.ones(shape, np.float32) / 10**0.5 for k, shape in SHAPES.items()}
+    first = [times(np.float32(size), ones) for size in BEGINNINGS[beginning]]
+    start = tx.init(ones)
+    begun, out = run(start, in_time(first))
+    assert all(np.isfinite(x).all() for x in out.values())
+    state, _ = run(begun, in_time(usual))
+    clean, _ = run(start, in_time(usual))
+    chex.assert_tree_all_finite(state)
+    ends = [run(s, in_time([last]))[1] for s in (state, clean)]
+    sizes = [norm({k: np.asarray(v[0]) for k, v in end.items()}) for end in ends]
+    assert 0.5 < sizes[0] / sizes[1] < 2
+    if name in ("zscore", "percentile", "quantile", "coordinate", "ema_norm"):
+        _, out = run(state, in_time([times(1000.0, last)]))
+        cut = norm({k: np.asarray(v[0]) for k, v in out.items()})
+        assert cut < 0.02 * norm(times(1000.0, last))
+
+
+@pytest.mark.parametrize("name", ["zscore", "percentile", "ema_norm"])
+def test_zeros_leave_no_trace(name):
+    """A gradient that is zero says nothing of the size of others."""
+    grads = gradients(14)
+    zero = times(np.float32(0), grads[0])
+    mixed = [g for pair in zip(grads, [zero] * 14, strict=True) for g in pair]
+    found, state = run(FACTORIES[name](), mixed)
+    wanted, clean = run(FACTORIES[name](), grads)
+    chex.assert_trees_all_equal(state, clean)
+    for out, without in zip(found[::2], wanted, strict=True):
+        chex.assert_trees_all_equal(out, without)
+
+
+def test_a_leaf_that_pauses_keeps_its_limit():
+    tx = oa.clip_by_ema_norm(1.25, 0.5, lambda_abs=10.0, warmup_steps=1)
+    both = {"a": jnp.array([1.0]), "b": jnp.array([1.0])}
+    pause = {"a": jnp.array([1.0]), "b": jnp.array([0.0])}
+    state = tx.init(both)
+    for g in [both, *[pause] * 60]:
+        _, state = tx.update(g, state)
+    out, _ = tx.update(both, state)
+    np.testing.assert_allclose(out["b"], [1.0])
+
+
+def test_a_spike_of_one_leaf_in_the_warm_up_spares_the_others():
+    tx = oa.clip_by_ema_norm(lambda_abs=10.0, warmup_steps=3)
+    usual = {"a": jnp.array([1.0]), "b": jnp.array([1.0])}
+    state = tx.init(usual)
+    for g in (usual, {"a": jnp.array([1e30]), "b": jnp.array([1.0])}, usual):
+        _, state = tx.update(g, state)
+    out, _ = tx.update(usual, state)
+    np.testing.assert_allclose(out["b"], [1.0])
+
+
+def test_no_metric_is_no_change_for_any_norm():
+    tx = oa.scale_by_induced_metric(0.0)
+    g = jnp.array([1e25])
+    out, state = tx.update(g, tx.init(g))
+    out, _ = tx.update(out, state)
+    np.testing.assert_array_equal(out, g)

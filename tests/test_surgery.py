@@ -1,5 +1,6 @@
 """Directions for several objectives against float64, and what they promise."""
 
+import functools
 import itertools
 
 import chex
@@ -144,6 +145,108 @@ def test_cagrad_of_two_by_hand():
     g = np.array([[1.0, 0.0], [-0.5, 0.0]])
     np.testing.assert_allclose(direction("cagrad", g), [0.125, 0], atol=1e-5)
     np.testing.assert_allclose(direction("cagrad_wide", g), [0, 0], atol=1e-5)
+
+
+DEGENERATE = {
+    "plain": lambda g, rng: g,
+    "repeated": lambda g, rng: g[rng.integers(0, 2, len(g))],
+    "zero": lambda g, rng: g * (np.arange(len(g)) != 1)[:, None],
+    "opposite": lambda g, rng: np.concatenate(
+        [g[:-1], -rng.choice([0.5, 1, 2]) * g[:1]]
+    ),
+    "rank_1": lambda g, rng: g[:, :1] * g[:1],
+    "rank_2": lambda g, rng: g[:, :2] @ g[:2],
+    "ratios": lambda g, rng: g * 10 ** rng.uniform(-3, 3, (len(g), 1)),
+    "far_ratios": lambda g, rng: g * rng.choice([1e-30, 1, 1e30], (len(g), 1)),
+    "stationary": lambda g, rng: np.concatenate([g[:-1], -rng.random((1, 4)) @ g[:-1]]),
+    "tiny": lambda g, rng: 1e-30 * g,
+    "huge": lambda g, rng: 1e30 * g,
+}
+
+
+def degenerate(kind, d, count=4):
+    rng = np.random.default_rng(d)
+    sets = [DEGENERATE[kind](objectives(s, 5, d), rng) for s in range(count)]
+    return np.float32(sets).astype(float)
+
+
+@functools.cache
+def directions_of_cagrad(c, d):
+    """Of all degenerate sets, and the sets in units of their greatest row."""
+    g = np.concatenate([degenerate(kind, d) for kind in DEGENERATE])
+    tx = oa.cagrad(c)
+    update = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g[0]))[0]))
+    size = np.linalg.norm(g, axis=2).max(axis=1)[:, None]
+    found = np.float64(update(jnp.asarray(g, jnp.float32)))
+    return found / size, g / size[:, None]
+
+
+@pytest.mark.parametrize("c", [0.4, 0.9, 1.5])
+@pytest.mark.parametrize("d", [3, 6])
+def test_cagrad_is_the_best_within_its_ball(c, d):
+    for found, g in zip(*directions_of_cagrad(c, d), strict=True):
+        mean = g.mean(axis=0)
+        size = np.linalg.norm(mean)
+        assert np.linalg.norm(found - mean) <= c * size * (1 + 1e-3) + 1e-7
+        best = (g @ reference.cagrad(g, c)).min()
+        assert (g @ found).min() >= best - 2e-3 * size - 1e-7
+
+
+@pytest.mark.parametrize("c", [0.5, 0.9, 1.5])
+@pytest.mark.parametrize("small", [1e-2, 1e-3])
+def test_cagrad_of_gradients_of_other_lengths(c, small):
+    """How far common descent can go does not depend on the lengths of the rows."""
+    rng = np.random.default_rng(0)
+    tx = oa.cagrad(c)
+    update = jax.jit(lambda g: tx.update(g, tx.init(jnp.zeros(4)))[0])
+    for _ in range(40):
+        g = rng.normal(size=(3, 4)) * [[1.0], [1.0], [small]]
+        found = np.asarray(update(jnp.asarray(g, jnp.float32)), float)
+        mean = g.mean(axis=0)
+        assert np.linalg.norm(found - mean) <= c * np.linalg.norm(mean) * (1 + 1e-4)
+        best = (g @ reference.cagrad(g, c)).min()
+        scale = small * np.linalg.norm(mean)
+        assert (g @ found).min() >= best - 0.02 * scale
+
+
+def test_cagrad_at_pareto_stationary_points():
+    """Where no direction helps all, the closest to the mean that hurts none."""
+    g = np.array([[1.0, 0.0], [-0.5, 0.0], [0.0, 1.0]])
+    np.testing.assert_allclose(direction("cagrad", g), [0, 1 / 3], atol=1e-4)
+    g = np.array([[1.0, 2.0], [-3.0, -6.0]])  # none but zero hurts none
+    np.testing.assert_allclose(direction("cagrad", g), [-0.5, -1], atol=1e-4)
+    np.testing.assert_allclose(direction("cagrad_wide", g), 0, atol=1e-4)
+
+
+def test_cagrad_comes_to_the_minimum_of_the_mean():
+    """Of (x - 1)^2 and 4 (x + 1)^2; all of [-1, 1] is Pareto-optimal."""
+    losses = lambda x: jnp.array([(x - 1) ** 2, 4 * (x + 1) ** 2])
+    tx = optax.chain(oa.cagrad(0.5), optax.sgd(0.1))
+
+    def step(carry, _):
+        x, state = carry
+        updates, state = tx.update(jax.jacrev(losses)(x), state, x)
+        return (optax.apply_updates(x, updates), state), None
+
+    x = jnp.asarray(2.0)
+    (x, _), _ = jax.lax.scan(step, (x, tx.init(x)), length=100)
+    np.testing.assert_allclose(x, -0.6, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", DEGENERATE)
+def test_degenerate_rows(kind):
+    """Finite, no longer than the rows, and what each rule promises."""
+    g = degenerate(kind, 3)
+    size = np.linalg.norm(g, axis=2).max(axis=1)[:, None]
+    tx = oa.pcgrad(0)
+    update = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g[0]))[0]))
+    found = np.float64(update(jnp.asarray(g, jnp.float32))) / size
+    assert (np.linalg.norm(found, axis=1) <= 5.001).all()
+    for name in ("mgda", "upgrad"):
+        found = all_directions(name, g) / size
+        assert (np.linalg.norm(found, axis=1) <= 1.001).all()
+        slopes = np.einsum("snd,sd->sn", g / size[:, None], found)
+        assert (slopes >= -1e-3).all()
 
 
 def test_pcgrad_is_one_of_the_orders_and_comes_to_all():

@@ -1,0 +1,134 @@
+"""Robust rules stay near the good rows, whatever a minority of rows is."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import reference_aggregation as reference
+from attacks import attacks
+
+import optax_avg as oa
+
+N, D = 11, 6
+TINY = np.finfo(np.float32).tiny
+
+
+@functools.cache
+def rows():
+    """Attacks on 3 to 11 rows of 1 to 6 dimensions, NaN and zero elsewhere."""
+    sets, bads, counts = [], [], []
+    for n in range(3, N + 1):
+        for d in range(1, D + 1):
+            v, bad = attacks(D * n + d, 50, n, d)
+            absent, none = N - n, ((0, 0), (0, 0), (0, D - d))
+            beside = ((0, 0), (0, absent), (0, 0))
+            sets.append(np.pad(np.pad(v, none), beside, constant_values=np.nan))
+            bads.append(np.pad(bad, beside[:2], constant_values=True))
+            counts.append(np.full(len(v), n))
+    v, bad, n = np.concatenate(sets), np.concatenate(bads), np.concatenate(counts)
+    good = np.where(bad[:, :, None], 0, v.astype(np.float64))
+    return v, n, bad.sum(axis=1) - (N - n), np.linalg.norm(good, axis=2).max(axis=1)
+
+
+# A rule and what it promises for the size of its result: from the number of rows, that
+# of bad ones and the largest good row.
+def of_median(n, f, most):
+    return 2 * (n - f) / (n - 2 * f) * most
+
+
+def of_coordinates(n, f, most):
+    return np.sqrt(D) * most
+
+
+def of_krum(f):
+    # The best has one good row among its neighbours, no farther than its score.
+    return lambda n, _, most: (1 + 2 * np.sqrt(N - f - 2)) * most
+
+
+RULES = {
+    "geometric_median": (oa.geometric_median(), of_median),
+    "geometric_median_of_wide_nu": (oa.geometric_median(nu=1.0), of_median),
+    "median_of_means": (oa.median_of_means(N), of_median),
+    "centered_clip": (oa.centered_clip(1.0, 3), lambda n, f, most: most + 1),
+    "centered_clip_of_small_tau": (
+        oa.centered_clip(1e-30, 3),
+        lambda n, f, most: most + 1e-30,
+    ),
+    "coordinate_median": (oa.coordinate_median(), of_coordinates),
+    "trimmed_mean": (oa.trimmed_mean((N - 1) // 2), of_coordinates),
+    "one_pass_location": (
+        oa.one_pass_location("l2", 1.0, init="zeros"),
+        lambda n, f, most: n + 0 * most,
+    ),
+    "krum": (oa.krum(4), of_krum(4)),
+    "multi_krum": (oa.krum(2, N - 2), of_krum(2)),
+}
+KRUMS = {"krum": 4, "multi_krum": 2}
+
+
+@pytest.mark.parametrize("name", RULES)
+def test_a_minority_of_rows_does_not_get_far(name):
+    tx, bound = RULES[name]
+    v, n, f, most = rows()
+    if name in KRUMS:
+        chosen = (n == N) & (f <= KRUMS[name])
+        v, n, f, most = v[chosen], n[chosen], f[chosen], most[chosen]
+    state = tx.init(jnp.zeros(D))
+    found = jax.jit(jax.vmap(lambda x: tx.update(x, state)[0]))(v)
+    size = np.linalg.norm(np.asarray(found, np.float64), axis=1)
+    far = ~(size <= bound(n, f, most) * (1 + 1e-5) + D * TINY)
+    assert not far.any(), f"{v[far][0]}: {found[far][0]}"
+
+
+@pytest.mark.parametrize(
+    "v",
+    [
+        [0, 0, 1e32],
+        [0, 0, 0, -1.6e8, -1.6e27],
+        [1e-30, 1e-30, 1e-30, 3e38, -3e38],
+        [-2.0, -2.0, -2.0, 3e38, 1e-45],
+        [5e-39, 5e-39, 3e38],
+    ],
+)
+def test_a_majority_of_identical_rows_wins(v):
+    v = jnp.asarray(v, jnp.float32)[:, None]
+    rules = [oa.geometric_median(), oa.median_of_means(len(v)), oa.coordinate_median()]
+    if len(v) == 5:
+        rules += [oa.krum(1), oa.krum(1, 3), oa.krum(2)]
+    for tx in rules:
+        found, _ = tx.update(v, tx.init(v[0]))
+        np.testing.assert_allclose(found, v[0], rtol=1e-6, atol=TINY)
+
+
+@pytest.mark.parametrize("size", [1e-30, 1e-3, 1.0, 1e20])
+@pytest.mark.parametrize("far", [1e19, 1e30, 1.5e38])
+def test_far_rows_pull_with_their_direction(size, far):
+    """Against float64, in which 1e-30 beside 1e38 is no difficulty."""
+    rng = np.random.default_rng(0)
+    v = size * rng.normal(size=(7, 3))
+    v[[1, 4, 5]] = far * np.array([[1.0, 0, 0], [0, 1, 0], [0.6, 0.8, 0]])
+    v = np.float32(v)
+    nu = np.float32(1e-3 * size)
+    tx = oa.geometric_median(nu=nu, num_iters=30)
+    found, _ = jax.jit(tx.update)(jnp.asarray(v), tx.init(jnp.zeros(3)))
+    wanted = reference.geometric_median(np.float64(v), float(nu), 30)
+    np.testing.assert_allclose(found / size, wanted / size, rtol=1e-3, atol=1e-3)
+    tx = oa.centered_clip(size, 4)
+    found, _ = jax.jit(tx.update)(jnp.asarray(v), tx.init(jnp.zeros(3)))
+    wanted = reference.centered_clip(np.float64(v), np.zeros(3), size, 4)
+    np.testing.assert_allclose(found / size, wanted / size, rtol=1e-4, atol=1e-4)
+
+
+def test_multi_krum_of_more_rows_than_are_good():
+    with pytest.raises(ValueError, match="at least 6 elements, got 5"):
+        oa.krum(1, 5).update(jnp.zeros((5, 2)), oa.krum(1).init(jnp.zeros(2)))
+
+
+@pytest.mark.parametrize("far", [1e30, 3e38])
+def test_flag_of_sizes_far_apart_is_finite(far):
+    v = jnp.array([[far, 0.0], [1e-37, 0.0], [0.0, 1.0], [0.0, 0.0]])
+    tx = oa.flag(2)
+    found, _ = jax.jit(tx.update)(v, tx.init(v[0]))
+    np.testing.assert_allclose(found, [far / 4, 0], rtol=1e-5, atol=1e-6 * far)
