@@ -70,10 +70,11 @@ def train(
     model = Network(images.train_x.shape[1:], classes, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(model)
     tx = make_optimizer(args.learning_rate)
+    oa.check_chain(tx, params)  # says so if a link stands at the wrong place
     opt_state = tx.init(params)
     rng = np.random.default_rng(seed)
     with open_store(args, seed) as store:
-        store.truncate(0)  # of an earlier run
+        store.delete_after(0)  # of an earlier run
         for step in range(1, args.steps + 1):
             batch = rng.integers(len(images.train_y), size=args.batch_size)
             params, opt_state = train_step(

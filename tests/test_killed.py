@@ -51,14 +51,32 @@ def train(directory, told):
             before = step
 
 
-def killed_after(seconds, directory, told):
+def rewrite(directory, told):
+    """Saves step 2 over and over; each snapshot holds its turn."""
+    turn, before = max(told_turns(told).values(), default=0), None
+    with open(told, "a", buffering=1) as notes, SnapshotStore(directory) as store:
+        while True:
+            turn += 1
+            store.save(None, 2, {"w": jnp.full(300_000, float(turn))})
+            notes.write(f"2 {before}\n" if before else "begun\n")
+            before = turn
+
+
+def told_turns(told):
+    """The newest turn of each step that is known to be safe."""
+    lines = told.read_text().splitlines() if told.exists() else []
+    pairs = [line.split() for line in lines if line != "begun"]
+    return {int(step): int(turn) for step, turn in pairs}
+
+
+def killed_after(seconds, directory, told, run=train):
     """One run, killed that long after its first snapshot began."""
     context = multiprocessing.get_context("forkserver")
     context.set_forkserver_preload(
         ["orbax.checkpoint", "optax_avg.posthoc", "filelock"]
     )
     begun = told.read_text().count("begun") if told.exists() else 0
-    process = context.Process(target=train, args=(str(directory), str(told)))
+    process = context.Process(target=run, args=(str(directory), told))
     process.start()
     deadline = time.monotonic() + 120
     while not told.exists() or told.read_text().count("begun") == begun:
@@ -96,10 +114,35 @@ def killed_often(times, tmp_path):
                 jax.tree.map(np.testing.assert_array_equal, found, wanted)
 
 
+def killed_while_rewriting(times, tmp_path):
+    directory, told = tmp_path / "store", tmp_path / "told"
+    with SnapshotStore(directory) as store:
+        for step in (1, 2):
+            store.save(None, step, {"w": jnp.zeros(300_000)})
+    told.write_text("1 0\n2 0\n")
+    rng = random.Random(1)
+    for _ in range(times):
+        killed_after(rng.uniform(0, 0.6), directory, told, rewrite)
+        with SnapshotStore(directory) as store:
+            for step, turn in told_turns(told).items():
+                values = np.unique(store.mean(steps=[step])["w"])  # no warning
+                assert values.size == 1
+                assert values[0] >= turn
+
+
 def test_killed_three_times(tmp_path):
     killed_often(3, tmp_path)
+
+
+def test_killed_three_times_while_steps_are_replaced(tmp_path):
+    killed_while_rewriting(3, tmp_path)
 
 
 @pytest.mark.slow
 def test_killed_fifty_times(tmp_path):
     killed_often(50, tmp_path)
+
+
+@pytest.mark.slow
+def test_killed_fifty_times_while_steps_are_replaced(tmp_path):
+    killed_while_rewriting(50, tmp_path)

@@ -1,14 +1,17 @@
 """Coefficients against quadrature and least squares, and SWAD's window."""
 
+import tracemalloc
+
 import hypothesis
 import hypothesis.strategies as st
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
 import optax_avg as oa
 from optax_avg import posthoc, weights
-from optax_avg.posthoc import _profiles
+from optax_avg.posthoc import _clock, _profiles
 
 WIDTHS = st.floats(0.01, 0.28)
 
@@ -147,10 +150,10 @@ def restarted(t):
 
 KINDS = {
     "power": (
-        lambda t: _profiles.Power(weights.gamma_from_sigma_rel(0.1)),
+        lambda t: _clock.Power(weights.gamma_from_sigma_rel(0.1)),
         weights.power_function(sigma_rel=0.1),
     ),
-    "uniform": (lambda t: _profiles.Power(0.0), weights.uniform()),
+    "uniform": (lambda t: _clock.Power(0.0), weights.uniform()),
     "ema": (None, weights.ema(0.9)),
     "ema from the start": (None, weights.ema(0.9, debias=False)),
     "mass": (None, weights.mass(lambda t: t)),
@@ -161,20 +164,21 @@ KINDS = {
 @pytest.mark.parametrize("name", KINDS)
 @pytest.mark.parametrize("chunk", [5, 2**16])
 def test_weights_on_iterates_equal_profiles(name, chunk, monkeypatch):
-    monkeypatch.setattr(_profiles, "CHUNK", chunk)
+    monkeypatch.setattr(_clock, "CHUNK", chunk)
     make, weight = KINDS[name]
     kinds, profiles = [], []
     long = weights.sequence(weight, 30)
     for t in (4, 13, 30):
-        kind = make(t) if make else _profiles.Recorded(long)
+        kind = make(t) if make else _clock.Recorded(long)
         profiles.append(weights.profile(weight, t))
-        found = _profiles.weights_on_iterates(kind, t)
+        found = _clock.weights_on_iterates(kind, t)
         wanted = np.append(profiles[-1].initial, profiles[-1].weights)
         np.testing.assert_allclose(found, wanted, atol=1e-12)
-        kinds.append((kind, t))
+        kinds.append(_clock.Placed(kind, t))
     goal = weights.profile(weights.ema(0.8), 30)
-    ours = _profiles.combination(
-        kinds, (_profiles.Recorded(weights.sequence(weights.ema(0.8), 30)), 30)
+    ours = _clock.combination(
+        kinds,
+        _clock.Placed(_clock.Recorded(weights.sequence(weights.ema(0.8), 30)), 30),
     )
     theirs = posthoc.coefficients_of_profiles(profiles, goal)
     np.testing.assert_allclose(ours.weights, theirs.weights, atol=1e-8)
@@ -183,7 +187,7 @@ def test_weights_on_iterates_equal_profiles(name, chunk, monkeypatch):
 
 @pytest.mark.parametrize(("k", "t"), [(3, 10), (10, 4), (1, 5)])
 def test_windows(k, t):
-    found = _profiles.weights_on_iterates(_profiles.Window(k), t)
+    found = _clock.weights_on_iterates(_clock.Window(k), t)
     wanted = np.zeros(t + 1)
     wanted[max(1, t - k + 1) :] = 1 / min(k, t)
     np.testing.assert_allclose(found, wanted)
@@ -191,10 +195,102 @@ def test_windows(k, t):
 
 def test_an_average_of_the_second_half_by_hand():
     """Twice the mean of all ten less the mean of the first five."""
-    kept = [(_profiles.Power(0.0), 5), (_profiles.Power(0.0), 10)]
-    found = _profiles.combination(kept, (_profiles.Window(5), 10))
+    kept = [_clock.Placed(_clock.Power(0.0), n) for n in (5, 10)]
+    found = _clock.combination(kept, _clock.Placed(_clock.Window(5), 10))
     np.testing.assert_allclose(found.weights, [-1, 2], atol=1e-12)
     assert found.residual < 1e-7
+
+
+def walk(rng, steps, process):
+    """Iterates of shape (steps, 32), float32 in their values."""
+    noise, middle = rng.normal(size=(steps, 32)), rng.normal(size=32)
+    found = {
+        "independent": noise,
+        "walk": np.cumsum(noise, 0) / np.sqrt(steps),
+        "around a point": middle + 0.01 * noise,
+        "towards a point": middle + np.exp(-np.arange(steps) / 20)[:, None] * noise[0],
+    }[process]
+    return found.astype(np.float32)
+
+
+def kept_in_float32(kind, x, times):
+    """Averages of the first ``times`` iterates as a training makes them."""
+    if isinstance(kind, _clock.Window):
+        return [x[max(0, t - kind.k) : t].mean(0, dtype=np.float32) for t in times]
+    newest = _clock._newest_weights(kind, np.arange(1, len(x) + 1))
+    found, average = [], x[0]
+    for w, iterate in zip(newest.astype(np.float32), x, strict=True):
+        average = iterate if w == 1 else average + w * (iterate - average)
+        found.append(average)
+    return [found[t - 1] for t in times]
+
+
+def any_kind(rng, steps):
+    choice = rng.choice(["power", "ema", "uniform", "window"], p=[0.6, 0.2, 0.1, 0.1])
+    if choice == "power":
+        sigma_rel = float(rng.uniform(0.03, 0.27))
+        return _clock.Power(weights.gamma_from_sigma_rel(sigma_rel))
+    if choice == "ema":
+        decay = 1 - 1 / float(rng.uniform(3, steps))
+        return _clock.Recorded(weights.sequence(weights.ema(decay), steps))
+    if choice == "uniform":
+        return _clock.Power(0.0)
+    return _clock.Window(int(rng.integers(1, steps)))
+
+
+ROUNDINGS = {np.float32: 2.0**-24, np.float16: 2.0**-11, jnp.bfloat16: 2.0**-9}
+
+
+@pytest.mark.parametrize(
+    "process", ["independent", "walk", "around a point", "towards a point"]
+)
+@pytest.mark.parametrize("dtype", ROUNDINGS)
+def test_the_true_error_is_not_twice_what_is_claimed(process, dtype):
+    """Random averages, counts and targets; without the ridge a sixth would be."""
+    rng = np.random.default_rng(0)
+    for _ in range(12):
+        steps = int(rng.integers(60, 200))
+        times = np.unique([*rng.integers(1, steps, rng.integers(2, 20)), steps])
+        x = walk(rng, steps, process)
+        kept, stored = [], []
+        for kind in [any_kind(rng, steps) for _ in range(rng.integers(1, 4))]:
+            kept += [_clock.Placed(kind, int(t)) for t in times]
+            averages = kept_in_float32(kind, x, times)
+            stored += [np.float64(average.astype(dtype)) for average in averages]
+        target = any_kind(rng, steps)
+        rounding = ROUNDINGS[dtype] + 2.0**-23
+        found = _clock.combination(
+            kept, _clock.Placed(target, steps), rounding=rounding
+        )
+        true = _clock.weights_on_iterates(target, steps)[1:] @ np.float64(x)
+        error = np.linalg.norm(found.weights @ np.stack(stored) - true)
+        assert error <= 2 * found.residual * np.linalg.norm(true)
+
+
+def test_rounding_keeps_the_weights_small():
+    times, widths = problem(12, (0.10, 0.15, 0.20))
+    exact = posthoc.coefficients(times, widths, 1.0, 0.05)
+    rounded = posthoc.coefficients(times, widths, 1.0, 0.05, rounding=2.0**-9)
+    assert np.abs(exact.weights).sum() > 100
+    assert np.abs(rounded.weights).sum() < 30
+    assert exact.rounding == 0
+    assert rounded.rounding >= 2.0**-9 * np.linalg.norm(rounded.weights)
+    assert exact.residual < rounded.residual
+    # What the exact weights would cost is more.
+    assert 2.0**-9 * np.linalg.norm(exact.weights) > rounded.residual
+
+
+def test_memory_of_many_snapshots():
+    """Never a matrix of snapshots times iterates, which would be 160 MB."""
+    kinds = [_clock.Power(weights.gamma_from_sigma_rel(s)) for s in (0.05, 0.10)]
+    times = np.linspace(1000, 100_000, 100).astype(int)
+    kept = [_clock.Placed(kind, int(t)) for t in times for kind in kinds]
+    tracemalloc.start()
+    found = _clock.combination(kept, _clock.Placed(_clock.Power(1.0), 100_000))
+    most = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert most < 25e6
+    assert found.residual < 5e-3
 
 
 def test_snapshots_that_agree_share_their_weight():
@@ -233,7 +329,7 @@ def test_what_else_would_do():
         (lambda: posthoc.swad_window([]), "losses must be a vector"),
         (lambda: posthoc.swad_window([1.0], n_converge=0), "n_converge"),
         (lambda: posthoc.swad_window([1.0], ratio=0.5), "ratio must lie in"),
-        (lambda: weights.sequence(weights.uniform(), 0), "steps >= 1"),
+        (lambda: weights.sequence(weights.uniform(), 0), "steps must be an integer"),
     ],
 )
 def test_bad_input(call, message):

@@ -1,6 +1,7 @@
 """Snapshots on disk: what comes back, in which form, and after which accidents."""
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -24,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_avg as oa
 from optax_avg import _tree
-from optax_avg.posthoc import SnapshotStore, _disk, _integrity
+from optax_avg.posthoc import SnapshotStore, _disk, _integrity, _writer
 
 WIDTHS = [0.05, 0.10]
 KEPT = ["power_ema_0.05", "power_ema_0.1"]
@@ -185,6 +186,27 @@ def test_recorded_averages_of_any_kind(tmp_path, open_stores):
     assert 0 < eight.residual < 0.5
 
 
+def test_stacked_states(tmp_path, open_stores):
+    """An ensemble of three, with windows of two: each member has its own mean."""
+    tx = oa.window_average(2)
+    params = {"w": jnp.arange(9.0).reshape(3, 3)}
+    state = jax.vmap(tx.init)(params)
+    for _ in range(3):
+        ones = jax.tree.map(jnp.ones_like, params)
+        state = jax.vmap(tx.update)(ones, state, params)[1]
+        params = optax.apply_updates(params, ones)
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(state, 3)
+    found = store.reconstruct(params, window=2)
+    wanted = {"w": jnp.arange(9.0).reshape(3, 3) + 2.5}
+    chex.assert_trees_all_close(found, wanted)
+    one = jax.tree.map(lambda x: x[0], state)
+    first = jax.tree.map(lambda x: x[0], params)
+    late = jax.tree.map(lambda *x: jnp.stack(x), one, tx.init(first))
+    with pytest.raises(ValueError, match=r"have \[0, 3\] iterates; give each member"):
+        store.save(late, 4)
+
+
 def test_an_earlier_step(tmp_path, open_stores):
     states = {}
     store = open_stores(SnapshotStore(tmp_path))
@@ -258,7 +280,7 @@ def test_what_overflows_on_disk_is_not_kept(tmp_path, open_stores):
 
 
 def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
-    tx = oa.average(lambda t: 1 / t, name="power_ema_0.1", skip_nonfinite=False)
+    tx = oa.power_ema([0.1], skip_nonfinite=False)
     params = {"b": jnp.ones(2), "w": jnp.array([1.0, jnp.nan])}
     state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[1]
     store = open_stores(SnapshotStore(tmp_path))
@@ -494,13 +516,120 @@ def test_one_writer(tmp_path, open_stores):
 
 def test_a_step_is_replaced_and_later_ones_removed(tmp_path, open_stores):
     store = open_stores(SnapshotStore(tmp_path))
-    for step, value in ((1, 1.0), (2, 2.0), (3, 3.0), (2, 20.0)):
+    for step, value in ((1, 1.0), (2, 2.0), (2, 20.0), (3, 3.0)):
         store.save(None, step, {"w": jnp.full(2, value)})
     assert store.steps() == [1, 2, 3]
+    with pytest.raises(ValueError, match=r"than 2, up to 3; .*delete_after\(2\)"):
+        store.save(None, 2, small())
     np.testing.assert_array_equal(store.mean(steps=[2])["w"], [20.0, 20.0])
-    store.truncate(1)
+    store.delete_after(1)
     assert store.steps() == [1]
     assert store.save(None, 2, {"w": jnp.ones(2)})
+
+
+def rewritten(directory, store_in):
+    """Snapshots of ones and of twos at step 2, in a store that has step 1 too."""
+    folders = {}
+    for value in (1.0, 2.0):
+        with SnapshotStore(directory / f"of {value}") as store:
+            store.save(None, 2, {"w": jnp.full(3, value)})
+        folders[value] = directory / f"of {value}" / "2"
+    with SnapshotStore(store_in) as store:
+        store.save(None, 1, {"w": jnp.zeros(3)})
+    return folders
+
+
+@pytest.mark.parametrize(
+    ("names", "value"),
+    [
+        ({"2": 1.0, "2.new.orbax-checkpoint-tmp": 2.0}, 1.0),
+        ({"2": 1.0, "2.new": 2.0}, 2.0),
+        ({"2.removed": 1.0, "2.new": 2.0}, 2.0),
+        ({"2": 2.0, "2.removed": 1.0}, 2.0),
+        ({"2.orbax-checkpoint-tmp": 1.0}, None),
+        ({"2.removed": 1.0}, None),
+    ],
+)
+def test_a_kill_while_a_step_is_replaced(names, value, tmp_path):
+    """Each state on the way is read well, and the next writer clears it up."""
+    made = tmp_path / "made"
+    made.mkdir()
+    store_in = tmp_path / "store"
+    folders = rewritten(made, store_in)
+    for name, content in names.items():
+        shutil.copytree(folders[content], store_in / name)
+    for action in (lambda store: None, lambda store: store.save(None, 3, small())):
+        with SnapshotStore(store_in) as store:
+            action(store)
+            there = [1] if value is None else [1, 2]
+            assert [s for s in store.steps() if s < 3] == there
+            if value is not None:
+                np.testing.assert_array_equal(store.mean(steps=[2])["w"], [value] * 3)
+    kept = {path.name for path in store_in.iterdir()}
+    assert kept == {"writer.lock", "3", *map(str, there)}
+
+
+def test_a_step_is_replaced_by_another_process(tmp_path, open_stores):
+    """A reader that was there before, while the new one is not yet in its place."""
+    reader = open_stores(SnapshotStore(tmp_path))
+    with SnapshotStore(tmp_path) as store:
+        for value in (1.0, 2.0):
+            store.save(None, 2, {"w": jnp.full(3, value)})
+        store._writer.checkpointer.wait_until_finished()
+        assert (tmp_path / "2").exists()
+        assert (tmp_path / "2.new").exists()
+        np.testing.assert_array_equal(reader.mean()["w"], [2.0] * 3)
+    assert not (tmp_path / "2.new").exists()
+    np.testing.assert_array_equal(reader.mean()["w"], [2.0] * 3)
+
+
+def test_what_is_not_a_snapshot_is_left_alone(tmp_path, open_stores):
+    """A directory with models by step, of Orbax and of others, beside our snapshots."""
+    import orbax.checkpoint as ocp
+
+    with ocp.CheckpointManager(tmp_path) as manager:
+        manager.save(3, args=ocp.args.StandardSave({"w": jnp.ones(2)}))
+    (tmp_path / "model_4").mkdir()
+    (tmp_path / "5").mkdir()
+    (tmp_path / "5" / "weights.bin").write_text("mine")
+    (tmp_path / "6").write_text("mine")
+    (tmp_path / "007").mkdir()
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(None, 1, {"w": jnp.ones(2)})
+    assert store.steps() == [1]
+    for step in (3, 5, 6):
+        with pytest.raises(OSError, match=f"{step} is not a snapshot; give the store"):
+            store.save(None, step, {"w": jnp.ones(2)})
+    store.save(None, 8, {"w": jnp.ones(2)})
+    assert store.steps() == [1, 8]
+    store.truncate(1)
+    assert store.steps() == [1]
+    assert (tmp_path / "5" / "weights.bin").read_text() == "mine"
+    assert (tmp_path / "6").read_text() == "mine"
+    assert (tmp_path / "model_4").is_dir()
+    assert (tmp_path / "007").is_dir()
+    with ocp.CheckpointManager(tmp_path) as manager:
+        found = manager.restore(3, args=ocp.args.StandardRestore({"w": jnp.zeros(2)}))
+    np.testing.assert_array_equal(found["w"], [1.0, 1.0])
+
+
+def test_reading_leaves_no_trace(ready, monkeypatch, open_stores):
+    """It takes no lock, makes no file, and finishes nothing."""
+    store, _, params, _ = ready
+    open_stores(store)
+    Path(store.directory, "2.orbax-checkpoint-tmp").mkdir()
+    monkeypatch.setattr(_writer, "open_writer", None)
+    stamps = lambda: {
+        path: path.stat().st_mtime_ns for path in Path(store.directory).rglob("*")
+    }
+    before = stamps()
+    store.reconstruct(params, sigma_rel=0.08)
+    store.plan(sigma_rel=0.08)
+    store.mean()
+    store.steps()
+    store.wait()
+    store.close()
+    assert stamps() == before
 
 
 FULL_DISK = """
@@ -510,15 +639,17 @@ FULL_DISK = """
     small, large = {"w": jnp.ones(10)}, {"w": jnp.asarray(np.random.rand(300_000))}
     store.save(None, 1, small); store.wait()
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
-    try:
-        store.save(None, 2, large); store.wait()
-    except OSError as error:
-        print("said:", str(error)[:300].replace(chr(10), " "))
-    resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
-    print("steps", store.steps(), store.mean()["w"].sum())
-    store.save(None, 3, large); store.close()
+    for step in 1, 2:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, hard))
+        try:
+            store.save(None, step, large); store.wait()
+        except OSError as error:
+            print("said:", str(error)[:300].replace(chr(10), " "))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+        print("steps", store.steps(), store.mean()["w"].sum())
+    store.save(None, 2, small); store.save(None, 2, large); store.close()
     print("steps", SnapshotStore(sys.argv[1]).steps())
+    print("sizes", [store.mean(steps=[s])["w"].size for s in (1, 2)])
 """
 
 
@@ -539,14 +670,27 @@ def test_full_disk(tmp_path):
     code, out, errors = run(FULL_DISK, tmp_path)
     assert code == 0, errors
     assert "said: the snapshot of step 2 could not be written" in out
-    assert "steps [1] 10.0" in out
-    assert "steps [1, 3]" in out
+    assert "said: the snapshot of step 1 could not be written" in out
+    assert out.count("steps [1] 10.0") == 2
+    assert "steps [1, 2]" in out
+    assert "sizes [10, 300000]" in out
+    assert {path.name for path in tmp_path.iterdir()} == {"1", "2", "writer.lock"}
 
 
-def test_without_orbax(monkeypatch, tmp_path):
-    monkeypatch.setitem(sys.modules, "orbax.checkpoint", None)
-    with pytest.raises(ImportError, match=r"optax_avg\[posthoc\]"):
+@pytest.mark.parametrize("module", ["orbax.checkpoint", "filelock"])
+def test_without_what_the_extra_installs(module, monkeypatch, tmp_path):
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "optax_avg\[posthoc\]"'):
         SnapshotStore(tmp_path)
+
+
+@pytest.mark.parametrize("module", ["typer", "rich.console", "rich.progress"])
+def test_the_command_without_what_the_extra_installs(module, monkeypatch):
+    for name in [n for n in sys.modules if n.startswith("optax_avg.cli")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(ImportError, match=r'pip install "optax_avg\[cli\]"'):
+        importlib.import_module("optax_avg.cli")
 
 
 def test_out_of_reach_is_said_with_what_would_do(ready, open_stores):
@@ -582,8 +726,6 @@ def test_a_snapshot_is_an_ordinary_orbax_checkpoint(tmp_path, open_stores):
 def test_bad_arguments(tmp_path, open_stores):
     store, state, params, _ = filled(tmp_path, 8, 4)
     open_stores(store)
-    ema = optax.chain(optax.sgd(0.1), oa.ema_params(0.9))
-    ema_state = ema.update(params, ema.init(params), params)[1]
     twice = (oa.polyak_average().init(params), oa.polyak_average().init(params))
     begun = jax.tree.map(lambda x: x + 1, twice)
     named = SnapshotStore(tmp_path / "other", weights={"polyak": oa.weights.uniform()})
@@ -603,12 +745,41 @@ def test_bad_arguments(tmp_path, open_stores):
         (lambda: store.save(state, -1), "step must be an integer"),
         (lambda: store.save(state, 1.5), "step must be an integer"),
         (lambda: store.save(state, True), "step must be an integer"),
-        (lambda: store.save(ema_state, 1), "weights of the average 'ema'"),
         (lambda: named.save(begun, 1), "two averages are named 'polyak'"),
-        (lambda: SnapshotStore(tmp_path, every=0), "every must be an integer"),
+        (lambda: store.save(state, 7), r"up to 8; .* store.delete_after\(7\)"),
         (lambda: SnapshotStore(tmp_path, dtype=jnp.int8), "floating point"),
         (lambda: SnapshotStore(tmp_path / "none").mean(), "there is no directory"),
     ]
     for call, message in cases:
         with pytest.raises(ValueError, match=message):
             call()
+
+
+@pytest.mark.parametrize("step", [True, -5, 100.5, None, "100"])
+def test_what_deletes_wants_a_step(step, tmp_path):
+    params = small()
+    tx = oa.power_ema(WIDTHS)
+    with SnapshotStore(tmp_path) as store:
+        walk(4, tx, params, each=lambda s, state, _: store.save(state, s))
+        with pytest.raises(ValueError, match="step must be an integer"):
+            store.delete_after(step)
+        assert store.steps() == [1, 2, 3, 4]
+
+
+def test_leaves_of_other_names_are_not_mixed_up(tmp_path):
+    """By their order leaves are told only where no name agrees."""
+    params = {"a": jnp.zeros(3), "b": jnp.ones(3)}
+    with SnapshotStore(tmp_path) as store:
+        tx = oa.power_ema(WIDTHS)
+        walk(8, tx, params, each=lambda s, state, _: store.save(state, s))
+        wanted = store.reconstruct(params, sigma_rel=0.08)
+        with pytest.raises(ValueError, match="params has no leaf a"):
+            store.reconstruct({"b": params["b"], "c": params["a"]}, sigma_rel=0.08)
+        wrapped = store.reconstruct({"model": params}, sigma_rel=0.08)
+    chex.assert_trees_all_equal(wrapped["model"], wanted)
+
+
+@pytest.mark.parametrize("directory", ["", "a\\b"])
+def test_directories_that_no_store_can_have(directory):
+    with pytest.raises(ValueError, match="cannot be the directory of a store"):
+        SnapshotStore(directory)

@@ -1,11 +1,14 @@
 """Snapshots as Orbax checkpoints: one directory a step, leaf by leaf on the way back.
 
 A snapshot has a tree of averages, the weight sequences of averages without a closed
-form, and a record in JSON, with numbers by which leaves are known again.
+form, and a record in JSON, with numbers by which leaves and sequences are known again.
+The record has a checksum of itself.
 """
 
 import contextlib
+import json
 import os
+import re
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -16,17 +19,33 @@ import numpy as np
 from optax_avg.posthoc import _integrity
 
 TREE, SEQUENCES, RECORD = "averages", "sequences", "record"
-LOCK = "writer.lock"
+NEW = ".new"  # ends the name of a snapshot that replaces one
+STEP = re.compile(rf"(0|[1-9]\d*)({re.escape(NEW)})?")
+UNSEALED = {"step", "absorbed", "kinds", "leaves"}  # in records without a checksum
 Path = tuple[str, ...]
 
 
 class Leaf(NamedTuple):
-    """An array in a snapshot, and the number by which it is known again."""
+    """An array in a snapshot, and the number by which it is known again, if any."""
 
     path: Path
     shape: tuple[int, ...]
     dtype: str
-    fingerprint: int
+    fingerprint: int | None
+
+
+class Grid(NamedTuple):
+    """Which optimizer steps the iterates of an average come from.
+
+    Attributes:
+      step: optimizer steps that its state counts at the snapshot.
+      start: of these, left out at the beginning.
+      every: between iterates.
+    """
+
+    step: int
+    start: int
+    every: int
 
 
 class Record(NamedTuple):
@@ -38,19 +57,19 @@ class Record(NamedTuple):
       kinds: what each average is: ``{"power": gamma}``, ``{"window": k}`` or
         ``{"recorded": True}``.
       leaves: of each average, in the order of the tree.
+      grids: where the iterates of each average come from, by name; empty in records
+        that were written without them.
+      digests: of the weight sequences, by name.
+      checksum: of all the rest; empty in records that were written without one.
     """
 
     step: int
     absorbed: dict[str, int]
     kinds: dict[str, dict[str, Any]]
     leaves: dict[str, list[Leaf]]
-
-
-class Writer(NamedTuple):
-    """Orbax's manager of a directory, and the lock that is held on it."""
-
-    manager: Any
-    lock: Any
+    grids: dict[str, Grid]
+    digests: dict[str, str]
+    checksum: str
 
 
 class Reader(NamedTuple):
@@ -75,7 +94,7 @@ def orbax() -> Any:
         import orbax.checkpoint
     except ImportError as error:
         raise ImportError(
-            "snapshots need Orbax; pip install 'optax_avg[posthoc]'."
+            'snapshots need Orbax; write pip install "optax_avg[posthoc]".'
         ) from error
     return orbax.checkpoint
 
@@ -88,55 +107,26 @@ def is_remote(directory: str) -> bool:
 def absolute(directory: Any) -> str:
     """The directory as Orbax wants it."""
     path = os.fspath(directory)
-    return path if is_remote(path) else os.path.abspath(path)
+    if is_remote(path):
+        return path
+    if not path or (os.sep != "\\" and "\\" in path):
+        # Orbax would take a backslash for the end of a directory's name.
+        raise ValueError(f"{path!r} cannot be the directory of a store; pass another.")
+    return os.path.abspath(path)
+
+
+def folder(directory: str) -> Any:
+    """The directory as a path that may be on a disk or in a bucket."""
+    orbax()
+    from etils import epath  # a part of Orbax's interface
+
+    return epath.Path(directory)
 
 
 def is_store(directory: str) -> bool:
     """Whether there are snapshots in a directory."""
     path = absolute(directory)
-    steps = steps_of(path) if is_remote(path) or os.path.isdir(path) else []
-    return any(os.path.isdir(os.path.join(path, str(s), RECORD)) for s in steps[:1])
-
-
-def _manager(directory: str) -> Any:
-    ocp = orbax()
-    return ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions())
-
-
-def open_writer(directory: str) -> Writer:
-    """The one writer of a directory, which is made where there is none.
-
-    Raises:
-      RuntimeError: If there is another one.
-    """
-    orbax()
-    if is_remote(directory) or jax.process_index():
-        return Writer(_manager(directory), None)
-    import filelock
-
-    os.makedirs(directory, exist_ok=True)
-    lock = filelock.FileLock(os.path.join(directory, LOCK), timeout=0)
-    try:
-        lock.acquire()
-    except filelock.Timeout as error:
-        raise RuntimeError(
-            f"{directory} already has a writer; give each run a directory of its own, "
-            "or close the other store."
-        ) from error
-    try:
-        return Writer(_manager(directory), lock)
-    except BaseException:
-        lock.release()
-        raise
-
-
-def close_writer(writer: Writer) -> None:
-    """Lets others write to the directory."""
-    try:
-        writer.manager.close()
-    finally:
-        if writer.lock is not None:
-            writer.lock.release()
+    return any((folder(path) / str(s) / RECORD).exists() for s in steps_of(path))
 
 
 @contextlib.contextmanager
@@ -158,54 +148,68 @@ def reader_of(directory: str) -> Iterator[Reader]:
 
 def steps_of(directory: str) -> list[int]:
     """Steps of the finished snapshots, in ascending order."""
-    return sorted(orbax().utils.checkpoint_steps(directory))
+    if not folder(directory).is_dir():
+        return []
+    entries = [x for x in folder(directory).iterdir() if STEP.fullmatch(x.name)]
+    return sorted({int(x.name.removesuffix(NEW)) for x in entries if is_snapshot(x)})
 
 
-def write(
-    manager: Any,
-    record: Record,
-    averages: dict[str, dict[Path, jax.Array]],
-    sequences: dict[str, np.ndarray],
-) -> None:
-    """Begins to write a snapshot; one of the same step is replaced."""
-    ocp = orbax()
-    if record.step in manager.all_steps():
-        manager.delete(record.step)
-    # Orbax does not write arrays without elements.
-    tree = {
-        name: nested({path: x for path, x in leaves.items() if x.size})
-        for name, leaves in averages.items()
-    }
-    items = {TREE: ocp.args.PyTreeSave(tree)}
-    if sequences:
-        items[SEQUENCES] = ocp.args.PyTreeSave(sequences)
-    items[RECORD] = ocp.args.JsonSave(record._asdict())
-    # Orbax would pass over a step before the last one.
-    manager.save(record.step, args=ocp.args.Composite(**items), force=True)
+def is_snapshot(path: Any) -> bool:
+    """Whether a directory is a finished snapshot, which may have been damaged."""
+    if not path.is_dir() or not orbax().utils.is_checkpoint_finalized(path):
+        return False
+    return (path / TREE).exists() or (path / RECORD).exists()
+
+
+def sealed(record: Record) -> dict[str, Any]:
+    """The record as JSON has it, with its checksum."""
+    content = json.loads(json.dumps(record._replace(checksum="")._asdict()))
+    return content | {"checksum": _integrity.digest(content)}
 
 
 def read_record(reader: Reader, step: int) -> Record:
     """The record of a snapshot.
 
     Raises:
-      SnapshotError: If it cannot be read.
+      SnapshotError: If it cannot be read or is not what was written.
     """
     found = _restore(reader, step, RECORD, orbax().args.JsonRestore())
     try:
-        leaves = {
-            name: [Leaf(tuple(p), tuple(s), d, n) for p, s, d, n in leaves]
-            for name, leaves in found["leaves"].items()
-        }
-        return Record(found["step"], found["absorbed"], found["kinds"], leaves)
-    except (KeyError, TypeError, ValueError) as error:
+        record = _unsealed(found)
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise SnapshotError(step, f"its record is not one: {error!r}") from error
+    if record.step != step:
+        raise SnapshotError(step, f"it is the snapshot of step {record.step}")
+    return record
+
+
+def _unsealed(found: dict[str, Any]) -> Record:
+    """The record that JSON holds, if it is what was written."""
+    content = found | {"checksum": ""}
+    old = set(found) == UNSEALED
+    if not old and found["checksum"] != _integrity.digest(content):
+        raise ValueError("its checksum is another")
+    leaves = {
+        # Numbers of records without a checksum were made by another formula.
+        name: [Leaf(tuple(p), tuple(s), d, None if old else n) for p, s, d, n in leaves]
+        for name, leaves in found["leaves"].items()
+    }
+    names = set(leaves)
+    if names != set(found["absorbed"]) or names != set(found["kinds"]):
+        raise ValueError("its averages have different names")
+    filled: dict[str, Any] = {"grids": {}, "digests": {}, "checksum": ""} | found
+    grids = {name: Grid(*grid) for name, grid in filled["grids"].items()}
+    if not old and names != set(grids):
+        raise ValueError("its averages have different names")
+    filled |= {"leaves": leaves, "grids": grids}
+    return Record(**{name: filled[name] for name in Record._fields})
 
 
 def read_sequence(reader: Reader, record: Record, name: str) -> np.ndarray:
     """The weights that an average gave to its newest iterates, float64.
 
     Raises:
-      SnapshotError: If they cannot be read.
+      SnapshotError: If they cannot be read or are not what was written.
     """
     ocp = orbax()
     args = ocp.args.PyTreeRestore(
@@ -213,7 +217,15 @@ def read_sequence(reader: Reader, record: Record, name: str) -> np.ndarray:
         restore_args={name: ocp.RestoreArgs(restore_type=np.ndarray)},
         partial_restore=True,
     )
-    return _restore(reader, record.step, SEQUENCES, args)[name]
+    found = _restore(reader, record.step, SEQUENCES, args, name)
+    whole = isinstance(found, np.ndarray) and found.shape == (record.absorbed[name],)
+    if whole and record.checksum:
+        whole = record.digests.get(name) == _integrity.digest(found)
+    if not whole:
+        raise SnapshotError(
+            record.step, f"the weights of {name} are not what was written"
+        )
+    return found
 
 
 def read_leaves(
@@ -233,31 +245,52 @@ def read_leaves(
             how[leaf.path] = ocp.ArrayRestoreArgs(
                 restore_type=jax.Array, sharding=sharding
             )
-    found: dict[Path, jax.Array] = {}
+    found: dict[Path, Any] = {
+        leaf.path: jnp.zeros(leaf.shape, leaf.dtype)
+        for leaf in leaves
+        if leaf.path not in item
+    }
     if item:
         args = ocp.args.PyTreeRestore(
             item={name: nested(item)},
             restore_args={name: nested(how)},
             partial_restore=True,
         )
-        found = flat(_restore(reader, record.step, TREE, args)[name])
-    arrays = [
-        found[leaf.path] if leaf.path in found else jnp.zeros(leaf.shape, leaf.dtype)
-        for leaf in leaves
-    ]
-    numbers = np.asarray(_integrity.signature(arrays)[0]).tolist()
-    for leaf, number in zip(leaves, numbers, strict=True):
-        if number != leaf.fingerprint:
-            where = "/".join((name, *leaf.path))
-            raise SnapshotError(record.step, f"{where} is not what was written")
+        found |= flat(_restore(reader, record.step, TREE, args, name))
+    arrays: list[Any] = [found.get(leaf.path) for leaf in leaves]
+    _check(record.step, name, leaves, arrays)
     return arrays
 
 
-def _restore(reader: Reader, step: int, item: str, args: Any) -> Any:
+def _check(step: int, name: str, leaves: list[Leaf], arrays: list[Any]) -> None:
+    """Raises a SnapshotError if an array is not the leaf that was written."""
+    for leaf, x in zip(leaves, arrays, strict=True):
+        alike = isinstance(x, jax.Array) and x.shape == leaf.shape
+        if not alike or str(x.dtype) != leaf.dtype:
+            raise SnapshotError(
+                step, f"{_where(name, leaf)} has another shape or dtype"
+            )
+    numbers = np.asarray(_integrity.signature(arrays)[0]).tolist()
+    for leaf, number in zip(leaves, numbers, strict=True):
+        if leaf.fingerprint not in (None, number):
+            raise SnapshotError(step, f"{_where(name, leaf)} is not what was written")
+
+
+def _where(name: str, leaf: Leaf) -> str:
+    return "/".join((name, *leaf.path))
+
+
+def _restore(
+    reader: Reader, step: int, item: str, args: Any, name: str | None = None
+) -> Any:
+    """An item of a snapshot, or what it has of one average."""
     composite = orbax().args.Composite(**{item: args})
     try:
-        path = f"{reader.directory}/{step}"
-        return reader.checkpointer.restore(path, args=composite)[item]
+        path = folder(reader.directory) / f"{step}{NEW}"
+        if not is_snapshot(path):
+            path = folder(reader.directory) / str(step)
+        found = reader.checkpointer.restore(path, args=composite)[item]
+        return found if name is None else found[name]
     except Exception as error:  # whatever a broken file makes of the layers below
         raise SnapshotError(step, error) from error
 

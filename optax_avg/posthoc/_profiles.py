@@ -1,14 +1,16 @@
 """Which combination of averages is the one that was not kept.
 
-    min_x |p - sum_i x_i p_i|,    A x = b,  A_ij = <p_i, p_j>,  b_i = <p_i, p>
+    min_x |p - sum_i x_i p_i|^2 + sum_i (d_i x_i)^2,
+    (A + diag d^2) x = b,  A_ij = <p_i, p_j>,  b_i = <p_i, p>
 
 An average of iterates is linear in them: what its weights can be combined from, its
-parameters can. Everything here is float64 NumPy, whatever JAX is set to.
+parameters can. ``d`` is what the averages lost where they were rounded: without it,
+large weights of both signs would multiply that loss. Everything here is float64 NumPy,
+whatever JAX is set to.
 """
 
 import math
-import re
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -25,40 +27,16 @@ class Coefficients(NamedTuple):
 
     Attributes:
       weights: float64 of shape (n,), on the averages.
-      residual: ``|p - sum_i x_i p_i|/|p|``, the relative error of the profile.
-      condition: of the Gram matrix of the profiles at unit length.
+      residual: the relative error that is claimed, ``(|p - sum_i x_i p_i|^2/|p|^2 +
+        rounding^2)^(1/2)``, of the profile and of rounding.
+      condition: of the Gram matrix of the profiles at unit length, rounding included.
+      rounding: the part of ``residual`` that comes from rounding.
     """
 
     weights: np.ndarray
     residual: float
     condition: float
-
-
-class Power(NamedTuple):
-    """The profile of a power function, ``p_i ~ i^(gamma+1) - (i-1)^(gamma+1)``."""
-
-    gamma: float
-
-
-class Window(NamedTuple):
-    """The uniform mean of the latest ``k`` iterates."""
-
-    k: int
-
-
-class Recorded(NamedTuple):
-    """Any running average by its sequence ``w(1), w(2), ...``, float64."""
-
-    w: np.ndarray
-
-
-Kind = Power | Window | Recorded
-
-
-def power_of_name(name: str) -> Power | None:
-    """What :func:`optax_avg.power_ema` calls its averages, ``power_ema_0.05``."""
-    width = re.fullmatch(r"power_ema_([\d.e+-]+)", name)
-    return width and Power(gamma_from_sigma_rel(float(width[1])))
+    rounding: float
 
 
 def coefficients(
@@ -68,6 +46,7 @@ def coefficients(
     target_sigma_rel: float,
     *,
     normalize: str = CONSTRAINED,
+    rounding: Any = 0.0,
 ) -> Coefficients:
     """The power-function average of another width from those that were kept.
 
@@ -83,6 +62,8 @@ def coefficients(
       normalize: ``"constrained"``: the best weights that sum to one, ``x + A^-1 1 (1 -
         1'x)/(1' A^-1 1)``; ``"sum"``: the best, divided by their sum, as the authors
         do; ``"none"``.
+      rounding: relative error of the averages that were kept, a number or of shape
+        (n,); ``2^-9`` for bfloat16.
 
     Returns:
       A :class:`Coefficients`.
@@ -115,7 +96,7 @@ def coefficients(
     a = power_products(t[:, None], g[:, None], t[None], g[None])
     b = power_products(t, g, np.float64(target_time), goal)
     c = power_products(np.float64(target_time), goal, np.float64(target_time), goal)
-    return solve(a, b, float(c), normalize)
+    return solve(a, b, float(c), normalize, rounding)
 
 
 def power_products(ta: Any, ga: Any, tb: Any, gb: Any) -> np.ndarray:
@@ -155,96 +136,49 @@ def coefficients_of_profiles(
     """
     if not profiles:
         raise ValueError("coefficients_of_profiles needs at least one profile.")
-    length = 1 + max(len(p.weights) for p in (*profiles, target))
-    rows = np.zeros((len(profiles) + 1, length))
-    for row, p in zip(rows, (*profiles, target), strict=True):
-        row[0] = p.initial
-        row[1 : 1 + len(p.weights)] = p.weights
-    return _solve_gram(rows @ rows.T, normalize)
-
-
-def combination(
-    kept: Sequence[tuple[Kind, int]],
-    target: tuple[Kind, int],
-    *,
-    normalize: str = CONSTRAINED,
-) -> Coefficients:
-    """The same from kinds of averages and the numbers of iterates in them.
-
-    Weights are written out a chunk of iterates at a time, so that a million of them and
-    a hundred averages fit.
-    """
-    everything = [*kept, target]
-    logs: dict[int, np.ndarray] = {}
-    for kind, _ in everything:
-        if isinstance(kind, Recorded) and id(kind.w) not in logs:
-            logs[id(kind.w)] = _log_kept(kind.w)
-    rows = [_by_iterate(kind, t, logs) for kind, t in everything]
-    last = max(t for _, t in everything)
+    rows = [np.append(p.initial, p.weights) for p in (*profiles, target)]
     gram = np.zeros((len(rows), len(rows)))
-    for begin in range(0, last + 1, CHUNK):
-        i = np.arange(begin, min(begin + CHUNK, last + 1))
-        part = np.stack([row(i) for row in rows])
+    for begin in range(0, max(map(len, rows)), CHUNK):
+        part = np.zeros((len(rows), CHUNK))
+        for into, row in zip(part, rows, strict=True):
+            found = row[begin : begin + CHUNK]
+            into[: len(found)] = found
         gram += part @ part.T
-    return _solve_gram(gram, normalize)
+    return solve(gram[:-1, :-1], gram[:-1, -1], gram[-1, -1], normalize)
 
 
-def weights_on_iterates(kind: Kind, t: int) -> np.ndarray:
-    """Weights on the initial parameters and iterates ``1 ... t``, shape (t + 1,)."""
-    recorded = isinstance(kind, Recorded)
-    logs = {id(kind.w): _log_kept(kind.w)} if recorded else {}
-    return _by_iterate(kind, t, logs)(np.arange(t + 1))
+def solve(
+    a: np.ndarray, b: np.ndarray, c: float, normalize: str, rounding: Any = 0.0
+) -> Coefficients:
+    """``min_x c - 2 b'x + x'Ax + sum_i (d_i x_i)^2``, and what it leaves.
 
+    ``d_i = u_i max(c, A_ii)^(1/2)`` with ``u_i`` the relative error of average ``i``.
+    The error is claimed relative to the size of the result, and how that compares with
+    the size of an average depends on the iterates. Where they are independent, the
+    average has size ``|p_i|`` and the result ``|p|``: rounding costs ``u_i |p_i|/|p|``.
+    Where they hardly move, all averages have the size of the result: rounding costs
+    ``u_i``. The larger of the two is taken. Rounding is independent from one average to
+    another, so that squares add up.
 
-def _by_iterate(
-    kind: Kind, t: int, logs: dict[int, np.ndarray]
-) -> Callable[[np.ndarray], np.ndarray]:
-    """The weight on iterate ``i`` of an average of ``t``, 0 the initial parameters."""
-    if isinstance(kind, Power):
-        g = kind.gamma + 1
+    Args:
+      a: inner products of the profiles that were kept, shape (n, n).
+      b: theirs with the target, shape (n,).
+      c: that of the target with itself.
+      normalize: see :func:`coefficients`.
+      rounding: ``u``, a number or of shape (n,).
 
-        def power(i):
-            inside = (i >= 1) & (i <= t)
-            j = np.where(inside, i, t).astype(np.float64)
-            with np.errstate(divide="ignore"):  # log 0 at the first iterate
-                newest = -np.expm1(g * np.log1p(-1 / j))
-            return np.where(inside, (j / t) ** g * newest, 0)
-
-        return power
-    if isinstance(kind, Window):
-        k = min(kind.k, t)
-        return lambda i: np.where((i > t - k) & (i <= t), 1 / k, 0)
-    # p_i = w(i) prod_{j > i} (1 - w(j)); a weight of one forgets what was before.
-    w, kept = np.append(1.0, kind.w[:t]), np.append(0.0, logs[id(kind.w)][:t])
-    ones = np.flatnonzero(w >= 1)
-    first = ones[-1]
-
-    def recorded(i):
-        j = np.clip(i, first, t)
-        return np.where((i >= first) & (i <= t), w[j] * np.exp(kept[t] - kept[j]), 0)
-
-    return recorded
-
-
-def _log_kept(w: np.ndarray) -> np.ndarray:
-    """``sum_{j <= i} log(1 - w(j))`` over the weights below one."""
-    return np.cumsum(np.log1p(-np.where(w < 1, w, 0)))
-
-
-def _solve_gram(gram: np.ndarray, normalize: str) -> Coefficients:
-    """From the Gram matrix of the averages and, last, the target."""
-    return solve(gram[:-1, :-1], gram[:-1, -1], float(gram[-1, -1]), normalize)
-
-
-def solve(a: np.ndarray, b: np.ndarray, c: float, normalize: str) -> Coefficients:
-    """``min_x c - 2 b'x + x'Ax``, what it leaves, and the condition of ``A``."""
+    Returns:
+      A :class:`Coefficients`.
+    """
     if normalize not in (CONSTRAINED, SUM, NONE):
         raise ValueError(
             f"normalize must be 'constrained', 'sum' or 'none', got {normalize!r}."
         )
-    unit = 1 / np.sqrt(np.diagonal(a))
+    squares = np.asarray(rounding) ** 2 * np.maximum(np.diagonal(a), c)
+    unit = 1 / np.sqrt(np.diagonal(a) + squares)
     scaled = unit[:, None] * a * unit
-    values, vectors = np.linalg.eigh((scaled + scaled.T) / 2)
+    scaled[np.diag_indices_from(scaled)] = 1
+    values, vectors = np.linalg.eigh(scaled)
     # Averages that agree to the last digits share their weight.
     real = values > len(b) * np.finfo(float).eps * values[-1]
     inverse = np.where(real, 1 / np.where(real, values, 1), 0)
@@ -258,28 +192,38 @@ def solve(a: np.ndarray, b: np.ndarray, c: float, normalize: str) -> Coefficient
         x = x + ones * (1 - np.sum(x)) / np.sum(ones)
     elif normalize == SUM:
         x = x / np.sum(x)
-    left = max(c - 2 * float(x @ b) + float(x @ a @ x), 0.0)
+    lost = float(squares @ x**2)
+    left = max(c - 2 * float(x @ b) + float(x @ a @ x), 0.0) + lost
     condition = float(values[-1] / values[0]) if values[0] > 0 else math.inf
-    return Coefficients(x, math.sqrt(left / c), condition)
+    return Coefficients(x, math.sqrt(left / c), condition, math.sqrt(lost / c))
 
 
 def widths_within(
-    times: Any, sigma_rels: Any, target_time: float, tolerance: float
+    times: Any,
+    sigma_rels: Any,
+    target_time: float,
+    tolerance: float,
+    rounding: float = 0.0,
 ) -> tuple[float, float] | None:
     """The least and the greatest width that can be had, None if there is none.
 
     Over a grid of relative widths from 0.01 to 0.285.
     """
-    good = [
-        float(s)
-        for s in np.geomspace(0.01, 0.285, 60)
-        if coefficients(times, sigma_rels, target_time, s).residual <= tolerance
-    ]
+
+    def reached(s):
+        found = coefficients(times, sigma_rels, target_time, s, rounding=rounding)
+        return found.residual <= tolerance
+
+    good = [float(s) for s in np.geomspace(0.01, 0.285, 60) if reached(s)]
     return (good[0], good[-1]) if good else None
 
 
 def snapshots_within(
-    sigma_rels: Any, target_sigma_rel: float, tolerance: float, most: int = 512
+    sigma_rels: Any,
+    target_sigma_rel: float,
+    tolerance: float,
+    most: int = 512,
+    rounding: float = 0.0,
 ) -> int | None:
     """How many evenly spaced snapshots of these widths reach a width, None if too many.
 
@@ -289,7 +233,8 @@ def snapshots_within(
     while n <= most:
         t = np.tile(np.arange(1, n + 1) / n, len(sigma_rels))
         s = np.repeat(np.asarray(sigma_rels, np.float64), n)
-        if coefficients(t, s, 1.0, target_sigma_rel).residual <= tolerance:
+        found = coefficients(t, s, 1.0, target_sigma_rel, rounding=rounding)
+        if found.residual <= tolerance:
             return n
         n *= 2
     return None

@@ -3,79 +3,15 @@
 import functools
 import warnings
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
-from optax_avg import _tree, weights
+from optax_avg import _tree
 from optax_avg.posthoc import _disk
-from optax_avg.posthoc._profiles import (
-    Kind,
-    Power,
-    Recorded,
-    Window,
-    combination,
-    snapshots_within,
-    widths_within,
-)
-
-TOLERANCE = 0.05  # relative error of a profile above which a reconstruction warns
-
-
-class Part(NamedTuple):
-    """A snapshot of an average in a sum.
-
-    Attributes:
-      step: of the snapshot.
-      name: of the average.
-      weight: on it.
-    """
-
-    step: int
-    name: str
-    weight: float
-
-
-class Plan(NamedTuple):
-    """How an average is put together.
-
-    Attributes:
-      parts: snapshots and their weights.
-      residual: relative error of the profile, see :class:`Coefficients`.
-      condition: of the problem.
-      advice: what would express the target better, empty where it is expressed.
-    """
-
-    parts: list[Part]
-    residual: float
-    condition: float
-    advice: str
-
-
-def target_of(
-    sigma_rel: Any = None,
-    half_life: Any = None,
-    window: Any = None,
-    weight: Any = None,
-    every: int = 1,
-) -> Callable[[int], Kind]:
-    """From a number of iterates to the average that is wanted."""
-    if sum(x is not None for x in (sigma_rel, half_life, window, weight)) != 1:
-        raise ValueError(
-            "there must be one target; write reconstruct(params, sigma_rel=0.08), or "
-            "half_life=, window= or weight=."
-        )
-    if sigma_rel is not None:
-        power = Power(weights.gamma_from_sigma_rel(float(sigma_rel)))
-        return lambda t: power
-    if window is not None:
-        _tree.check_integer("window", window, 1)
-        return lambda t: Window(window)
-    if half_life is not None:
-        weight, every = weights.ema(weights.decay_from_half_life(float(half_life))), 1
-    return lambda t: Recorded(weights.sequence(weight, t, every=every))
+from optax_avg.posthoc._plan import Part
+from optax_avg.posthoc._timeline import with_grids
 
 
 def records_of(
@@ -83,16 +19,25 @@ def records_of(
 ) -> dict[int, _disk.Record]:
     """Records of the snapshots that can be read, of some steps or all; by step.
 
-    The others are reported.
+    The others are reported, and so are those without checksums.
     """
     records = {}
     for step in _disk.steps_of(reader.directory):
         if steps is not None and step not in steps:
             continue
         try:
-            records[step] = _disk.read_record(reader, step)
+            records[step] = with_grids(_disk.read_record(reader, step))
         except _disk.SnapshotError as broken:
             report(broken)
+    bare = [step for step, record in records.items() if not record.checksum]
+    if bare:
+        warnings.warn(
+            f"the snapshots of steps {bare} were saved without checksums, and without "
+            "the optimizer steps that their averages hold; damage to them is not "
+            "noticed, and all steps from the first on are assumed.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     return records
 
 
@@ -103,100 +48,6 @@ def report(broken: _disk.SnapshotError) -> None:
         RuntimeWarning,
         stacklevel=4,
     )
-
-
-def planned(
-    reader: _disk.Reader,
-    records: dict[int, _disk.Record],
-    goal: Callable[[int], Kind],
-    step: int | None,
-    names: Sequence[str] | None,
-    normalize: str,
-) -> Plan:
-    """The best combination of the snapshots up to ``step``.
-
-    Raises:
-      ValueError: If there are none.
-    """
-    chosen = [
-        (record, name)
-        for record in records.values()
-        for name in record.leaves
-        if name in (names or [n for n in record.leaves if n != "parameters"])
-        and (step is None or record.step <= step)
-    ]
-    kinds = kinds_of(reader, chosen)
-    chosen = [(record, name) for record, name in chosen if (record.step, name) in kinds]
-    if not chosen or step not in (None, chosen[-1][0].step):
-        have = sorted({record.step for record in records.values()})
-        wanted = "the averages" if names is None else f"{list(names)} "
-        at = "" if step is None else f" at step {step}"
-        raise ValueError(f"there is no snapshot of {wanted}{at}; there are {have}.")
-    last = chosen[-1][0].step
-    times = [record.absorbed[name] for record, name in chosen]
-    end = max(t for t, (record, _) in zip(times, chosen) if record.step == last)
-    kept = [(kinds[record.step, name], t) for t, (record, name) in zip(times, chosen)]
-    target = goal(end)
-    found = combination(kept, (target, end), normalize=normalize)
-    parts = [
-        Part(record.step, name, float(x))
-        for (record, name), x in zip(chosen, found.weights, strict=True)
-    ]
-    advice = ""
-    if found.residual > TOLERANCE:
-        advice = _advice(kept, target, end)
-    return Plan(parts, found.residual, found.condition, advice)
-
-
-def kinds_of(
-    reader: _disk.Reader, chosen: list[tuple[_disk.Record, str]]
-) -> dict[tuple[int, str], Kind]:
-    """What each snapshot of an average is, without those that cannot be told."""
-    kinds: dict[tuple[int, str], Kind] = {}
-    sequences: dict[str, np.ndarray] = {}
-    for record, name in reversed(chosen):
-        kind = record.kinds[name]
-        if "power" in kind:
-            kinds[record.step, name] = Power(kind["power"])
-        elif "window" in kind:
-            kinds[record.step, name] = Window(kind["window"])
-        else:
-            # The weights of an earlier snapshot begin those of a later one.
-            try:
-                if name not in sequences:
-                    sequences[name] = _disk.read_sequence(reader, record, name)
-                kinds[record.step, name] = Recorded(sequences[name])
-            except _disk.SnapshotError as broken:
-                report(broken)
-    return kinds
-
-
-def _advice(kept: list[tuple[Kind, int]], target: Kind, end: int) -> str:
-    """What else would do: a width, or more snapshots."""
-    powers = [(kind.gamma, t) for kind, t in kept if isinstance(kind, Power)]
-    if not isinstance(target, Power) or not powers:
-        return "keep more snapshots, or averages closer to the target."
-    widths = [weights.sigma_rel_from_gamma(gamma) for gamma, _ in powers]
-    said = []
-    span = widths_within([t for _, t in powers], widths, end, TOLERANCE)
-    if span:
-        said.append(f"sigma_rel from {span[0]:.2g} to {span[1]:.2g} can be had")
-    wanted = weights.sigma_rel_from_gamma(target.gamma)
-    count = snapshots_within(sorted(set(widths)), wanted, TOLERANCE)
-    if count:
-        said.append(f"{count} evenly spaced snapshots would do")
-    return "; ".join(said) + "." if said else "no number of such snapshots would do."
-
-
-def warn_of_residual(plan: Plan) -> None:
-    """Says so where the target is out of reach."""
-    if plan.residual > TOLERANCE:
-        warnings.warn(
-            f"the snapshots miss the weights of this average by {plan.residual:.1%}: "
-            f"{plan.advice}",
-            UserWarning,
-            stacklevel=5,
-        )
 
 
 def without_broken(
@@ -259,20 +110,20 @@ def summed_leaves(
     for part in parts:
         record = records[part.step]
         read = _disk.read_leaves(reader, record, part.name, indices, shardings)
-        x = jnp.asarray(part.weight, jnp.float32)
+        x = part.weight  # of no dtype, so that wide leaves keep their digits
         total = _scaled(x, read) if total is None else _added(x, read, total)
         del read
     return total or []
 
 
 @jax.jit
-def _scaled(x: jax.Array, leaves: list[jax.Array]) -> list[jax.Array]:
+def _scaled(x: float, leaves: list[jax.Array]) -> list[jax.Array]:
     return [x * _tree.wide(leaf) for leaf in leaves]
 
 
 @functools.partial(jax.jit, donate_argnums=2)
 def _added(
-    x: jax.Array, leaves: list[jax.Array], total: list[jax.Array]
+    x: float, leaves: list[jax.Array], total: list[jax.Array]
 ) -> list[jax.Array]:
     return [a + x * _tree.wide(leaf) for a, leaf in zip(total, leaves, strict=True)]
 
@@ -304,8 +155,9 @@ def _layout(
     position = {_disk.path_of(keys): j for j, (keys, _) in enumerate(entries)}
     floats = [j for j, (_, leaf) in enumerate(entries) if _tree.is_float(leaf)]
     if any(leaf.path not in position for leaf in leaves):
-        # Wrappers rename paths; leaves that match one to one keep their order.
-        if len(floats) != len(leaves):
+        # A wrapper renames all paths; leaves that match one to one keep their order.
+        known = any(leaf.path in position for leaf in leaves)
+        if known or len(floats) != len(leaves):
             missing = next(x.path for x in leaves if x.path not in position)
             raise ValueError(
                 f"params has no leaf {'/'.join(missing)}; pass the parameters that "

@@ -18,11 +18,17 @@ import numpy as np
 
 from optax_avg import _tree, readout
 from optax_avg import weights as weights_
-from optax_avg.posthoc import _disk, _integrity, _profiles, _reconstruct
-from optax_avg.posthoc._reconstruct import Part, Plan
+from optax_avg.posthoc import (
+    _disk,
+    _integrity,
+    _plan,
+    _profiles,
+    _reconstruct,
+    _writer,
+)
+from optax_avg.posthoc._plan import Part, Plan
+from optax_avg.posthoc._timeline import PARAMETERS
 from optax_avg.windows import BemaState, WindowState
-
-PARAMETERS = "parameters"
 
 
 class SnapshotStore:
@@ -31,15 +37,14 @@ class SnapshotStore:
     Args:
       directory: a local path, or any that Orbax writes to; made by the first snapshot.
       weights: of the averages by name, as given to :func:`optax_avg.average`; needed
-        for all but :func:`optax_avg.power_ema` with several widths and
-        :func:`optax_avg.window_average`.
-      every: optimizer steps between the iterates of the averages in ``weights``.
+        for all but :func:`optax_avg.power_ema` and :func:`optax_avg.window_average`,
+        whose states say what they are.
       dtype: of the snapshots, ``jnp.bfloat16`` or ``jnp.float16`` for half the disk;
         by default that of the averages. Sums are float32 or wider.
 
     Raises:
       ValueError: If an argument is out of range.
-      ImportError: If Orbax is not installed.
+      ImportError: If Orbax or filelock is not installed.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa, tempfile
@@ -68,11 +73,10 @@ class SnapshotStore:
         directory: Any,
         *,
         weights: Mapping[str, weights_.Weight] | None = None,
-        every: int = 1,
         dtype: Any = None,
     ) -> None:
         _disk.orbax()
-        _tree.check_integer("every", every, 1)
+        _writer.filelock()
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype!r}.")
         self.directory = _disk.absolute(directory)
@@ -80,10 +84,11 @@ class SnapshotStore:
             name: weights_.with_stride(weight)
             for name, weight in (weights or {}).items()
         }
-        self._every = every
+        self._named: set[str] = set()
         self._dtype = dtype
-        self._writer: _disk.Writer | None = None
+        self._writer: _writer.Writer | None = None
         self._in_flight: int | None = None
+        self._last = -1
 
     def __enter__(self) -> "SnapshotStore":
         return self
@@ -94,13 +99,15 @@ class SnapshotStore:
     def save(self, opt_state: Any, step: int, params: Any = None) -> bool:
         """Begins to write a snapshot and returns; the disk works in the background.
 
-        A snapshot of the same step is replaced. State and parameters may be donated as
-        soon as this returns.
+        A snapshot of the same step is replaced once this one is whole. State and
+        parameters may be donated as soon as this returns. An average whose weights are
+        not known is left out, and named once by a warning.
 
         Args:
           opt_state: an optimizer state with averages, as for
             :func:`optax_avg.averaged_params`, or None.
-          step: of the training; not negative.
+          step: of the training; not negative. Number snapshots by optimizer steps:
+            with other numbers a training that is begun anew may not be noticed.
           params: parameters to keep beside the averages, for :meth:`mean`.
 
         Returns:
@@ -108,33 +115,41 @@ class SnapshotStore:
           and, with a warning, where one is not finite.
 
         Raises:
-          ValueError: If the weights of an average are not known, or ``step`` is not an
+          ValueError: If there are snapshots of later steps, or ``step`` is not an
             integer.
           RuntimeError: If another store writes to this directory.
-          OSError: If this snapshot, or the one before, could not be written.
+          OSError: If this snapshot, or the one before, could not be written, or what
+            has the name of the step is not a snapshot.
         """
         step = _whole_step(step)
-        kept, absorbed, kinds, sequences = {}, {}, {}, {}
-        for name, tree, count, kind in self._averages(opt_state):
+        kept, absorbed, kinds, grids, sequences = {}, {}, {}, {}, {}
+        for name, tree, count, kind, grid in self._averages(opt_state):
             kept[name], absorbed[name] = _by_path(tree, self._dtype), count
-            kinds[name] = kind
+            kinds[name], grids[name] = kind, grid
             if "recorded" in kind:
                 weight = self._weights[name]
-                sequences[name] = weights_.sequence(weight, count, every=self._every)
+                sequences[name] = weights_.sequence(weight, count, every=grid.every)
         if params is not None:
             kept[PARAMETERS] = _by_path(_tree.select(params, None), self._dtype)
-            absorbed[PARAMETERS], kinds[PARAMETERS] = max(step, 1), {"window": 1}
+            now = max((grid.step for grid in grids.values()), default=max(step, 1))
+            grids[PARAMETERS] = _disk.Grid(now, 0, 1)
+            absorbed[PARAMETERS], kinds[PARAMETERS] = now, {"window": 1}
         kept = {name: leaves for name, leaves in kept.items() if leaves}
         leaves = _signed(kept, step)
         if not leaves:
             return False
         self.wait()
-        if self._writer is None:
-            self._writer = _disk.open_writer(self.directory)
-        self._in_flight = step
+        writer = self._opened()
+        if step < self._last:
+            raise ValueError(
+                f"{self.directory} has snapshots of later steps than {step}, up to "
+                f"{self._last}; where training resumes, remove them by store."
+                f"delete_after({step}), or give this run a directory of its own."
+            )
+        self._in_flight = self._last = step
         with self._reported():
-            record = _disk.Record(step, absorbed, kinds, leaves)
-            _disk.write(self._writer.manager, record, kept, sequences)
+            record = _disk.Record(step, absorbed, kinds, leaves, grids, {}, "")
+            _writer.write(writer, record, kept, sequences)
         return True
 
     def wait(self) -> None:
@@ -145,7 +160,7 @@ class SnapshotStore:
         """
         if self._writer is not None:
             with self._reported():
-                self._writer.manager.wait_until_finished()
+                _writer.wait(self._writer)
 
     def close(self) -> None:
         """Waits for the snapshot in flight and lets others write to the directory.
@@ -156,18 +171,22 @@ class SnapshotStore:
         self.wait()
         self._let_go()
 
-    def truncate(self, step: int) -> None:
+    def delete_after(self, step: int) -> None:
         """Removes the snapshots after ``step``, where training resumes.
 
         Args:
-          step: the last one that stays.
+          step: Step of the last snapshot that stays; an integer, not negative.
+
+        Raises:
+          ValueError: If ``step`` is not such an integer.
+          RuntimeError: If another store writes to this directory.
         """
+        step = _whole_step(step)
         self.wait()
-        if self._writer is None:
-            self._writer = _disk.open_writer(self.directory)
-        for later in self._writer.manager.all_steps():
-            if later > step:
-                self._writer.manager.delete(later)
+        _writer.remove_after(self._opened(), step)
+        self._last = max(_disk.steps_of(self.directory), default=-1)
+
+    truncate = delete_after  # its old name
 
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending; none before the first."""
@@ -187,11 +206,25 @@ class SnapshotStore:
     ) -> Plan:
         """How an average would be put together.
 
+        Averages are combined on one clock, that of optimizer steps: it counts the steps
+        of the oldest state in the newest snapshot, without those whose iterates were
+        left out because they were not finite. What is made is an average of the steps
+        ``start + every i`` on it, ``i = 1, 2, ...``: ``start`` is the earliest of the
+        averages, ``every`` the coarsest stride that holds the iterates of all. Where
+        averages of one stride are combined, that is the average that
+        ``oa.average(weight, every=every, start=start)`` would have made.
+
+        Of the snapshots, those of the newest run count. A run ends where the states of
+        all averages were made anew, so that their steps fell back while those of the
+        training went on.
+
         Args:
           sigma_rel: relative width of a power function, in (0, 12^-1/2).
-          half_life: of an EMA, in iterates.
-          window: iterates in a uniform mean of the latest.
-          weight: or any weight of :mod:`optax_avg.weights`.
+          half_life: of an EMA, in optimizer steps, as in
+            :func:`optax_avg.weights.half_life`; its weights on the iterates sum to one,
+            as in ``weights.ema``, so that the initial parameters are left out.
+          window: optimizer steps whose iterates a uniform mean takes, the latest.
+          weight: or any weight ``w(t)`` or ``w(t, dt)`` of :mod:`optax_avg.weights`.
           step: at which the average ends, one of :meth:`steps`; by default the last.
           names: of averages to make it of; by default all.
           normalize: see :func:`optax_avg.posthoc.coefficients`.
@@ -202,11 +235,14 @@ class SnapshotStore:
         Raises:
           ValueError: If not exactly one target is given, or there are no snapshots.
         """
-        goal = _reconstruct.target_of(sigma_rel, half_life, window, weight, self._every)
+        goal = _plan.target_of(sigma_rel, half_life, window, weight)
         self.wait()
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader)
-            return _reconstruct.planned(reader, records, goal, step, names, normalize)
+            return _reconstruct.without_broken(
+                records,
+                lambda left: _plan.planned(reader, left, goal, step, names, normalize),
+            )
 
     def reconstruct(
         self,
@@ -224,15 +260,16 @@ class SnapshotStore:
 
         Goes leaf by leaf: no more is in memory than the result and two leaves. A
         snapshot that cannot be read, or not as it was written, is reported by a warning
-        and left out, and so is how much the snapshots lack to express the target.
+        and left out. Another warning says how much the snapshots lack to express the
+        target, the rounding of their dtypes included.
 
         Args:
           params: a tree of arrays or of ``jax.ShapeDtypeStruct`` that the result is
             like in structure, dtypes and shardings; leaves that were not averaged come
             from it. By default nested dicts in float32 or wider.
           sigma_rel: see :meth:`plan`, as all that follow.
-          half_life: of an EMA, in iterates.
-          window: iterates in a uniform mean of the latest.
+          half_life: of an EMA, in optimizer steps.
+          window: optimizer steps whose iterates a uniform mean takes.
           weight: or any weight of :mod:`optax_avg.weights`.
           step: at which the average ends.
           names: of averages to make it of.
@@ -244,14 +281,14 @@ class SnapshotStore:
         Raises:
           ValueError: If there is nothing to make it of, or ``params`` has other leaves.
         """
-        goal = _reconstruct.target_of(sigma_rel, half_life, window, weight, self._every)
+        goal = _plan.target_of(sigma_rel, half_life, window, weight)
         self.wait()
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader)
 
             def made(left):
-                plan = _reconstruct.planned(reader, left, goal, step, names, normalize)
-                _reconstruct.warn_of_residual(plan)
+                plan = _plan.planned(reader, left, goal, step, names, normalize)
+                _plan.warn_of_residual(plan)
                 return _reconstruct.summed(reader, left, plan.parts, params)
 
             return _reconstruct.without_broken(records, made)
@@ -279,13 +316,14 @@ class SnapshotStore:
         self.wait()
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader, steps)
-            have = [s for s, record in records.items() if name in record.leaves]
-            wanted = have if steps is None else sorted(set(steps))
-            missing = [s for s in wanted if s not in have]
+            lack = [s for s, record in records.items() if name not in record.leaves]
+            there = _disk.steps_of(reader.directory)
+            wanted = sorted(set(there) - set(lack) if steps is None else set(steps))
+            missing = [s for s in wanted if s not in there or s in lack]
             if missing or not wanted:
                 raise ValueError(
                     f"{self.directory} has no snapshot of {name!r} at steps "
-                    f"{missing}; it has {_disk.steps_of(reader.directory)}."
+                    f"{missing}; it has {there}."
                 )
 
             def made(left):
@@ -297,36 +335,75 @@ class SnapshotStore:
 
             return _reconstruct.without_broken(records, made)
 
-    def _averages(self, opt_state: Any) -> Iterator[tuple[str, Any, int, Any]]:
-        """Name, tree, number of iterates and kind of the averages that have begun."""
-        seen = set()
+    def _averages(
+        self, opt_state: Any
+    ) -> Iterator[tuple[str, Any, int, dict[str, Any], _disk.Grid]]:
+        """The averages that have begun, with what a record says of them.
+
+        Name, tree, number of iterates, kind and where the iterates come from.
+        """
+        seen, unknown = set(), {}
         for node in readout.average_states(opt_state):
             counts = np.unique(np.asarray(node.absorbed)).tolist()
-            if isinstance(node, BemaState) or counts == [0]:
+            if counts == [0]:
                 continue
             if len(counts) > 1:
-                raise ValueError("stacked averages differ in the number of iterates.")
+                raise ValueError(
+                    f"the members of a stacked state have {counts} iterates; give each "
+                    "member a store of its own and save jax.tree.map(lambda x: x[i], "
+                    "opt_state)."
+                )
             for name in readout.trees_of(node):
                 if name in seen or name == PARAMETERS:
                     raise ValueError(
                         f"two averages are named {name!r}; give one another name=."
                     )
                 seen.add(name)
-                tree = readout.read_average(node, name, jnp.asarray(counts[0]))
-                yield name, tree, counts[0], self._kind(name, node)
+                kind, why = self._kind(name, node)
+                if why:
+                    unknown[name] = why
+                    continue
+                tree = readout.read_average(node, name)
+                yield name, tree, counts[0], kind, _grid(node)
+        for name, why in unknown.items():
+            if name not in self._named:
+                self._named.add(name)
+                warnings.warn(
+                    f"no snapshots of the average {name!r} are kept: {why}",
+                    UserWarning,
+                    stacklevel=3,
+                )
 
-    def _kind(self, name: str, node: Any) -> dict[str, Any]:
+    def _kind(self, name: str, node: Any) -> tuple[dict[str, Any], str]:
+        """What an average is, or why that cannot be told."""
+        if isinstance(node, BemaState):
+            return {}, "the correction of bema is not a mean of iterates."
+        grid, absorbed, rejected = _grid(node), _one(node.absorbed), _one(node.rejected)
+        missing = (grid.step - grid.start) // grid.every - absorbed
+        # The iterate of step start, which is not counted, may be among the rejected.
+        if missing not in (rejected, rejected - 1):
+            return {}, (
+                f"its iterates do not lie every {grid.every} steps after {grid.start}, "
+                "as its state says; start it anew where start= or every= changes."
+            )
         if isinstance(node, WindowState):
-            return {"window": int(jax.tree.leaves(node.windows)[0].shape[0])}
+            ring = jax.tree.leaves(node.windows)[0]
+            return {"window": ring.shape[jnp.ndim(node.absorbed)]}, ""
+        gamma = np.unique(np.asarray(node.gammas.get(name, [])))
+        if gamma.size == 1:
+            return {"power": float(gamma[0])}, ""
         if name in self._weights:
-            return {"recorded": True}
-        power = _profiles.power_of_name(name)
-        if power:
-            return {"power": power.gamma}
-        raise ValueError(
-            f"the weights of the average {name!r} are not known; write SnapshotStore("
-            f"directory, weights={{{name!r}: optax_avg.weights.ema(0.999)}})."
+            return {"recorded": True}, ""
+        return {}, (
+            "its weights are not known; write SnapshotStore(directory, weights="
+            f"{{{name!r}: optax_avg.weights.ema(0.999)}})."
         )
+
+    def _opened(self) -> _writer.Writer:
+        if self._writer is None:
+            self._writer = _writer.open_writer(self.directory)
+            self._last = max(_disk.steps_of(self.directory), default=-1)
+        return self._writer
 
     @contextlib.contextmanager
     def _reported(self) -> Iterator[None]:
@@ -344,7 +421,7 @@ class SnapshotStore:
     def _let_go(self) -> None:
         writer, self._writer = self._writer, None
         if writer is not None:
-            _disk.close_writer(writer)
+            _writer.close_writer(writer)
 
 
 def _whole_step(step: Any) -> int:
@@ -354,6 +431,15 @@ def _whole_step(step: Any) -> int:
     if not whole or int(step) < 0:
         raise ValueError(f"step must be an integer >= 0, got {step!r}.")
     return int(step)
+
+
+def _one(counter: Any) -> int:
+    """A counter of a state, one of equals where states are stacked."""
+    return int(np.ravel(np.asarray(counter))[0])
+
+
+def _grid(node: Any) -> _disk.Grid:
+    return _disk.Grid(_one(node.step), _one(node.start), _one(node.every))
 
 
 def _by_path(tree: Any, dtype: Any) -> dict[_disk.Path, jax.Array]:
