@@ -164,8 +164,6 @@ def test_scale(case, scale):
     big = functools.partial(jax.tree.map, lambda x: x * scale)
     found = COMPILED[case]([big(m) for m in models], big(base))
     wanted = big(COMPILED[case](models, base))
-    if case == "variance_corrected" and scale < 1:  # variances of 1e-60 are zero
-        wanted = big(merging.weighted(models, W))
     chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5 * scale)
 
 
@@ -189,6 +187,71 @@ def test_sharded(case):
     merge = jax.jit(CASES[case][0])
     found, wanted = merge(spread[:3], spread[3]), merge(plain[:3], plain[3])
     chex.assert_trees_all_close(found, wanted, rtol=1e-4, atol=1e-5)
+
+
+def pick(*values):
+    return lambda rng, shape: rng.choice(np.float32(values), size=shape)
+
+
+ODD = {
+    "huge": pick(-1e38, 5e37, 1e38),
+    "large": pick(-1e30, 2e30, 1e30),
+    "tiny": pick(-1e-30, 2e-30, 1e-30),
+    "denormal": pick(-1e-45, 0, 1e-45),
+    "zero": pick(0.0),
+    "signs": pick(-1.0, 1.0),
+    "mixed": pick(-1e30, 1e-30, 0.0, 1.0),
+}
+
+
+@every_case
+@pytest.mark.parametrize("values", ODD)
+def test_finite_models_give_finite_ones(case, values):
+    """Outside jit as within; never beyond what the models and a scale span."""
+    merge = CASES[case][0]
+    if case in ("fisher", "gradient_matching"):  # squares would not be finite
+        merge = CURVED[case]
+    rng = np.random.default_rng(13)
+    for _ in range(5):
+        shapes = {"one": (1,), "two": (2,), "many": (20,)}
+        trees = [{k: ODD[values](rng, s) for k, s in shapes.items()} for _ in range(4)]
+        # Model 0 and its opposite: neither angle nor mean direction.
+        trees[1] = {k: -x for k, x in trees[0].items()}
+        found = merge(trees[:3], trees[3])
+        for name in shapes:
+            most = max(np.abs(np.float64(t[name])).max() for t in trees)
+            assert (np.abs(np.float64(found[name])) <= 7 * most).all(), (
+                name,
+                trees,
+                found,
+            )
+
+
+CURVED = {
+    "fisher": lambda ms, b: merging.fisher(ms, [size(m) for m in ms], W),
+    "gradient_matching": lambda ms, b: merging.gradient_matching(
+        ms, [size(m) for m in ms], b, size(b), 0.6
+    ),
+}
+
+
+def size(tree):
+    return jax.tree.map(abs, tree)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e30, 1e38])
+def test_angles_do_not_depend_on_the_size(scale):
+    models = [jnp.array([0.4, 0.0]), jnp.array([0.0, 0.4]), jnp.array([0.4, 0.2])]
+    base, big = jnp.zeros(2), [x * scale for x in models]
+    for merge in (
+        lambda xs: merging.slerp(xs[0], xs[1], 0.3),
+        merging.karcher,
+        merging.variance_corrected,
+        lambda xs: merging.model_stock(xs, base),
+        lambda xs: merging.ties(xs, base, 1.0),
+    ):
+        found = np.float64(merge(big)) / scale
+        np.testing.assert_allclose(found, merge(models), rtol=1e-5)
 
 
 # --- identities ---
@@ -250,6 +313,86 @@ def test_karcher_of_two_is_the_middle_of_their_arc():
     chex.assert_trees_all_close(found, merging.slerp(unit(a), unit(b), 0.5), rtol=1e-4)
     zero = jnp.zeros(3)
     np.testing.assert_array_equal(merging.karcher([zero, zero]), zero)
+
+
+def test_karcher_without_a_mean_direction_is_the_weighted_mean():
+    a, b = jnp.array([3.0, 4.0]), jnp.array([1.0, -2.0])
+    for models, w in (
+        ([a, -a], [0.5, 0.5]),  # they cancel
+        ([a, -2 * a], [0.7, 0.3]),  # one is opposite to the mean of all
+        ([a, a, -a], W),
+        ([a, -a, b, -b], [0.25] * 4),
+        ([x[:1] for x in (a, b, -a)], W),  # one element: signs are all there is
+        ([x[:1] for x in (a, b, a)], W),
+    ):
+        wanted = merging.weighted(models, w)
+        for karcher in (merging.karcher, jax.jit(merging.karcher)):
+            np.testing.assert_allclose(karcher(models, w), wanted, atol=1e-6)
+    # As slerp has it, for which opposite models have no arc either.
+    found = merging.karcher([a, -a], [0.7, 0.3])
+    np.testing.assert_allclose(found, merging.slerp(a, -a, 0.3), rtol=1e-6)
+    # Two that cancel leave the mean of a third where it is.
+    u, v = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
+    np.testing.assert_allclose(merging.karcher([u, -u, v]), v, atol=1e-6)
+
+
+@pytest.mark.parametrize("values", ["near opposite", "near parallel"])
+@hypothesis.given(st.floats(1e-7, 0.5))
+def test_karcher_of_unit_vectors_stays_within_the_ball(values, angle):
+    turn = np.pi - angle if values == "near opposite" else angle
+    a, b = jnp.array([1.0, 0.0]), jnp.array([np.cos(turn), np.sin(turn)], jnp.float32)
+    for w in ([0.5, 0.5], [0.7, 0.3]):
+        assert float(_tree.norm(merging.karcher([a, b], w))) < 1.03
+
+
+def test_a_mean_that_is_only_rounding_is_not_blown_up():
+    x = jnp.asarray(np.random.default_rng(0).normal(size=50), jnp.float32)
+    found = merging.variance_corrected([x, -x, -x], [0.5, 0.3, 0.2])
+    np.testing.assert_allclose(found, 0, atol=1e-6)
+    constant = [jnp.full(7, v) for v in (0.1, 0.3, 0.7)]
+    found = merging.variance_corrected(constant, W)
+    np.testing.assert_allclose(found, merging.weighted(constant, W), rtol=1e-6)
+
+
+def kept_by_ties(models, base, density, scope, jit):
+    """How many elements of each model stay, and which, when it is merged alone."""
+    merge = lambda m, b: merging.ties([m], b, density, scope=scope)
+    merge = jax.jit(merge) if jit else merge
+    join = lambda tree: np.concatenate([np.ravel(x) for x in jax.tree.leaves(tree)])
+    return [join(merge(m, base)) != join(base) for m in models]
+
+
+@pytest.mark.parametrize("jit", [False, True])
+@pytest.mark.parametrize("scope", ["leaf", "global"])
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16, jnp.float32])
+def test_ties_keeps_exactly_its_share(dtype, scope, jit):
+    """However many magnitudes are equal, of bf16 or of signs; the first ones stay."""
+    rng = np.random.default_rng(14)
+    shapes = {"a": (40, 5), "b": (7,), "c": (1,), "d": (0, 3)}
+    base = {k: jnp.zeros(s, dtype) for k, s in shapes.items()}
+    coarse = lambda s: jnp.asarray(np.sign(rng.normal(size=s)) * rng.integers(1, 4, s))
+    models = [
+        {k: coarse(s).astype(dtype) for k, s in shapes.items()},
+        {k: jnp.ones(s, dtype) for k, s in shapes.items()},
+        {k: jnp.asarray(rng.normal(size=s), dtype) for k, s in shapes.items()},
+    ]
+    kept = kept_by_ties(models, base, 0.2, scope, jit)
+    wanted = 40 + 1 + 1 if scope == "leaf" else round(0.2 * 208)
+    for model, stays in zip(models, kept, strict=True):
+        assert stays.sum() == wanted
+        size = np.concatenate([np.abs(np.float64(x)).ravel() for x in model.values()])
+        parts = [slice(0, 200), slice(200, 207), slice(207, 208)]
+        for part in parts if scope == "leaf" else [slice(None)]:
+            order = np.argsort(-size[part], kind="stable")
+            first = order[: stays[part].sum()]
+            np.testing.assert_array_equal(np.flatnonzero(stays[part]), np.sort(first))
+
+
+def test_ties_with_64_bits():
+    with jax.enable_x64(True):
+        x = jnp.asarray([1.0, 1 + 1e-12, 1 - 1e-12, -1 - 1e-12, 0.5])
+        (kept,) = kept_by_ties([x], jnp.zeros(5), 0.4, "leaf", jit=False)
+    np.testing.assert_array_equal(kept, [False, True, False, True, False])
 
 
 def test_ties_compares_globally_as_the_authors_do():
@@ -372,10 +515,33 @@ def test_squared_gradients_hold_no_more_than_a_batch():
     assert memory(256) > 200 * one
 
 
+@pytest.mark.parametrize("value", [-1.0, np.inf, np.nan])
+def test_curvature_that_is_none_is_refused(value):
+    """Outside jit; within it, the weighted mean, and the base."""
+    x, y = {"w": jnp.array([1.0, 2.0])}, {"w": jnp.array([5.0, 4.0])}
+    good, bad = {"w": jnp.array([1.0, 1.0])}, {"w": jnp.array([1.0, value])}
+    match = r"must be finite and not negative; .* at \['w'\]"
+    fisher = lambda: merging.fisher([x, y], [bad, good], [0.25, 0.75])
+    matching = lambda: merging.gradient_matching([x, y], [bad, bad], x, good)
+    for call in (fisher, matching):
+        with pytest.raises(ValueError, match=match):
+            call()
+    if value == -1:  # a sum that is, of matrices that are not
+        with pytest.raises(ValueError, match=match):
+            merging.fisher([x, y], [good, good | {"w": jnp.array([1.0, 9.0])}], [2, -1])
+    if value != -1:
+        np.testing.assert_allclose(jax.jit(fisher)()["w"], [4, 3.5])
+        np.testing.assert_allclose(jax.jit(matching)()["w"][1], 2)
+
+
 @pytest.mark.parametrize(
     ("call", "message"),
     [
         (lambda a, b: merging.uniform([]), "there are no models"),
+        (
+            lambda a, b: merging.uniform([a, a | {"v": 1j * a["v"]}]),
+            r"tree 1 is complex at \['v'\]",
+        ),
         (lambda a, b: merging.greedy_soup([], lambda x: 0), "there are no models"),
         (lambda a, b: merging.weighted([a, a], [1.0]), "as many weights"),
         (

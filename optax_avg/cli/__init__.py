@@ -1,50 +1,55 @@
 """The command ``optax-avg``: averages and merges of checkpoints larger than memory.
 
-Exit codes: 0 done, 1 not done (the reason is printed), 2 wrong usage, 130 and 143
-stopped by a signal.
+Exit codes: 0 done, 1 not done (the reason is printed), 2 wrong usage, 129, 130 and 143
+stopped by a signal (hang-up, interrupt, termination).
 """
 
 import logging
-import signal
 import sys
 import warnings
 
-import typer
+try:
+    import typer
 
-from optax_avg.cli import _averages, _output
-from optax_avg.cli._merge import merge
+    from optax_avg.cli import _averages, _output, _signals
+    from optax_avg.cli._merge import merge
+except ImportError as error:
+    raise ImportError(
+        'optax-avg needs typer and rich; write pip install "optax_avg[cli]".'
+    ) from error
 
 app = typer.Typer(
     help="Averages and merges of checkpoints, a few leaves in memory at a time.",
+    epilog="Exit codes: 0 done; 1 not done, for the reason that is printed; 2 wrong "
+    "usage; 129, 130 and 143 stopped by a signal, with nothing written. A run that is "
+    "killed may leave a directory beside --out, whose name ends with .partial; the "
+    "next run names it.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
 )
 app.add_typer(merge, name="merge")
-app.command()(_averages.reconstruct)
-app.command()(_averages.inspect)
+app.command(epilog=_output.example("reconstruct snapshots --sigma-rel 0.08 --out ema"))(
+    _averages.reconstruct
+)
+app.command(epilog=_output.example("inspect ema"))(_averages.inspect)
 
 
 def main() -> None:
     """Runs the command; what goes wrong is one line, and nothing is half written."""
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {n: signal.signal(n, _output.note) for n in numbers}
-    _output.signals.clear()
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("default")
-            warnings.showwarning = _warn
-            app()
-    except _output.Stopped:
-        _output.say("stopped; nothing was written.")
-        sys.exit(128 + _output.signals[0])
-    except (ValueError, OSError, ImportError, RuntimeError) as error:
-        _output.say(f"error: {error}")
-        sys.exit(1)
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    with _signals.watched():
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("default")
+                warnings.showwarning = _warn
+                app()
+        except _signals.Stopped:
+            _output.say("stopped; nothing was written.")
+            sys.exit(128 + _signals.signals[0])
+        except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+            _output.say(f"error: {str(error) or type(error).__name__}")
+            sys.exit(1)
 
 
 def _warn(message: object, *place: object, **more: object) -> None:

@@ -11,10 +11,11 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from optax_avg.cli._checkpoints import Checkpoint, Leaf, open_checkpoint
-from optax_avg.cli._output import Force, Only, Out, write
-from optax_avg.posthoc import _disk, _profiles, _reconstruct
-from optax_avg.posthoc._reconstruct import target_of
+from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg.cli._output import Only, Output, check, write, writes
+from optax_avg.cli._sources import Checkpoint, Leaf
+from optax_avg.posthoc import _clock, _disk, _plan, _reconstruct
+from optax_avg.posthoc._plan import target_of
 
 Row = tuple[str, int, Any]  # name, iterates, and which average it is, if known
 
@@ -27,17 +28,18 @@ class Normalize(StrEnum):
     none = "none"
 
 
+@writes
 def reconstruct(
     store: Annotated[str, typer.Argument(help="Directory of a SnapshotStore.")],
-    out: Out,
+    output: Output,
     sigma_rel: Annotated[
         float | None, typer.Option(help="Relative width of a power function.")
     ] = None,
     half_life: Annotated[
-        float | None, typer.Option(help="Half-life of an EMA, in iterates.")
+        float | None, typer.Option(help="Half-life of an EMA, in optimizer steps.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Iterates in a mean of the latest.")
+        int | None, typer.Option(help="Latest optimizer steps to take the mean of.")
     ] = None,
     step: Annotated[
         int | None, typer.Option(help="Where the average ends; by default the last.")
@@ -47,34 +49,47 @@ def reconstruct(
     ] = None,
     normalize: Annotated[Normalize, typer.Option()] = Normalize.constrained,
     dtype: Annotated[str, typer.Option(help="Of the result.")] = "float32",
-    force: Force = False,
 ) -> None:
     """Make an average that was not kept, from the snapshots of others.
 
     Snapshots that cannot be read are named and left out, and a width that the snapshots
-    cannot express is said, with those that they can.
+    cannot express is said, with those that they can. A half-life is that of an EMA
+    whose weights on the iterates sum to one.
     """
     kind = _dtype(dtype)
+    targets = {"sigma-rel": sigma_rel, "half-life": half_life, "window": window}
+    given = {name: x for name, x in targets.items() if x is not None}
+    if len(given) != 1:
+        raise typer.BadParameter(
+            f"pass one of --sigma-rel, --half-life and --window, got {len(given)}."
+        )
     goal = target_of(sigma_rel, half_life, window)
+    check(output, [store])
     with _disk.reader_of(_disk.absolute(store)) as reader:
         records = _reconstruct.records_of(reader)
 
         def summed(left: dict[int, _disk.Record]) -> None:
-            plan = _reconstruct.planned(
+            plan = _plan.planned(
                 reader, left, goal, step, name or None, normalize.value
             )
-            _reconstruct.warn_of_residual(plan)
+            _plan.warn_of_residual(plan)
             stored = _reconstruct.leaves_of(left, plan.parts)
             place = _reconstruct.sharding_of(None)
 
-            def make(batch: list[int]) -> list[np.ndarray]:
+            def make(batch: list[int]) -> list[list[np.ndarray]]:
                 found = _reconstruct.summed_leaves(
                     reader, left, plan.parts, batch, [place] * len(batch)
                 )
-                return [np.asarray(x.astype(kind)) for x in found]
+                return [[np.asarray(x.astype(kind))] for x in found]
 
             leaves = [Leaf(leaf.path, leaf.shape, str(kind)) for leaf in stored]
-            write(out, leaves, make, force)
+            size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in stored)
+            reads = [(store, size * len(plan.parts))]
+            wanted = ", ".join(f"--{name} {x}" for name, x in given.items())
+            what = (
+                f"{wanted} at step {plan.parts[-1].step} of {len(plan.parts)} snapshots"
+            )
+            write(output, reads, leaves, make, what)
 
         _reconstruct.without_broken(records, summed)
 
@@ -95,17 +110,22 @@ def inspect(
 ) -> None:
     """Show leaves, dtypes and bytes; of a store, its averages, widths and mean ages."""
     shown = Console()
-    if _disk.is_store(path):
-        with _disk.reader_of(path) as reader:
-            records = _reconstruct.records_of(reader)
-            if not records:
-                raise ValueError(f"{path} has no snapshot that can be read.")
-            last = records[max(records)]
+    if path and _disk.is_store(path):
+        with _disk.reader_of(_disk.absolute(path)) as reader:
+
+            def newest(left: dict[int, _disk.Record]) -> tuple[Any, ...]:
+                if not left:
+                    raise ValueError(f"{path} has no snapshot that can be read.")
+                last = left[max(left)]
+                chosen = [(last, name) for name in last.leaves]
+                return left, last, _plan.kinds_of(reader, chosen, {last.step: 0})
+
+            records, last, kinds = _reconstruct.without_broken(
+                _reconstruct.records_of(reader), newest
+            )
             shown.print(
                 f"{len(records)} snapshots, steps {min(records)} to {max(records)}"
             )
-            chosen = [(last, name) for name in last.leaves]
-            kinds = _reconstruct.kinds_of(reader, chosen)
             shown.print(
                 _table((name, last.absorbed[name], k) for (_, name), k in kinds.items())
             )
@@ -139,9 +159,12 @@ def _averages_in(source: Checkpoint) -> list[Row]:
                 continue
             name = leaf.path[depth + 1]
             if (count, name) not in rows:
-                kind: Any = _profiles.power_of_name(name)
+                gamma = where.get((*leaf.path[:depth], "gammas", name))
+                kind: Any = None
                 if field == "windows":
-                    kind = _profiles.Window(leaf.shape[0])
+                    kind = _clock.Window(leaf.shape[0])
+                elif gamma is not None:
+                    kind = _clock.Power(float(np.max(source.read([gamma])[0])))
                 rows[count, name] = (name, int(np.max(source.read([count])[0])), kind)
     return [*rows.values()]
 
@@ -152,7 +175,7 @@ def _table(rows: Iterable[Row]) -> Table:
         if kind is None or not t:
             table.add_row(name, str(t))
             continue
-        p = _profiles.weights_on_iterates(kind, t)
+        p = _clock.weights_on_iterates(kind, t)
         mean = float(p @ np.arange(t + 1))
         width = math.sqrt(max(float(p @ (np.arange(t + 1) - mean) ** 2), 0)) / t
         described = type(kind).__name__.lower()

@@ -1,237 +1,325 @@
-"""``optax-avg merge``: the functions of :mod:`optax_avg.merging` over checkpoints."""
+"""``optax-avg merge``: the methods of :mod:`optax_avg.merging` over checkpoints."""
 
-import zlib
+import inspect
+import math
 from collections.abc import Callable
-from concurrent.futures import ThreadPoolExecutor
-from typing import Annotated, Any
+from typing import Annotated, Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 import typer
 
 from optax_avg import merging
-from optax_avg.cli._checkpoints import Leaf, open_checkpoint
-from optax_avg.cli._output import Force, Only, Out, write
+from optax_avg.cli._huggingface import folder_of
+from optax_avg.cli._leafwise import Method, as_a_whole, by_rule, merge_checkpoints
+from optax_avg.cli._output import Output, bundles, example, writes
+from optax_avg.cli._safetensors import SUFFIX
+from optax_avg.cli._shards import bytes_of, folder_like
+from optax_avg.cli._targets import Format
+from optax_avg.cli._writing import format_of, safetensors_with
+from optax_avg.merging import curvature, soups, spheres, task_vectors
 
 merge = typer.Typer(
     help="Merge finished models of the same leaves into one. A model is an Orbax "
-    "checkpoint or a .safetensors file; the result has the dtypes of the first.",
+    "checkpoint, a .safetensors file or a Hugging Face folder of such files. The "
+    "result has the dtypes, integers and metadata of the first model, of the base for "
+    "wise-ft. If that is a Hugging Face folder, --out is one too, with its "
+    "configuration and tokenizer, unless it ends with .safetensors.",
     no_args_is_help=True,
+    epilog=example("merge soup a.safetensors b.safetensors --out soup.safetensors"),
 )
-READERS = 2  # models that are read at the same time
+LARGEST = "5GB"  # shards of Hugging Face folders
 Models = Annotated[list[str], typer.Argument(help="The models.")]
 Base = Annotated[str, typer.Option(help="The model that they were fine-tuned from.")]
 Scale = Annotated[float, typer.Option(help="Of what is added to the base.")]
 Weights = Annotated[
     str | None, typer.Option(help="Of the models, such as 0.7,0.3; their sum is one.")
 ]
+Extrapolate = Annotated[
+    bool, typer.Option("--extrapolate", help="Allow what does not lie between models.")
+]
+Only = Annotated[
+    str | None,
+    typer.Option(help="The subtree to take, such as params or state.params."),
+]
+AllowNonfinite = Annotated[
+    bool, typer.Option("--allow-nonfinite", help="Merge models with NaN or inf.")
+]
+MaxShardSize = Annotated[
+    str | None,
+    typer.Option(help=f"Of a Hugging Face folder, such as 500MB; default {LARGEST}."),
+]
 
 
-def _merge(
-    rule: Callable[..., Any],
-    models: list[str],
-    others: list[str],
-    out: str,
-    only: str | None,
-    force: bool,
-    compiles: Callable[..., Any] = jax.jit,
-) -> None:
-    """Merges ``rule(name, models, *others)`` leaf by leaf.
+class Common(NamedTuple):
+    """Options of every merge, beside those of every command that writes."""
 
-    A name is the number that :func:`optax_avg.merging.dare` makes of it.
-    """
-    paths = [*models, *others]
-    sources = [open_checkpoint(path, only) for path in paths]
-    leaves = sources[0].leaves
-    places = []
-    for path, source in zip(paths, sources, strict=True):
-        where = {leaf.path: i for i, leaf in enumerate(source.leaves)}
-        _check_alike(leaves, [source.leaves[i] for i in where.values()], path, paths[0])
-        places.append([where[leaf.path] for leaf in leaves])
-    n = len(models)
-    compiled = compiles(lambda name, xs: rule(name, xs[:n], *xs[n:]))
+    only: str | None
+    allow_nonfinite: bool
+    max_shard_size: str | None
 
-    def merged(i: int, arrays: list[np.ndarray]) -> np.ndarray:
-        path, dtype = leaves[i].path, leaves[i].dtype
-        name = zlib.crc32("".join(f"[{part!r}]" for part in path).encode())
-        # What JAX would make 32 bits of, it gets as it is.
-        with jax.enable_x64(dtype in ("float64", "complex128")):
-            return np.asarray(compiled(np.uint32(name), arrays))
 
-    def make(batch: list[int]) -> list[np.ndarray]:
-        floats = [
-            i for i in batch if jnp.issubdtype(jnp.dtype(leaves[i].dtype), jnp.inexact)
-        ]
-        kept = [i for i in batch if i not in floats]
-        made = dict(zip(kept, sources[0].read(kept), strict=True))
-        columns = list(
-            readers.map(
-                lambda source, place: source.read([place[i] for i in floats]),
-                sources,
-                places,
-            )
+def _merges(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of :class:`Common` and :class:`Output`."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    options = [
+        inspect.Parameter("only", kind, annotation=Only, default=None),
+        inspect.Parameter(
+            "allow_nonfinite", kind, annotation=AllowNonfinite, default=False
+        ),
+        inspect.Parameter(
+            "max_shard_size", kind, annotation=MaxShardSize, default=None
+        ),
+    ]
+    return writes(bundles(command, "common", Common, options))
+
+
+def _merge(method: Method, paths: list[str], output: Output, common: Common) -> None:
+    """Merges the models and what else a method takes."""
+    size = common.max_shard_size
+    try:
+        max_bytes = bytes_of(LARGEST if size is None else size)
+    except ValueError as error:
+        raise typer.BadParameter(f"--max-shard-size: {error}") from error
+    folder = None if output.out.endswith(SUFFIX) else folder_of(paths[0])
+    if folder is None and size is not None:
+        raise typer.BadParameter(
+            "--max-shard-size is for Hugging Face folders; the first model is none, or "
+            f"--out names a {SUFFIX} file."
         )
-        for i in reversed(floats):
-            made[i] = merged(i, [column.pop() for column in columns])
-        return [made[i] for i in batch]
+    if folder is not None and common.only is not None:
+        raise typer.BadParameter(
+            f"--only takes a part, no Hugging Face model; pass --out NAME{SUFFIX}."
+        )
 
-    with ThreadPoolExecutor(READERS) as readers:
-        write(out, leaves, make, force)
+    def kind(path: str, metadata: dict[str, str]) -> Format:
+        if folder is not None:
+            return folder_like(folder, max_bytes, metadata)
+        return safetensors_with(metadata) if path.endswith(SUFFIX) else format_of(path)
 
-
-def _check_alike(leaves: list[Leaf], others: list[Leaf], path: str, first: str) -> None:
-    theirs = {leaf.path: leaf.shape for leaf in others}
-    ours = {leaf.path: leaf.shape for leaf in leaves}
-    for name, shape in ours.items():
-        if name not in theirs:
-            raise ValueError(f"{path} has no leaf {'.'.join(name)}, which {first} has.")
-        if theirs[name] != shape:
-            raise ValueError(
-                f"{'.'.join(name)} has shape {theirs[name]} in {path}, {shape} in "
-                f"{first}."
-            )
-    for name in theirs:
-        if name not in ours:
-            raise ValueError(f"{path} has a leaf {'.'.join(name)}, {first} has not.")
+    merge_checkpoints(
+        method,
+        paths,
+        output,
+        only=common.only,
+        allow_nonfinite=common.allow_nonfinite,
+        format_of=kind,
+    )
 
 
-def _numbers(given: str | None, models: list[str]) -> list[float]:
+def _numbers(given: str | None, n: int, extrapolate: bool) -> list[float] | None:
+    """Weights of the models; None for equal ones."""
     if given is None:
-        return [1 / len(models)] * len(models)
+        return None
     try:
         found = [float(x) for x in given.split(",")]
     except ValueError as error:
         raise typer.BadParameter(f"--weights {given} are not numbers.") from error
-    if len(found) != len(models) or abs(sum(found) - 1) > 1e-6:
+    if len(found) != n or not abs(sum(found) - 1) <= 1e-6:
         raise typer.BadParameter(
-            f"--weights must be {len(models)} numbers of sum one, got {given}."
+            f"--weights must be {n} numbers of sum one, got {given}."
+        )
+    if min(found) < 0 and not extrapolate:
+        raise typer.BadParameter(
+            f"--weights {given} are not all between 0 and 1; pass --extrapolate to "
+            "use them."
         )
     return found
 
 
-@merge.command()
+def _between(name: str, value: float, extrapolate: bool) -> float:
+    """A position between two models."""
+    if not math.isfinite(value) or not (0 <= value <= 1 or extrapolate):
+        raise typer.BadParameter(
+            f"{name} {value:g} is not between 0 and 1; pass --extrapolate to use it."
+        )
+    return value
+
+
+def _finite(name: str, value: float) -> float:
+    if not math.isfinite(value):
+        raise typer.BadParameter(f"{name} must be finite, got {value:g}.")
+    return value
+
+
+def _check_count(name: str, given: list[str], n: int) -> None:
+    if len(given) != n:
+        raise typer.BadParameter(f"{n} models need as many {name}.")
+
+
+@merge.command(
+    epilog=example(
+        "merge soup a.safetensors b.safetensors --weights 0.7,0.3 --out "
+        "soup.safetensors"
+    ),
+)
+@_merges
 def soup(
     models: Models,
-    out: Out,
+    output: Output,
+    common: Common,
     weights: Weights = None,
-    only: Only = None,
-    force: Force = False,
+    extrapolate: Extrapolate = False,
 ) -> None:
     """Take the weighted mean, by default the uniform one."""
-    w = _numbers(weights, models)
-    _merge(lambda _, xs: merging.weighted(xs, w), models, [], out, only, force)
+    n = len(models)
+    rule = soups.weighted_rule(n, _numbers(weights, n, extrapolate))
+    _merge(by_rule(rule), models, output, common)
 
 
-@merge.command("wise-ft")
+@merge.command(
+    "wise-ft",
+    epilog=example(
+        "merge wise-ft tuned.safetensors --base base.safetensors --alpha "
+        "0.5 --out mixed"
+    ),
+)
+@_merges
 def wise_ft(
     tuned: Annotated[str, typer.Argument(help="The fine-tuned model.")],
     base: Base,
-    out: Out,
+    output: Output,
+    common: Common,
     alpha: Annotated[float, typer.Option(help="0: the base; 1: fine-tuned.")] = 0.5,
-    only: Only = None,
-    force: Force = False,
+    extrapolate: Extrapolate = False,
 ) -> None:
     """Interpolate between a model and what it was fine-tuned from."""
-    rule = lambda _, xs, x0: merging.wise_ft(x0, xs[0], alpha)
-    _merge(rule, [tuned], [base], out, only, force)
+    alpha = _between("--alpha", alpha, extrapolate)
+    rule = soups.wise_ft_rule(alpha)
+    _merge(by_rule(rule), [base, tuned], output, common)
 
 
-@merge.command("model-stock")
-def model_stock(
-    models: Models, base: Base, out: Out, only: Only = None, force: Force = False
-) -> None:
+@merge.command(
+    "model-stock",
+    epilog=example(
+        "merge model-stock a.safetensors b.safetensors --base "
+        "base.safetensors --out stock"
+    ),
+)
+@_merges
+def model_stock(models: Models, base: Base, output: Output, common: Common) -> None:
     """Go from the mean towards the base, as far as the angle between models says."""
-    _merge(lambda _, *xs: merging.model_stock(*xs), models, [base], out, only, force)
+    rule = task_vectors.model_stock_rule(len(models))
+    _merge(by_rule(rule), [*models, base], output, common)
 
 
-@merge.command("task-arithmetic")
+@merge.command(
+    "task-arithmetic",
+    epilog=example(
+        "merge task-arithmetic a.safetensors b.safetensors --base "
+        "base.safetensors --scale 0.4 --out sum"
+    ),
+)
+@_merges
 def task_arithmetic(
-    models: Models,
-    base: Base,
-    out: Out,
-    scale: Scale = 1.0,
-    only: Only = None,
-    force: Force = False,
+    models: Models, base: Base, output: Output, common: Common, scale: Scale = 1.0
 ) -> None:
     """Add what fine-tuning changed to the base."""
-    rule = lambda _, xs, x0: merging.task_arithmetic(xs, x0, scale)
-    _merge(rule, models, [base], out, only, force)
+    rule = task_vectors.task_arithmetic_rule(_finite("--scale", scale))
+    _merge(by_rule(rule), [*models, base], output, common)
 
 
-@merge.command()
+@merge.command(
+    epilog=example(
+        "merge ties a.safetensors b.safetensors --base base.safetensors "
+        "--density 0.2 --out ties"
+    ),
+)
+@_merges
 def ties(
     models: Models,
     base: Base,
-    out: Out,
+    output: Output,
+    common: Common,
     density: Annotated[float, typer.Option(help="Share of a leaf that stays.")] = 0.2,
     scale: Scale = 1.0,
     drop: Annotated[
         bool, typer.Option("--dare", help="Keep the share at random, rescaled (DARE).")
     ] = False,
     seed: Annotated[int, typer.Option(help="Of --dare.")] = 0,
-    only: Only = None,
-    force: Force = False,
 ) -> None:
-    """Trim task vectors, elect signs, average who agree; --dare drops instead."""
+    """Trim task vectors, elect signs, average who agree; --dare drops instead.
 
-    def rule(name: Any, xs: Any, x0: Any) -> Any:
-        if drop:
-            key = jax.random.fold_in(jax.random.key(seed), name)
-            dropped = merging.dare(xs, x0, density, key)
-            return merging.ties(dropped, x0, 1.0, scale=scale)
-        return merging.ties(xs, x0, density, scale=scale)
+    Large leaves are merged in parts; with --dare they are merged whole.
+    """
+    n, scale = len(models), _finite("--scale", scale)
+    rule = task_vectors.ties_rule(n, density, scale)
 
-    # Its threshold is found on the host, the rest is compiled in it.
-    compiles = jax.jit if drop else (lambda rule: rule)
-    _merge(rule, models, [base], out, only, force, compiles)
+    @jax.jit
+    def dropped(number: Any, xs: list[jax.Array]) -> jax.Array:
+        key = jax.random.fold_in(jax.random.key(seed), number)
+        kept = merging.dare(xs[:n], xs[n], density, key)
+        return merging.ties(kept, xs[n], 1.0, scale=scale)
+
+    method = by_rule(rule)
+    if drop:
+        number = lambda leaf: jax.numpy.uint32(task_vectors.number_of(leaf.name))
+        method = as_a_whole(lambda leaf, xs: dropped(number(leaf), xs))
+    _merge(method, [*models, base], output, common)
 
 
-@merge.command()
+@merge.command(
+    epilog=example(
+        "merge slerp a.safetensors b.safetensors --t 0.3 --out between.safetensors"
+    ),
+)
+@_merges
 def slerp(
     a: Annotated[str, typer.Argument(help="The model at 0.")],
     b: Annotated[str, typer.Argument(help="The model at 1.")],
-    out: Out,
+    output: Output,
+    common: Common,
     t: Annotated[float, typer.Option(help="Position on the arc.")] = 0.5,
-    only: Only = None,
-    force: Force = False,
+    extrapolate: Extrapolate = False,
 ) -> None:
     """Interpolate along the arc between two models."""
-    rule = lambda _, xs: merging.slerp(xs[0], xs[1], t)
-    _merge(rule, [a, b], [], out, only, force)
+    rule = spheres.slerp_rule(_between("--t", t, extrapolate))
+    _merge(by_rule(rule), [a, b], output, common)
 
 
-@merge.command()
+@merge.command(
+    epilog=example("merge karcher a.safetensors b.safetensors --out k.safetensors"),
+)
+@_merges
 def karcher(
-    models: Models,
-    out: Out,
-    weights: Weights = None,
-    only: Only = None,
-    force: Force = False,
+    models: Models, output: Output, common: Common, weights: Weights = None
 ) -> None:
     """Take the mean direction on the sphere, times the mean norm."""
-    w = _numbers(weights, models)
-    _merge(lambda _, xs: merging.karcher(xs, w), models, [], out, only, force)
+    n = len(models)
+    rule = spheres.karcher_rule(n, _numbers(weights, n, extrapolate=True))
+    _merge(by_rule(rule), models, output, common)
 
 
-@merge.command("variance-corrected")
+@merge.command(
+    "variance-corrected",
+    epilog=example(
+        "merge variance-corrected a.safetensors b.safetensors --out corrected"
+    ),
+)
+@_merges
 def variance_corrected(
     models: Models,
-    out: Out,
+    output: Output,
+    common: Common,
     weights: Weights = None,
-    only: Only = None,
-    force: Force = False,
+    extrapolate: Extrapolate = False,
 ) -> None:
     """Take the mean and rescale each leaf to the variance of its inputs."""
-    w = _numbers(weights, models)
-    rule = lambda _, xs: merging.variance_corrected(xs, w)
-    _merge(rule, models, [], out, only, force)
+    n = len(models)
+    rule = soups.variance_rule(n, _numbers(weights, n, extrapolate))
+    _merge(by_rule(rule), models, output, common)
 
 
-@merge.command()
+@merge.command(
+    epilog=example(
+        "merge fisher a.safetensors b.safetensors --fisher fa.safetensors "
+        "--fisher fb.safetensors --out by_fisher"
+    ),
+)
+@_merges
 def fisher(
     models: Models,
-    out: Out,
+    output: Output,
+    common: Common,
     fishers: Annotated[
         list[str],
         typer.Option(
@@ -239,22 +327,29 @@ def fisher(
         ),
     ],
     weights: Weights = None,
-    only: Only = None,
-    force: Force = False,
+    extrapolate: Extrapolate = False,
 ) -> None:
     """Weigh every element by its Fisher information."""
-    if len(fishers) != len(models):
-        raise typer.BadParameter(f"{len(models)} models need as many --fisher.")
-    w = _numbers(weights, models)
-    rule = lambda _, xs, *fs: merging.fisher(xs, list(fs), w)
-    _merge(rule, models, fishers, out, only, force)
+    n = len(models)
+    _check_count("--fisher", fishers, n)
+    rule = curvature.fisher_rule(n, _numbers(weights, n, extrapolate))
+    _merge(by_rule(rule), [*models, *fishers], output, common)
 
 
-@merge.command("gradient-matching")
+@merge.command(
+    "gradient-matching",
+    epilog=example(
+        "merge gradient-matching a.safetensors b.safetensors --base "
+        "base.safetensors --hessian ha.safetensors --hessian hb.safetensors "
+        "--base-hessian h_base.safetensors --out matched"
+    ),
+)
+@_merges
 def gradient_matching(
     models: Models,
     base: Base,
-    out: Out,
+    output: Output,
+    common: Common,
     hessians: Annotated[
         list[str],
         typer.Option("--hessian", help="Diagonal Hessian; once a model, in order."),
@@ -262,14 +357,10 @@ def gradient_matching(
     base_hessian: Annotated[str, typer.Option(help="Diagonal Hessian of the base.")],
     scale: Scale = 1.0,
     damping: Annotated[float, typer.Option(help="Added to the base's Hessian.")] = 0.0,
-    only: Only = None,
-    force: Force = False,
 ) -> None:
     """Merge so that gradients match, by diagonal Hessians."""
-    if len(hessians) != len(models):
-        raise typer.BadParameter(f"{len(models)} models need as many --hessian.")
-
-    def rule(name: Any, xs: Any, x0: Any, h0: Any, *hs: Any) -> Any:
-        return merging.gradient_matching(xs, list(hs), x0, h0, scale, damping)
-
-    _merge(rule, models, [base, base_hessian, *hessians], out, only, force)
+    n, scale = len(models), _finite("--scale", scale)
+    _check_count("--hessian", hessians, n)
+    rule = curvature.gradient_matching_rule(n, scale, damping)
+    paths = [*models, *hessians, base, base_hessian]
+    _merge(by_rule(rule), paths, output, common)

@@ -1,65 +1,168 @@
-"""What all commands do: write leaf by leaf, show progress, stop at a signal."""
+"""What all commands do that write: check, or say what they would do, and write."""
 
-from collections.abc import Callable
-from typing import Annotated, Any
+import collections
+import contextlib
+import functools
+import inspect
+import os
+import sys
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Annotated, Any, NamedTuple
 
 import numpy as np
 import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from optax_avg.cli._checkpoints import Leaf, check_free, write_checkpoint
+from optax_avg.cli._commit import warn_of_leftovers
+from optax_avg.cli._huggingface import folder_of
+from optax_avg.cli._signals import check_signals
+from optax_avg.cli._sources import Leaf
+from optax_avg.cli._targets import Format, Target, check_room, room, target_of
+from optax_avg.cli._writing import format_of, write_checkpoint
 
 BATCH = 2**25  # bytes of leaves that are read and merged together
 
 Out = Annotated[
     str, typer.Option(help="The result: a directory for Orbax, or a .safetensors file.")
 ]
-Force = Annotated[bool, typer.Option("--force", help="Replace what is at --out.")]
+Force = Annotated[
+    bool, typer.Option("--force", help="Replace the checkpoint that is at --out.")
+]
+DryRun = Annotated[
+    bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+]
 Only = Annotated[
     str | None,
     typer.Option(help="The subtree to take, such as params or state.params."),
 ]
 
 
-class Stopped(BaseException):
-    """A signal has come. Not an Exception, which the layers below would take."""
+class Output(NamedTuple):
+    """The options of every command that writes, and the name of the command."""
+
+    command: str
+    out: str
+    force: bool
+    dry_run: bool
 
 
-signals: list[int] = []
+def writes(command: Callable[..., None]) -> Callable[..., None]:
+    """Gives a command the options of :class:`Output` for its argument ``output``."""
+    kind = inspect.Parameter.KEYWORD_ONLY
+    name = command.__name__.replace("_", "-")
+    shared = [
+        inspect.Parameter("out", kind, annotation=Out),
+        inspect.Parameter("force", kind, annotation=Force, default=False),
+        inspect.Parameter("dry_run", kind, annotation=DryRun, default=False),
+    ]
+    return bundles(command, "output", functools.partial(Output, name), shared)
 
 
-def note(number: int, frame: Any) -> None:
-    """Stops at the next leaf, at a second signal at once.
+def bundles(
+    command: Callable[..., None],
+    argument: str,
+    bundle: Callable[..., Any],
+    options: list[inspect.Parameter],
+) -> Callable[..., None]:
+    """A command with options in place of the argument that bundles them."""
+    given = inspect.signature(command)
+    kind = inspect.Parameter.KEYWORD_ONLY
+    own = [x for x in given.parameters.values() if x.name != argument]
 
-    An exception that is raised here may be lost in a callback of another library.
+    @functools.wraps(command)
+    def run(**values: Any) -> None:
+        found = bundle(**{x.name: values.pop(x.name) for x in options})
+        command(**{argument: found}, **values)
+
+    parameters = [x.replace(kind=kind) for x in own] + options
+    return _signed(run, given.replace(parameters=parameters))
+
+
+def _signed(function: Any, signature: inspect.Signature) -> Any:
+    function.__signature__ = signature
+    return function
+
+
+def example(arguments: str) -> str:
+    """What ``--help`` of a command ends with."""
+    return f"Example: optax-avg {arguments}"
+
+
+def check(
+    output: Output,
+    inputs: Sequence[str],
+    format_of: Callable[[str], Format] = format_of,
+) -> Target:
+    """Where the result goes, before anything is read.
+
+    Raises:
+      ValueError: If an input has no name, or the result cannot have its name.
+      FileExistsError: If there is something that is not to be replaced.
     """
-    del frame
-    signals.append(number)
-    if len(signals) > 1:
-        raise Stopped
-
-
-def check_signals() -> None:
-    """Stops if a signal has come."""
-    if signals:
-        raise Stopped
+    if "" in inputs:
+        raise ValueError("the path of an input is empty.")
+    # The path of an index stands for its folder.
+    read = [folder_of(path) or path for path in inputs]
+    return target_of(output.out, format_of, read, output.force)
 
 
 def say(line: str) -> None:
-    """Prints to standard error."""
-    Console(stderr=True).print(line, highlight=False, markup=False, soft_wrap=True)
+    """Prints to standard error, if there is still someone who listens."""
+    try:
+        print(line, file=sys.stderr, flush=True)
+    except OSError:
+        # What is left in the buffer must not fail at the end of the process.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def write(
-    out: str,
+    output: Output,
+    reads: list[tuple[str, int]],
     leaves: list[Leaf],
-    make: Callable[[list[int]], list[np.ndarray]],
-    force: bool,
+    make: Callable[[list[int]], Sequence[Iterable[np.ndarray]]],
+    what: str,
+    format_of: Callable[[str], Format] = format_of,
 ) -> None:
-    """Writes leaves that are made a batch at a time."""
-    check_free(out, force)
+    """Writes leaves that are made a batch at a time.
+
+    Args:
+      output: the options of the command.
+      reads: the inputs, and the bytes that are read of each.
+      leaves: of the result.
+      make: from indices of leaves to the elements of each, in one or several arrays.
+      what: the result is, for ``--dry-run``.
+      format_of: the kind of checkpoint that is written to a path.
+    """
+    target = check(output, [path for path, _ in reads], format_of)
+    target.format.check(leaves)
+    total = sum(leaf.nbytes for leaf in leaves)
+    check_room(target, total)
+    warn_of_leftovers(target)
+    if output.dry_run:
+        print(_plan(target, reads, leaves, what))
+        return
     order = sorted(range(len(leaves)), key=lambda i: leaves[i].path)
+    batch_of = _batches(leaves, order)
+    made: dict[int, Iterable[np.ndarray]] = {}
+    with _progress(target.shown, total) as advance:
+
+        def load(j: int) -> Iterator[np.ndarray]:
+            check_signals()
+            i = order[j]
+            if i not in made:
+                made.clear()
+                made.update(zip(batch_of[i], make(batch_of[i]), strict=True))
+            for part in made.pop(i):
+                check_signals()
+                advance(part.nbytes)
+                yield part
+
+        write_checkpoint(target, [leaves[i] for i in order], load)
+
+
+def _batches(leaves: list[Leaf], order: list[int]) -> dict[int, list[int]]:
+    """From each leaf to those that are made with it."""
     batch_of: dict[int, list[int]] = {}
     batch, total = [], 0
     for i in order:
@@ -68,27 +171,50 @@ def write(
         batch.append(i)
         batch_of[i] = batch
         total += leaves[i].nbytes
-    made: dict[int, np.ndarray] = {}
-    with _progress() as progress:
-        task = progress.add_task(out, total=sum(leaf.nbytes for leaf in leaves))
-
-        def load(j: int) -> np.ndarray:
-            check_signals()
-            i = order[j]
-            if i not in made:
-                made.clear()
-                made.update(zip(batch_of[i], make(batch_of[i]), strict=True))
-            progress.advance(task, leaves[i].nbytes)
-            return made.pop(i)
-
-        write_checkpoint(out, [leaves[i] for i in order], load, force=force)
+    return batch_of
 
 
-def _progress() -> Progress:
-    return Progress(
+def _plan(
+    target: Target, reads: list[tuple[str, int]], leaves: list[Leaf], what: str
+) -> str:
+    """What would be read, computed and written."""
+    lines = [f"read     {path}: {nbytes:,} bytes" for path, nbytes in reads]
+    by_dtype = collections.Counter(leaf.dtype for leaf in leaves)
+    dtypes = ", ".join(f"{count} of {dtype}" for dtype, count in by_dtype.items())
+    lines.append(f"compute  {what}: {len(leaves)} leaves, {dtypes}")
+    total = sum(leaf.nbytes for leaf in leaves)
+    free, _ = room(target)
+    lines.append(
+        f"write    {target.path}, {target.format.noun}: {total:,} bytes"
+        + ("" if free is None else f"; {free:,} are free on its disk")
+        + ("" if target.found is None else "; what is there is replaced")
+    )
+    return "\n".join([*lines, "Nothing was written."])
+
+
+@contextlib.contextmanager
+def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
+    """A bar on a terminal, which is drawn when the first leaves are made."""
+    bar = Progress(
         "{task.description}",
         BarColumn(),
         DownloadColumn(),
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
+    task = bar.add_task(name, total=total)
+
+    # Rich leaves when a terminal or a pipe was closed.
+    unseen = contextlib.suppress(OSError, SystemExit)
+
+    def advance(nbytes: int) -> None:
+        with unseen:
+            bar.start()
+        bar.advance(task, nbytes)
+
+    try:
+        yield advance
+    finally:
+        with unseen:
+            if bar.live.is_started:
+                bar.stop()

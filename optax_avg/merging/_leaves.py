@@ -1,23 +1,62 @@
-"""What merges share: leaf by leaf, in float32 or wider, with one check."""
+"""What merges share: leaf by leaf, in float32 or wider, with one check.
 
-from collections.abc import Callable, Sequence
-from typing import Any
+x = combine(find(x_1, ..., x_n), x_1, ..., x_n),    element by element in ``combine``
+"""
+
+import functools
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 
 from optax_avg import _tree
 
+# Slices of the leaves of all trees, from the first element to the last; anew each call.
+Slices = Callable[[], Iterator[list[Any]]]
 
-def checked_weights(models: Sequence[Any], weights: Any) -> Any:
-    """Weights of sum one, float64; traced ones as they are.
+
+class Rule(NamedTuple):
+    """A merge of one leaf of several trees, which may come slice by slice.
+
+    Attributes:
+      combine: from what was found and a slice of each tree to the merged slice.
+      find: from all slices to what ``combine`` must know of the whole leaf.
+      after: what was found, for a slice that begins after a number of elements.
+      fault: whether a slice holds what cannot be merged; None where nothing does.
+      complaint: what is then wrong.
+    """
+
+    combine: Callable[[Any, list[jax.Array]], jax.Array]
+    find: Callable[[Slices], Any] = lambda slices: None
+    after: Callable[[Any, int], Any] = lambda found, start: found
+    fault: Callable[[list[jax.Array]], jax.Array] | None = None
+    complaint: str = ""
+
+
+class Products(NamedTuple):
+    """Inner products of vectors, each in a unit of its own size.
+
+    Attributes:
+      units: (n,), a power of two near the largest element of each vector.
+      gram: (n, n), the inner products in these units.
+    """
+
+    units: jax.Array
+    gram: jax.Array
+
+
+def checked_weights(n: int, weights: Any) -> Any:
+    """Weights of sum one, float64; traced ones as they are; equal ones for None.
 
     Raises:
       ValueError: If their number or their sum is another.
     """
-    if len(weights) != len(models):
-        raise ValueError(f"{len(models)} models need as many weights, got {weights}.")
+    weights = [1 / max(n, 1)] * n if weights is None else weights
+    if len(weights) != n:
+        raise ValueError(f"{n} models need as many weights, got {weights}.")
     try:
         w = np.asarray(weights, np.float64)
     except (
@@ -52,27 +91,63 @@ def check_alike(models: Sequence[Any]) -> None:
                     f"tree {t} has shape {jnp.shape(b)} at {name or 'its leaf'}, the "
                     f"first {jnp.shape(a)}; the trees must be alike."
                 )
+            if jnp.iscomplexobj(b) and _tree.is_float(a) and not jnp.iscomplexobj(a):
+                raise ValueError(
+                    f"tree {t} is complex at {name or 'its leaf'}, the first is not; "
+                    "cast one of them."
+                )
 
 
-def over(
-    rule: Callable[..., Any],
-    models: Sequence[Any],
-    *bases: Any,
-    with_path: bool = False,
-) -> Any:
-    """Applies ``rule(leaves of the models, leaf of each base)`` leaf by leaf."""
-    check_alike([*models, *bases])
+def over(rule: Rule, trees: Sequence[Any], found: Any = None) -> Any:
+    """Merges trees leaf by leaf; leaves that are not floats come from the first.
 
-    def one(path, *leaves):
-        first = leaves[0]
+    Args:
+      rule: of a leaf.
+      trees: models and what else the rule takes.
+      found: by leaf, what the rule would find; by default it looks for it.
+
+    Raises:
+      ValueError: If the trees differ, or the rule finds fault with a leaf.
+    """
+    check_alike(trees)
+    paths, structure = jax.tree.flatten_with_path(trees[0])
+    columns = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    merged = []
+    for i, ((path, first), leaves) in enumerate(zip(paths, columns, strict=True)):
         if not _tree.is_float(first):
-            return first
-        wide = [_tree.wide(jnp.asarray(x)) for x in leaves]
-        xs, rest = wide[: len(models)], wide[len(models) :]
-        merged = rule(xs, *rest, path) if with_path else rule(xs, *rest)
-        return merged.astype(jnp.result_type(first))
+            merged.append(first)
+            continue
+        xs = widened(leaves)
+        if rule.fault is not None:
+            check(rule, rule.fault(xs), jax.tree_util.keystr(path) or "the leaf")
+        known = rule.find(lambda xs=xs: iter([xs])) if found is None else found[i]
+        merged.append(rule.combine(known, xs).astype(jnp.result_type(first)))
+    return structure.unflatten(merged)
 
-    return jax.tree_util.tree_map_with_path(one, *models, *bases)
+
+def check(rule: Rule, fault: Any, name: str) -> None:
+    """Raises if the rule found fault with a leaf; never under ``jit``."""
+    if not isinstance(fault, Tracer) and bool(fault):
+        raise ValueError(f"{rule.complaint} at {name}.")
+
+
+def widened(leaves: Sequence[Any]) -> list[jax.Array]:
+    """The leaves in float32 or wider."""
+    return [_tree.wide(jnp.asarray(x)) for x in leaves]
+
+
+def total(
+    slices: Slices,
+    of: Callable[[list[jax.Array]], Any],
+    join: Callable[[Any, Any], Any],
+) -> Any:
+    """What ``of`` finds in each slice, joined over all slices."""
+    return functools.reduce(join, (of(widened(xs)) for xs in slices()))
+
+
+def added(a: Any, b: Any) -> Any:
+    """Sums over two slices, as sums over both."""
+    return jax.tree.map(jnp.add, a, b)
 
 
 def weighted_sum(w: Any, xs: list[jax.Array]) -> Any:
@@ -80,19 +155,46 @@ def weighted_sum(w: Any, xs: list[jax.Array]) -> Any:
     return sum(jnp.asarray(a, x.dtype) * x for a, x in zip(w, xs, strict=True))
 
 
-def inner(a: jax.Array, b: jax.Array) -> jax.Array:
-    """``<a, b>`` over all elements."""
-    return jnp.sum(jnp.real(jnp.conj(a) * b))
+def unit_of(x: jax.Array) -> jax.Array:
+    """The power of two at or below the largest magnitude in ``x``."""
+    most = jnp.max(jnp.abs(x), initial=0)
+    info = jnp.finfo(most.dtype)
+    most = jnp.clip(most, info.tiny, info.max)
+    mantissa, _ = jnp.frexp(most)
+    return most / (2 * mantissa)
 
 
 # Compiled once a shape, not once a call, where merges are not themselves compiled.
 @jax.jit
-def size(x: jax.Array) -> jax.Array:
-    """``|x|``, without overflow."""
-    return _tree.norm([x])
+def products(xs: list[jax.Array]) -> Products:
+    """All inner products of vectors; no overflow, no underflow."""
+    units = [unit_of(x) for x in xs]
+    ys = [x / u for x, u in zip(xs, units, strict=True)]
+    n = len(ys)
+    # Half of them: the matrix is symmetric.
+    half = {
+        (i, j): jnp.sum(jnp.real(jnp.conj(ys[i]) * ys[j]))
+        for i in range(n)
+        for j in range(i + 1)
+    }
+    rows = [[half[max(i, j), min(i, j)] for j in range(n)] for i in range(n)]
+    return Products(jnp.stack(units), jnp.stack([jnp.stack(row) for row in rows]))
 
 
 @jax.jit
-def unit(x: jax.Array) -> jax.Array:
-    """``x/|x|``, 0 at 0."""
-    return _tree.unit([x])[0]
+def joined_products(a: Products, b: Products) -> Products:
+    """Products over two slices, as products over both."""
+    units = jnp.maximum(a.units, b.units)
+
+    def moved(p):
+        ratio = p.units / units
+        return p.gram * jnp.outer(ratio, ratio)
+
+    return Products(units, moved(a) + moved(b))
+
+
+def cosines(p: Products) -> tuple[jax.Array, jax.Array]:
+    """The norms of vectors in their units, and inner products of their directions."""
+    norms = jnp.sqrt(jnp.diagonal(p.gram))
+    safe = jnp.where(norms > 0, norms, 1)
+    return norms, p.gram / jnp.outer(safe, safe)

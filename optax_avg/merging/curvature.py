@@ -3,6 +3,7 @@
 x = x_0 + (H_0 + sum_t a H_t)^-1 sum_t a (H_t + H_0)(x_t - x_0)
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_avg import _tree
-from optax_avg.merging._leaves import check_alike, checked_weights, over
+from optax_avg.merging._leaves import Rule, checked_weights, over
 
 
 def fisher(
@@ -21,7 +22,8 @@ def fisher(
 ) -> Any:
     """Fisher merging: ``sum_t w_t F_t x_t/sum_t w_t F_t``, element by element.
 
-    Where no model has any information it is the weighted mean.
+    Where no model has any information it is the weighted mean; under ``jit``, where no
+    error can be raised, also where the sum is negative or not finite.
 
     Args:
       models: trees of one structure.
@@ -33,7 +35,8 @@ def fisher(
       A tree like the first model.
 
     Raises:
-      ValueError: If trees differ, or the weights do not sum to one.
+      ValueError: If trees differ, the weights do not sum to one, or an element of a
+        Fisher matrix or the sum of all is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -47,22 +50,39 @@ def fisher(
       2111.09832.
     """
     n = len(models)
-    w = checked_weights(models, [1 / max(n, 1)] * n if weights is None else weights)
     _check_count("fishers", fishers, n)
+    return over(fisher_rule(n, weights), [*models, *fishers])
 
-    def one(xs):
-        xs, fs = xs[:n], xs[n:]
+
+def fisher_rule(n: int, weights: Sequence[float] | None) -> Rule:
+    """Fisher merging of a leaf of ``n`` models and as many Fisher matrices."""
+    w = checked_weights(n, weights)
+
+    def sums(fs):
         # In units of the largest: products of tiny ones would vanish.
-        most = jnp.max(jnp.stack(fs), axis=0)
+        most = functools.reduce(jnp.maximum, fs)
         shares = [f / jnp.where(most > 0, most, 1) for f in fs]
-        total = sum(a * f for a, f in zip(w, shares, strict=True))
-        known = total > 0
+        return shares, sum(a * f for a, f in zip(w, shares, strict=True))
+
+    def combine(_, xs):
+        xs, fs = xs[:n], xs[n:]
+        shares, total = sums(fs)
+        known = (total > 0) & jnp.isfinite(total)
         total = jnp.where(known, total, 1)
         parts = zip(w, shares, xs, strict=True)
-        return sum(jnp.where(known, a * f / total, a) * x for a, f, x in parts)
+        means = (jnp.where(known, a * f / total, a) * x for a, f, x in parts)
+        return functools.reduce(jnp.add, means)
 
-    check_alike([*models, *fishers])
-    return over(one, [*models, *fishers])
+    def fault(xs):
+        _, total = sums(xs[n:])
+        return _unfit([*xs[n:], total])
+
+    return Rule(
+        combine,
+        fault=fault,
+        complaint="Fisher matrices, and their weighted sum, must be finite and not "
+        "negative; they are not",
+    )
 
 
 def gradient_matching(
@@ -76,7 +96,8 @@ def gradient_matching(
     """Merging that matches gradients, by diagonal Hessians.
 
     ``x_0 + a sum_t Hbar^-1 (H_t + H_0 + damping)(x_t - x_0)``, ``Hbar = H_0 + damping +
-    a sum_t H_t``. Where ``Hbar`` is zero nothing is known, and ``x_0`` stays.
+    a sum_t H_t``. Where ``Hbar`` is zero nothing is known, and ``x_0`` stays; under
+    ``jit``, where no error can be raised, also where it is negative or not finite.
 
     Args:
       models: trees fine-tuned from ``base``.
@@ -90,7 +111,8 @@ def gradient_matching(
       A tree like the first model.
 
     Raises:
-      ValueError: If trees differ or ``damping`` is negative.
+      ValueError: If trees differ, ``damping`` is negative, or an element of ``Hbar`` is
+        negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -103,21 +125,49 @@ def gradient_matching(
       Daheim et al., "Model Merging by Uncertainty-Based Gradient Matching", 2024,
       2310.12808.
     """
-    damping = _tree.within("damping", damping, 0, float("inf"), closed_high=False)
     n = len(models)
     _check_count("hessians", hessians, n)
+    rule = gradient_matching_rule(n, scale, damping)
+    return over(rule, [*models, *hessians, base, base_hessian])
 
-    def one(xs, x0, h0):
-        xs, hs = xs[:n], xs[n:]
-        h0 = h0 + damping
-        bar = h0 + scale * sum(hs)
-        known = bar > 0
+
+def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:
+    """Gradient matching of a leaf of ``n`` models, their Hessians, a base and its."""
+    damping = _tree.within("damping", damping, 0, float("inf"), closed_high=False)
+
+    def sums(xs):
+        hs, h0 = xs[n : 2 * n], xs[-1] + damping
+        # In units of the largest: a sum of huge ones would overflow.
+        most = functools.reduce(jnp.maximum, [jnp.abs(h) for h in (*hs, h0)])
+        most = jnp.where(most > 0, most, 1)
+        hs, h0 = [h / most for h in hs], h0 / most
+        return hs, h0, h0 + scale * sum(hs)
+
+    def combine(_, xs):
+        x0 = xs[-2]
+        hs, h0, bar = sums(xs)
+        known = (bar > 0) & jnp.isfinite(bar)
         bar = jnp.where(known, bar, 1)
-        moves = zip(xs, hs, strict=True)
+        moves = zip(xs, hs, strict=False)
         move = sum(jnp.where(known, (h + h0) / bar, 0) * (x - x0) for x, h in moves)
         return x0 + scale * move
 
-    return over(one, [*models, *hessians], base, base_hessian)
+    def fault(xs):
+        *_, bar = sums(xs)
+        return _unfit([bar])
+
+    return Rule(
+        combine,
+        fault=fault,
+        complaint="the sum of the Hessians must be finite and not negative; it is not",
+    )
+
+
+@jax.jit
+def _unfit(xs: list[jax.Array]) -> jax.Array:
+    return functools.reduce(
+        jnp.logical_or, [~jnp.all((x >= 0) & jnp.isfinite(x)) for x in xs]
+    )
 
 
 def squared_gradients(

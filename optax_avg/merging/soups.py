@@ -3,6 +3,7 @@
 x = sum_t w_t x_t,    sum_t w_t = 1
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -11,7 +12,15 @@ import jax
 import jax.numpy as jnp
 
 from optax_avg import _tree
-from optax_avg.merging._leaves import check_alike, checked_weights, over, weighted_sum
+from optax_avg.merging._leaves import (
+    Rule,
+    check_alike,
+    checked_weights,
+    over,
+    total,
+    unit_of,
+    weighted_sum,
+)
 
 
 def uniform(models: Sequence[Any]) -> Any:
@@ -35,8 +44,7 @@ def uniform(models: Sequence[Any]) -> Any:
       Wortsman et al., "Model Soups: Averaging Weights of Multiple Fine-Tuned Models
       Improves Accuracy without Increasing Inference Time", 2022, 2203.05482.
     """
-    models = list(models)
-    return weighted(models, [1 / max(len(models), 1)] * len(models))
+    return over(weighted_rule(len(models), None), models)
 
 
 def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
@@ -57,8 +65,13 @@ def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
       >>> oa.merging.weighted([jnp.array(1.0), jnp.array(5.0)], [0.25, 0.75]).item()
       4.0
     """
-    w = checked_weights(models, weights)
-    return over(lambda xs: weighted_sum(w, xs), models)
+    return over(weighted_rule(len(models), weights), models)
+
+
+def weighted_rule(n: int, weights: Sequence[float] | None) -> Rule:
+    """The weighted mean of a leaf of ``n`` models; by default with equal weights."""
+    w = checked_weights(n, weights)
+    return Rule(lambda _, xs: weighted_sum(w, xs))
 
 
 def wise_ft(base: Any, tuned: Any, alpha: float) -> Any:
@@ -83,7 +96,12 @@ def wise_ft(base: Any, tuned: Any, alpha: float) -> Any:
     References:
       Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", 2022, 2109.01903.
     """
-    return weighted([base, tuned], [1 - alpha, alpha])
+    return over(wise_ft_rule(alpha), [base, tuned])
+
+
+def wise_ft_rule(alpha: Any) -> Rule:
+    """The line through a leaf of a base and one of a model."""
+    return weighted_rule(2, [1 - alpha, alpha])
 
 
 class Soup(NamedTuple):
@@ -178,21 +196,70 @@ def variance_corrected(
       Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation
       Repair", 2023, 2211.08403, states the collapse of variance that this undoes.
     """
-    n = len(models)
-    w = checked_weights(models, [1 / max(n, 1)] * n if weights is None else weights)
+    return over(variance_rule(len(models), weights), models)
 
-    def one(xs):
+
+class _Moments(NamedTuple):
+    """Means and sums of squared deviations of vectors, in one unit.
+
+    Attributes:
+      size: how many elements they have.
+      unit: a power of two near the largest magnitude.
+      means: (k,), in this unit.
+      squares: (k,), sums of squares of what deviates from them, in its square.
+    """
+
+    size: jax.Array
+    unit: jax.Array
+    means: jax.Array
+    squares: jax.Array
+
+
+def variance_rule(n: int, weights: Sequence[float] | None) -> Rule:
+    """The weighted mean of a leaf of ``n`` models, with the variance of its inputs."""
+    w = checked_weights(n, weights)
+
+    def find(slices):
+        found = total(slices, lambda xs: _moments([*xs, weighted_sum(w, xs)]), _joined)
+        variances = found.squares / jnp.maximum(found.size, 1)
+        wanted, got = jnp.sum(jnp.asarray(w) * variances[:-1]), variances[-1]
+        # What the rounding of a mean leaves behind is no variance to rescale.
+        rounding = 4 * jnp.finfo(got.dtype).eps
+        seen = got > rounding**2 * jnp.max(variances + jnp.abs(found.means) ** 2)
+        ratio = jnp.where(seen, wanted / jnp.where(seen, got, 1), 1)
+        return found.unit * found.means[-1], jnp.sqrt(jnp.maximum(ratio, 0))
+
+    def combine(found, xs):
+        mean, factor = found
         x = weighted_sum(w, xs)
-        mean = jnp.mean(x) if x.size else x
-        wanted = sum(a * _variance(v) for a, v in zip(w, xs, strict=True))
-        got = _variance(x)
-        ratio = jnp.where(got > 0, wanted / jnp.where(got > 0, got, 1), 1)
-        moved = mean + (x - mean) * jnp.sqrt(jnp.maximum(ratio, 0))
+        moved = mean + (x - mean) * jnp.asarray(factor, x.real.dtype)
         # What all of them prune stays pruned.
-        pruned = jnp.all(jnp.stack([v == 0 for v in xs]), axis=0)
+        pruned = functools.reduce(jnp.logical_and, [v == 0 for v in xs])
         return jnp.where(pruned, 0, moved)
 
-    return over(one, models)
+    return Rule(combine, find)
+
+
+@jax.jit
+def _moments(xs: list[jax.Array]) -> _Moments:
+    unit = functools.reduce(jnp.maximum, [unit_of(x) for x in xs])
+    size = jnp.asarray(xs[0].size, unit.dtype)
+    ys = [x / unit for x in xs]
+    means = [jnp.sum(y) / jnp.maximum(size, 1) for y in ys]
+    squares = [jnp.sum(jnp.abs(y - m) ** 2) for y, m in zip(ys, means, strict=True)]
+    return _Moments(size, unit, jnp.stack(means), jnp.stack(squares))
+
+
+@jax.jit
+def _joined(a: _Moments, b: _Moments) -> _Moments:
+    """Moments over two slices, as moments over both."""
+    unit, size = jnp.maximum(a.unit, b.unit), a.size + b.size
+    p, q = a.unit / unit, b.unit / unit
+    apart = q * b.means - p * a.means
+    share = b.size / jnp.maximum(size, 1)
+    squares = p**2 * a.squares + q**2 * b.squares
+    squares += a.size * share * jnp.abs(apart) ** 2
+    return _Moments(size, unit, p * a.means + share * apart, squares)
 
 
 def dawin(logits: Sequence[Any]) -> jax.Array:
@@ -230,7 +297,3 @@ def dawin(logits: Sequence[Any]) -> jax.Array:
         -jnp.sum(jnp.where(p > -1e9, jnp.exp(p) * p, 0), axis=-1) for p in logs
     ]
     return jax.nn.softmax(-jnp.stack(entropies), axis=0)
-
-
-def _variance(x: jax.Array) -> jax.Array:
-    return jnp.var(x) if x.size else jnp.zeros([])

@@ -11,11 +11,15 @@ from jax import lax
 
 from optax_avg import _tree
 from optax_avg.merging._leaves import (
+    Products,
+    Rule,
+    added,
     checked_weights,
-    inner,
+    cosines,
+    joined_products,
     over,
-    size,
-    unit,
+    products,
+    total,
     weighted_sum,
 )
 
@@ -45,20 +49,42 @@ def slerp(a: Any, b: Any, t: float) -> Any:
     References:
       Shoemake, "Animating Rotation with Quaternion Curves", 1985.
     """
+    return over(slerp_rule(t), [a, b])
 
-    def one(xs):
-        a, b = xs
-        u, v = unit(a), unit(b)
+
+def slerp_rule(t: Any) -> Rule:
+    """The arc between a leaf of two models."""
+
+    def find(slices):
+        sizes = total(slices, products, joined_products)
+        norms, _ = cosines(sizes)
         # The angle from half chords: exact where the cosine is not.
-        w = 2 * jnp.arctan2(size(u - v), size(u + v))
+        apart, along = total(slices, lambda xs: _chords(sizes.units, norms, xs), added)
+        w = 2 * jnp.arctan2(jnp.sqrt(apart), jnp.sqrt(along))
         sine = jnp.sin(w)
-        straight = (sine < 1e-3) | (size(a) == 0) | (size(b) == 0)
+        straight = (sine < 1e-3) | jnp.any(norms == 0)
         sine = jnp.where(straight, 1, sine)
         p = jnp.where(straight, 1 - t, jnp.sin((1 - t) * w) / sine)
         q = jnp.where(straight, t, jnp.sin(t * w) / sine)
-        return p * a + q * b
+        return p, q
 
-    return over(one, [a, b])
+    def combine(found, xs):
+        p, q = found
+        # Near opposite models the terms are far larger than their sum.
+        most = jnp.maximum(1, jnp.maximum(jnp.abs(p), jnp.abs(q)))
+        return most * weighted_sum([p / most, q / most], xs)
+
+    return Rule(combine, find)
+
+
+@jax.jit
+def _chords(units: jax.Array, norms: jax.Array, xs: list[jax.Array]) -> Any:
+    """``|u - v|^2`` and ``|u + v|^2`` of the directions of two vectors."""
+    u, v = (
+        x / unit / jnp.where(norm > 0, norm, 1)
+        for x, unit, norm in zip(xs, units, norms, strict=True)
+    )
+    return jnp.sum(jnp.abs(u - v) ** 2), jnp.sum(jnp.abs(u + v) ** 2)
 
 
 def karcher(
@@ -70,7 +96,9 @@ def karcher(
     """The mean direction on the sphere, times the mean norm, leaf by leaf.
 
     ``u <- exp_u(sum_i w_i log_u(u_i))`` from the normalised mean; with two models it is
-    the middle of their arc.
+    a point of their arc. The result is the weighted mean of the models, a straight line
+    as in :func:`slerp`, where directions have no mean: where they cancel, or where one
+    is opposite to the mean of all. So a leaf of one element has its weighted mean.
 
     Args:
       models: trees of one structure.
@@ -93,29 +121,43 @@ def karcher(
       Karcher, "Riemannian Center of Mass and Mollifier Smoothing", 1977.
     """
     _tree.check_integer("num_iters", num_iters, 1)
-    n = len(models)
-    given = checked_weights(models, [1 / max(n, 1)] * n if weights is None else weights)
+    return over(karcher_rule(len(models), weights, num_iters), models)
+
+
+def karcher_rule(n: int, weights: Sequence[float] | None, num_iters: int = 20) -> Rule:
+    """The mean direction of a leaf of ``n`` models."""
+    given = checked_weights(n, weights)
     if isinstance(given, np.ndarray) and np.any(given < 0):
         raise ValueError(f"weights must not be negative, got {list(weights or [])}.")
 
-    def one(xs):
-        norms = jnp.stack([size(x) for x in xs])
-        w = given * (norms > 0)
-        w = w / jnp.maximum(jnp.sum(w), jnp.finfo(norms.dtype).tiny)
-        units = [unit(x) for x in xs]
-        gram = jnp.stack([jnp.stack([inner(a, b) for b in units]) for a in units])
-        direction = weighted_sum(_mean_direction(gram, w, num_iters), units)
-        return jnp.sum(given * norms) * direction
+    def find(slices):
+        p = total(slices, products, joined_products)
+        return _mean_direction(p, jnp.asarray(given, p.gram.dtype), num_iters)
 
-    return over(one, models)
+    def combine(found, xs):
+        units, unit, c = found
+        return unit * weighted_sum(c, [x / u for x, u in zip(xs, units, strict=True)])
+
+    return Rule(combine, find)
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def _mean_direction(gram: jax.Array, w: jax.Array, num_iters: int) -> jax.Array:
-    """Coefficients on unit vectors of their Karcher mean, from their inner products."""
+def _mean_direction(p: Products, given: jax.Array, num_iters: int) -> Any:
+    """The Karcher mean of directions, times the mean norm.
+
+    Returns:
+      The units of the vectors, that of the result, and coefficients between them.
+    """
+    norms, gram = cosines(p)
+    w = given * (norms > 0)
+    w = w / jnp.maximum(jnp.sum(w), jnp.finfo(norms.dtype).tiny)
+    nothing = jnp.finfo(norms.dtype).tiny
 
     def normalised(c):
-        return c / jnp.sqrt(jnp.maximum(c @ gram @ c, 1e-30))
+        return c / jnp.sqrt(jnp.maximum(c @ gram @ c, nothing))
+
+    def cancels(c):
+        return ~(c @ gram @ c > 1e-5 * jnp.sum(jnp.abs(c)) ** 2)
 
     def advance(_, c):
         cosine = jnp.clip(gram @ c, -1, 1)
@@ -128,4 +170,11 @@ def _mean_direction(gram: jax.Array, w: jax.Array, num_iters: int) -> jax.Array:
         along = jnp.where(length > 1e-12, jnp.sin(length) / length, 1)
         return normalised(jnp.cos(length) * c + along * step)
 
-    return lax.fori_loop(0, num_iters, advance, normalised(w))
+    first = normalised(w)
+    last = lax.fori_loop(0, num_iters, advance, first)
+    opposite = jnp.any((w > 0) & (gram @ first < 1e-5 - 1))
+    straight = cancels(w) | opposite | cancels(last)
+    unit = jnp.max(p.units)
+    shares = given * (p.units / unit)
+    arc = jnp.sum(shares * norms) * last / jnp.where(norms > 0, norms, 1)
+    return p.units, unit, jnp.where(straight, shares, arc)

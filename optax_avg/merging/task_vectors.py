@@ -9,11 +9,25 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
-from jax.core import Tracer
 
 from optax_avg import _tree
-from optax_avg.merging._leaves import check_alike, inner, over, unit
+from optax_avg.merging._largest import (
+    Largest,
+    after,
+    is_among,
+    largest_in,
+    largest_on_host,
+)
+from optax_avg.merging._leaves import (
+    Rule,
+    check_alike,
+    cosines,
+    joined_products,
+    over,
+    products,
+    total,
+    weighted_sum,
+)
 
 
 def task_arithmetic(models: Sequence[Any], base: Any, scale: float = 1.0) -> Any:
@@ -40,11 +54,17 @@ def task_arithmetic(models: Sequence[Any], base: Any, scale: float = 1.0) -> Any
       Ilharco et al., "Editing Models with Task Arithmetic", 2023, 2212.04089.
     """
     check_alike(models)
+    return over(task_arithmetic_rule(scale), [*models, base])
 
-    def one(xs, x0):
-        return x0 + scale * sum(x - x0 for x in xs)
 
-    return over(one, models, base)
+def task_arithmetic_rule(scale: Any) -> Rule:
+    """Task arithmetic of a leaf of models and their base."""
+
+    def combine(_, leaves):
+        *xs, x0 = leaves
+        return x0 + sum(scale * (x - x0) for x in xs)
+
+    return Rule(combine)
 
 
 def ties(
@@ -58,7 +78,9 @@ def ties(
     """TIES: trims task vectors, elects a sign for each element, averages who agree.
 
     ``x_0 + scale mean_{t : sign tau_t = s} tau_t`` over the task vectors ``tau_t`` of
-    the share ``density`` of largest magnitude, ``s = sign(sum_t tau_t)``.
+    the share ``density`` of largest magnitude, ``s = sign(sum_t tau_t)``. Of ``n``
+    elements exactly ``max(1, round(density n))`` stay in each task vector; among equal
+    magnitudes those that come first.
 
     Args:
       models: trees fine-tuned from ``base``.
@@ -84,70 +106,45 @@ def ties(
       Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023,
       2306.01708.
     """
-    density = _tree.within("density", density, 0, 1, open_low=True)
     if scope not in ("leaf", "global"):
         raise ValueError(f"scope must be 'leaf' or 'global', got {scope!r}.")
-    check_alike([*models, base])
-    limits: list[Any] = [None] * len(models)
-    if scope == "global":
-        limits = [_limit_of(density, model, base) for model in models]
-
-    def one(xs, x0):
-        least = [
-            _nth_largest([_size(x, x0)], density) if limit is None else limit
-            for x, limit in zip(xs, limits, strict=True)
-        ]
-        return _elect(xs, x0, least, scale)
-
-    return over(one, models, base)
+    rule = ties_rule(len(models), density, scale)
+    trees = [*models, base]
+    check_alike(trees)
+    leaves = [jax.tree.leaves(tree) for tree in trees]
+    floats = [i for i, x in enumerate(leaves[0]) if _tree.is_float(x)]
+    groups = [floats] if scope == "global" else [[i] for i in floats]
+    found = {}
+    for group in groups:
+        columns = [[xs[i] for xs in leaves] for i in group]
+        found |= zip(group, largest_in(columns, density), strict=True)
+    return over(rule, trees, found)
 
 
-@jax.jit  # as below: compiled once a shape
-def _elect(xs: list[Any], x0: Any, limits: list[Any], scale: Any) -> jax.Array:
-    """The mean of the task vectors that agree, of elements at or above the limits."""
+def ties_rule(n: int, density: Any, scale: Any) -> Rule:
+    """TIES of a leaf of ``n`` models and their base."""
+    density = _tree.within("density", density, 0, 1, open_low=True)
+    return Rule(
+        lambda found, leaves: _elect(leaves[:n], leaves[n], found, scale),
+        lambda slices: largest_on_host(slices, n, density),
+        lambda found, start: [after(some, start) for some in found],
+    )
+
+
+@jax.jit  # compiled once a shape
+def _elect(xs: list[Any], x0: Any, largest: list[Largest], scale: Any) -> jax.Array:
+    """The mean of the task vectors that agree, of their largest elements."""
     taus = [x - x0 for x in xs]
     kept = [
-        jnp.where(jnp.abs(tau) >= limit, tau, 0)
-        for tau, limit in zip(taus, limits, strict=True)
+        jnp.where(is_among(some, jnp.abs(tau)), tau, 0)
+        for some, tau in zip(largest, taus, strict=True)
     ]
     elected = jnp.sign(sum(kept[1:], kept[0]))
     agree = [(jnp.sign(tau) == elected) & (tau != 0) for tau in kept]
-    count = sum(a.astype(x0.dtype) for a in agree)
-    total = sum(jnp.where(a, tau, 0) for a, tau in zip(agree, kept, strict=True))
-    return x0 + scale * total / jnp.maximum(count, 1)
-
-
-@jax.jit
-def _size(x: Any, x0: Any) -> jax.Array:
-    return jnp.abs(_tree.wide(jnp.asarray(x)) - _tree.wide(jnp.asarray(x0)))
-
-
-def _limit_of(density: float, model: Any, base: Any) -> jax.Array:
-    """The least magnitude that stays, over all leaves."""
-    sizes = [
-        _size(x, x0)
-        for x, x0 in zip(jax.tree.leaves(model), jax.tree.leaves(base), strict=True)
-        if _tree.is_float(x)
-    ]
-    return _nth_largest(sizes, density)
-
-
-def _nth_largest(sizes: list[jax.Array], density: float) -> Any:
-    count = sum(size.size for size in sizes)
-    if density == 1 or not count:
-        return 0.0
-    below = count - max(1, round(density * count))
-    if len(sizes) == 1 and _at_hand(sizes[0]):
-        # Selecting on the host takes a tenth of the time of counting.
-        return np.partition(np.ravel(sizes[0]), below)[below]
-    return _order_statistic(sizes, below)
-
-
-def _at_hand(x: jax.Array) -> bool:
-    return not isinstance(x, Tracer) and x.is_fully_addressable
-
-
-_order_statistic = jax.jit(_tree.order_statistic)
+    count = jnp.maximum(sum(a.astype(x0.dtype) for a in agree), 1)
+    # Each over the count: a sum of huge ones would overflow.
+    parts = zip(agree, kept, strict=True)
+    return x0 + scale * sum(jnp.where(a, tau / count, 0) for a, tau in parts)
 
 
 def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any]:
@@ -183,19 +180,31 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
     check_alike([*models, base])
     key = jax.random.key(key) if isinstance(key, int) else key
     share = jnp.float32(density)  # the same draws with 64-bit types on
-    dropped = []
-    for t, model in enumerate(models):
 
-        def one(xs, x0, path, t=t):
-            # By name, so that the other leaves do not matter to a leaf.
-            name = zlib.crc32(jax.tree_util.keystr(path).encode())
-            own = jax.random.fold_in(key, name) if path else key
-            fate = jax.random.fold_in(own, t)
-            kept = jax.random.bernoulli(fate, share, xs[0].shape)
-            return x0 + jnp.where(kept, (xs[0] - x0) / density, 0)
+    def one(found, leaves):
+        (x, x0), (own, t) = leaves, found
+        kept = jax.random.bernoulli(jax.random.fold_in(own, t), share, x.shape)
+        return x0 + jnp.where(kept, (x - x0) / density, 0)
 
-        dropped.append(over(one, [model], base, with_path=True))
-    return dropped
+    # By name, so that the other leaves do not matter to a leaf.
+    paths = [path for path, _ in jax.tree.flatten_with_path(base)[0]]
+    owns = [
+        jax.random.fold_in(key, number_of(_tree_name(path))) if path else key
+        for path in paths
+    ]
+    return [
+        over(Rule(one), [model, base], [(own, t) for own in owns])
+        for t, model in enumerate(models)
+    ]
+
+
+def number_of(name: str) -> int:
+    """What tells leaves of other names apart in :func:`dare`: parts joined by dots."""
+    return zlib.crc32(name.encode())
+
+
+def _tree_name(path: Any) -> str:
+    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def model_stock(models: Sequence[Any], base: Any) -> Any:
@@ -224,17 +233,28 @@ def model_stock(models: Sequence[Any], base: Any) -> Any:
       Jang et al., "Model Stock: All We Need Is Just a Few Fine-Tuned Models", 2024,
       2403.19522, equation 4.
     """
-    if len(models) < 2:
-        raise ValueError(f"model_stock needs at least two models, got {len(models)}.")
-    n = len(models)
+    return over(model_stock_rule(len(models)), [*models, base])
 
-    def one(xs, x0):
-        units = [unit(x - x0) for x in xs]
-        total = sum(units[1:], units[0])
-        # |sum u_i|^2 = sum |u_i|^2 + 2 sum_{i < j} <u_i, u_j>
-        pairs = inner(total, total) - sum(inner(u, u) for u in units)
+
+def model_stock_rule(n: int) -> Rule:
+    """Model Stock of a leaf of ``n`` models and their base."""
+    if n < 2:
+        raise ValueError(f"model_stock needs at least two models, got {n}.")
+
+    def halves(leaves):
+        # Of half the size, for differences of huge numbers overflow.
+        *xs, x0 = leaves
+        return products([x / 2 - x0 / 2 for x in xs])
+
+    def find(slices):
+        p = total(slices, halves, joined_products)
+        norms, gram = cosines(p)
+        pairs = jnp.sum(gram) - jnp.sum(norms > 0)
         c = jnp.clip(pairs / (n * (n - 1)), 0, 1)
-        t = n * c / (1 + (n - 1) * c)
-        return x0 + t * (sum(xs) / n - x0)
+        return n * c / (1 + (n - 1) * c)
 
-    return over(one, models, base)
+    def combine(t, leaves):
+        *xs, x0 = leaves
+        return (1 - t) * x0 + t * weighted_sum([1 / n] * n, xs)
+
+    return Rule(combine, find)

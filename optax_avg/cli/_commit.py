@@ -1,0 +1,126 @@
+"""How a result takes its name: complete, and over nothing that was not given up.
+
+It is made in a directory beside its target, whose name ends with ``.partial``.
+"""
+
+import contextlib
+import errno
+import glob
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Iterator
+from pathlib import Path
+
+from optax_avg.cli._signals import held
+from optax_avg.cli._targets import Target, aside_of, identity, odd_at
+
+
+def warn_of_leftovers(target: Target) -> None:
+    """Names what a run left that was killed."""
+    parent, name = os.path.split(target.path)
+    pattern = os.path.join(glob.escape(parent), f".{glob.escape(name)}.*.partial")
+    for path in sorted(glob.glob(pattern)):
+        warnings.warn(
+            f"{path} is of a run that was killed, or of one that still writes "
+            f"{target.shown}; delete it if there is none.",
+            RuntimeWarning,
+            stacklevel=2,
+        )
+
+
+@contextlib.contextmanager
+def partial(target: Target) -> Iterator[str]:
+    """A directory beside a target, which is deleted at the end."""
+    parent, name = os.path.split(target.path)
+    missing = [p for p in Path(target.path).parents if not p.exists()]
+    os.makedirs(parent, exist_ok=True)
+    try:
+        folder = tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent)
+        try:
+            yield folder
+        finally:
+            with held():
+                shutil.rmtree(folder, ignore_errors=True)
+    finally:
+        for place in missing:
+            with contextlib.suppress(OSError):  # the result is in it
+                place.rmdir()
+
+
+def commit(new: str, target: Target) -> None:
+    """Gives a complete result the name of its target.
+
+    A checkpoint that it replaces goes where the new one was.
+
+    Raises:
+      FileExistsError: If there is anything else by now than there was.
+    """
+    now = identity(target.path)
+    with held():
+        try:
+            if now is None:
+                _put(new, target.path)
+            elif now != target.found or odd_at(target.path, target.format):
+                raise FileExistsError
+            elif target.format.folder:
+                _exchange(new, target.path)
+            else:
+                os.replace(new, target.path)
+        except FileExistsError:
+            happened = "appeared" if target.found is None else "changed"
+            raise FileExistsError(
+                f"{target.shown} {happened} while this was made; it was left as it is, "
+                "and nothing was written."
+            ) from None
+
+
+def _put(new: str, path: str) -> None:
+    """Renames to a name that must be free."""
+    if os.path.isdir(new):
+        _put_folder(new, path)
+        return
+    try:
+        os.link(new, path)
+    except FileExistsError:
+        raise
+    except OSError:  # a disk without hard links
+        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY))
+        os.replace(new, path)
+
+
+def _put_folder(new: str, path: str) -> None:
+    if os.name == "posix":  # where a rename takes the place of an empty directory
+        os.mkdir(path)
+    try:
+        os.rename(new, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            os.rmdir(path)
+        if error.errno == errno.ENOTEMPTY:
+            raise FileExistsError from error
+        raise
+
+
+def _exchange(new: str, path: str) -> None:
+    """Replaces a directory, which has another name for the moment between."""
+    for root, _, files in os.walk(new):
+        for name in files:  # the old one goes when the new one is on the disk
+            with open(os.path.join(root, name), "rb") as file:
+                os.fsync(file.fileno())
+    aside = aside_of(path)
+    os.rename(path, aside)
+    try:
+        os.rename(new, path)
+    except OSError:
+        os.rename(aside, path)
+        raise
+    try:
+        os.rename(aside, new)
+    except OSError as error:
+        warnings.warn(
+            f"{path} was written; delete {aside}, which it replaced: {error}.",
+            RuntimeWarning,
+            stacklevel=3,
+        )

@@ -1,0 +1,115 @@
+"""Hugging Face folders: one safetensors file, or shards and an index of them."""
+
+import json
+import os
+
+import numpy as np
+
+from optax_avg.cli._safetensors import SUFFIX, open_safetensors
+from optax_avg.cli._sources import Checkpoint, named
+
+SINGLE = f"model{SUFFIX}"
+INDEX = f"{SINGLE}.index.json"
+PICKLED = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
+
+
+def folder_of(path: str) -> str | None:
+    """The Hugging Face folder that a path names, itself or by its index."""
+    if path.endswith(f"{SUFFIX}.index.json"):
+        return os.path.dirname(path) or os.curdir
+    if os.path.isdir(path) and _models_in(path):
+        return path
+    return None
+
+
+def _models_in(folder: str) -> list[str]:
+    return [n for n in (SINGLE, INDEX) if os.path.isfile(os.path.join(folder, n))]
+
+
+def open_huggingface(path: str) -> Checkpoint:
+    """A Hugging Face folder, or the index in one.
+
+    Raises:
+      ValueError: If the index and the shards do not fit each other.
+    """
+    if not os.path.isdir(path):
+        return _open_shards(path)
+    found = _models_in(path)
+    if len(found) > 1:
+        raise ValueError(
+            f"{path} holds both {SINGLE} and {INDEX}; pass the path of one of them."
+        )
+    file = os.path.join(path, found[0])
+    return open_safetensors(file) if found[0] == SINGLE else _open_shards(file)
+
+
+def check_not_pickled(path: str) -> None:
+    """Raises for weights that PyTorch pickled, which run code when they are read."""
+    odd = [path] if path.endswith(PICKLED) else []
+    if os.path.isdir(path):
+        odd = [name for name in sorted(os.listdir(path)) if name.endswith(PICKLED)]
+    if odd:
+        raise ValueError(
+            f"{path} is of PyTorch ({odd[0]}), which is not read; convert it with "
+            "model.save_pretrained(folder, safe_serialization=True) or "
+            "safetensors.torch.save_file(model.state_dict(), file)."
+        )
+
+
+def _open_shards(index: str) -> Checkpoint:
+    folder, shard_of = os.path.dirname(index), _read_index(index)
+    shards: dict[str, Checkpoint] = {}
+    for shard in sorted(set(shard_of.values())):
+        path = os.path.join(folder, shard)
+        if not os.path.isfile(path):
+            raise ValueError(f"{index} names {shard}, which is not in its folder.")
+        shards[shard] = open_safetensors(path)
+    places = [(shard, i) for shard in shards for i in range(len(shards[shard].leaves))]
+    leaves = [shards[shard].leaves[i] for shard, i in places]
+    _check_index(index, shard_of, [p[0] for p in places], [x.name for x in leaves])
+
+    def read_part(i: int, begin: int, end: int) -> np.ndarray:
+        shard, own = places[i]
+        return shards[shard].read_part(own, begin, end)
+
+    def read(indices: list[int]) -> list[np.ndarray]:
+        return [
+            read_part(i, 0, leaves[i].size).reshape(leaves[i].shape) for i in indices
+        ]
+
+    metadata = {k: v for shard in shards.values() for k, v in shard.metadata.items()}
+    return Checkpoint(leaves, read, read_part, True, metadata)
+
+
+def _check_index(
+    index: str, shard_of: dict[str, str], shards: list[str], names: list[str]
+) -> None:
+    """Raises unless the shards hold what the index says, each tensor once."""
+    found: dict[str, str] = {}
+    for shard, name in zip(shards, names, strict=True):
+        if name in found:
+            raise ValueError(f"{name} is in two shards of {index}.")
+        if name not in shard_of:
+            raise ValueError(f"{name} in {shard} is not in the weight_map of {index}.")
+        found[name] = shard
+    for name, shard in shard_of.items():
+        if found.get(name) != shard:
+            raise ValueError(f"{index} has {name} in {shard}, where it is not.")
+
+
+def _read_index(path: str) -> dict[str, str]:
+    """From names of tensors to those of their shards."""
+    with named(path), open(path, encoding="utf-8") as file:
+        found = json.load(file)
+    found = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(found, dict) or not found:
+        raise ValueError(f"{path} has no weight_map; it is no index of shards.")
+    for name, shard in found.items():
+        if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard:
+            raise ValueError(
+                f"{path} names the shard {shard!r} of {name}; a shard must be a file "
+                "in the folder of the index."
+            )
+        if not shard.endswith(SUFFIX):
+            raise ValueError(f"{path}: the shard {shard} is no {SUFFIX} file.")
+    return dict(found)

@@ -1,0 +1,290 @@
+"""Merges leaf by leaf: small ones a batch at a time, large ones a part at a time."""
+
+import contextlib
+import os
+import tempfile
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_avg.cli import _output
+from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg.cli._sources import Checkpoint, Leaf
+from optax_avg.cli._targets import Format
+from optax_avg.merging._leaves import Rule, Slices, check, widened
+
+READERS = 2  # models that are read at the same time
+PARTS = 1  # batches that the parts of a leaf in all trees take together at most
+WIDE = ("float64", "complex128", "int64", "uint64")
+# From a leaf and the slices of it in all trees to the merged ones.
+Method = Callable[[Leaf, Slices], Iterator[jax.Array]]
+
+
+class Column(NamedTuple):
+    """A leaf in all trees.
+
+    Attributes:
+      leaf: of the first tree.
+      places: its index in each tree.
+      itemsize: bytes of an element where it has most.
+      wide: whether a type of 64 bits is among them, which JAX needs to be told.
+    """
+
+    leaf: Leaf
+    places: list[int]
+    itemsize: int
+    wide: bool
+
+
+class Job(NamedTuple):
+    """What is merged, and how.
+
+    Attributes:
+      method: of one leaf.
+      paths: of all trees.
+      sources: the trees.
+      allow_nonfinite: whether NaN and inf may be merged, and come out.
+      readers: threads that read.
+      scratch: a directory for leaves that can only be read as a whole.
+    """
+
+    method: Method
+    paths: Sequence[str]
+    sources: list[Checkpoint]
+    allow_nonfinite: bool
+    readers: ThreadPoolExecutor
+    scratch: str
+
+
+def by_rule(rule: Rule) -> Method:
+    """A method that merges each slice by itself, knowing what was found in all."""
+
+    @jax.jit
+    def combine(found, xs):
+        wide = widened(xs)
+        made = rule.combine(found, wide).astype(xs[0].dtype)
+        return made, False if rule.fault is None else rule.fault(wide)
+
+    def merged(leaf: Leaf, slices: Slices) -> Iterator[jax.Array]:
+        found, start = rule.find(slices), 0
+        for xs in slices():
+            made, fault = combine(rule.after(found, start), xs)
+            check(rule, fault, leaf.name)
+            start += made.size
+            yield made
+
+    return merged
+
+
+def as_a_whole(merge: Callable[[Leaf, list[jax.Array]], jax.Array]) -> Method:
+    """A method that needs all elements of a leaf at once."""
+
+    def merged(leaf: Leaf, slices: Slices) -> Iterator[jax.Array]:
+        first, *rest = slices()
+        if rest:
+            columns = zip(first, *rest, strict=True)
+            first = [jnp.concatenate(parts) for parts in columns]
+        yield merge(leaf, first)
+
+    return merged
+
+
+def merge_checkpoints(
+    method: Method,
+    paths: Sequence[str],
+    output: _output.Output,
+    *,
+    only: str | None,
+    allow_nonfinite: bool,
+    format_of: Callable[[str, dict[str, str]], Format],
+) -> None:
+    """Merges checkpoints into one with the leaves and dtypes of the first.
+
+    Args:
+      method: of one leaf.
+      paths: of the models and what else the method takes.
+      output: the options of the command.
+      only: the subtree to take.
+      allow_nonfinite: whether NaN and inf may be merged, and come out.
+      format_of: the kind of checkpoint for a path and the metadata of the first.
+
+    Raises:
+      ValueError: If the checkpoints differ, or one or the result is not finite.
+    """
+    target = _output.check(output, paths, lambda path: format_of(path, {}))
+    sources = [open_checkpoint(path, only) for path in paths]
+    columns = _columns(sources, paths)
+    leaves = [column.leaf for column in columns]
+    sizes = [0] * len(paths)
+    for column in columns:
+        for t in range(len(paths) if _is_inexact(column.leaf) else 1):
+            sizes[t] += sources[t].leaves[column.places[t]].nbytes
+    what = f"{output.command} of {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}"
+    final = lambda path: format_of(path, sources[0].metadata)
+    with ThreadPoolExecutor(READERS) as readers:
+        scratch = os.path.dirname(target.path)
+        job = Job(method, paths, sources, allow_nonfinite, readers, scratch)
+        make = lambda batch: _made(job, [columns[i] for i in batch])
+        reads = list(zip(paths, sizes, strict=True))
+        _output.write(output, reads, leaves, make, what, final)
+
+
+def _made(job: Job, columns: list[Column]) -> list[Iterable[np.ndarray]]:
+    """The merged elements of some leaves; integers come from the first tree."""
+    if len(columns) == 1 and columns[0].leaf.nbytes > _output.BATCH:
+        return [_merged_by_parts(job, columns[0])]
+    floats = [column for column in columns if _is_inexact(column.leaf)]
+    kept = [column for column in columns if not _is_inexact(column.leaf)]
+    found = dict(
+        zip(
+            [column.leaf for column in kept],
+            job.sources[0].read([column.places[0] for column in kept]),
+            strict=True,
+        )
+    )
+    read = job.readers.map(
+        lambda source, t: source.read([column.places[t] for column in floats]),
+        job.sources,
+        range(len(job.sources)),
+    )
+    arrays = list(read)
+    made: dict[Leaf, list[np.ndarray]] = {leaf: [x] for leaf, x in found.items()}
+    for column in reversed(floats):
+        xs = [own.pop() for own in arrays]
+        made[column.leaf] = list(_merged(job, column, lambda xs=xs: iter([xs])))
+    return [made[column.leaf] for column in columns]
+
+
+def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
+    """The merged elements of a leaf that is never in memory as a whole."""
+    is_float = _is_inexact(column.leaf)
+    sources = job.sources if is_float else job.sources[:1]
+    share = PARTS / max(PARTS, len(sources))
+    step = max(1, int(_output.BATCH * share) // max(4, column.itemsize))
+    with contextlib.ExitStack() as files:
+        reads = [
+            _reader(source, place, job.scratch, files)
+            for source, place in zip(sources, column.places, strict=False)
+        ]
+
+        def parts() -> Iterator[list[np.ndarray]]:
+            for begin in range(0, column.leaf.size, step):
+                end = min(begin + step, column.leaf.size)
+                part = lambda read, begin=begin, end=end: read(begin, end)
+                yield list(job.readers.map(part, reads))
+
+        if is_float:
+            yield from _merged(job, column, parts)
+        else:
+            yield from (part for (part,) in parts())
+
+
+def _reader(
+    source: Checkpoint, place: int, scratch: str, files: contextlib.ExitStack
+) -> Callable[[int, int], np.ndarray]:
+    """Reads elements of a leaf, from a copy where only all can be read at once."""
+    if source.by_parts:
+        return lambda begin, end: source.read_part(place, begin, end)
+    (whole,) = source.read([place])
+    # Without a name from the start, so that nothing is left of it.
+    with tempfile.TemporaryFile(dir=scratch) as made:
+        file = files.enter_context(os.fdopen(os.dup(made.fileno()), "rb+"))
+    whole.tofile(file)
+    dtype = whole.dtype
+
+    def read(begin: int, end: int) -> np.ndarray:
+        file.seek(begin * dtype.itemsize)
+        return np.fromfile(file, dtype, end - begin)
+
+    return read
+
+
+def _merged(
+    job: Job, column: Column, arrays: Callable[[], Iterator[list[np.ndarray]]]
+) -> Iterator[np.ndarray]:
+    """The merged slices of a leaf of floats."""
+    finite = job.allow_nonfinite
+
+    def slices() -> Iterator[list[jax.Array]]:
+        nonlocal finite
+        for own in arrays():
+            xs = [jnp.asarray(x) for x in own]
+            if not finite:
+                _check_finite(xs, column.leaf, job.paths)
+            yield xs
+        finite = True
+
+    parts = job.method(column.leaf, slices)
+    while True:
+        with jax.enable_x64(column.wide):
+            made = next(parts, None)
+            if made is None:
+                return
+            if not job.allow_nonfinite and not all(_finite([made])):
+                raise ValueError(
+                    f"{column.leaf.name} leaves the range of {made.dtype} when it is "
+                    "merged; cast the first model to a wider type, or pass "
+                    "--allow-nonfinite."
+                )
+            array = np.asarray(made)
+        yield array
+
+
+@jax.jit
+def _finite(xs: list[jax.Array]) -> list[jax.Array]:
+    return [jnp.all(jnp.isfinite(x)) for x in widened(xs)]
+
+
+def _check_finite(xs: list[jax.Array], leaf: Leaf, paths: Sequence[str]) -> None:
+    for path, finite in zip(paths, _finite(xs), strict=True):
+        if not finite:
+            raise ValueError(
+                f"{leaf.name} holds NaN or inf in {path}; leave this model out, or "
+                "pass --allow-nonfinite."
+            )
+
+
+def _is_inexact(leaf: Leaf) -> bool:
+    return jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.inexact)
+
+
+def _columns(sources: list[Checkpoint], paths: Sequence[str]) -> list[Column]:
+    """The leaves of the first tree with their places in all.
+
+    Raises:
+      ValueError: If the trees differ.
+    """
+    where = [{x.name: i for i, x in enumerate(source.leaves)} for source in sources]
+    columns = []
+    for leaf in sources[0].leaves:
+        for path, places, source in zip(paths, where, sources, strict=True):
+            if leaf.name not in places:
+                raise ValueError(
+                    f"{path} has no leaf {leaf.name}, which {paths[0]} has."
+                )
+            other = source.leaves[places[leaf.name]]
+            if other.shape != leaf.shape:
+                raise ValueError(
+                    f"{leaf.name} has shape {other.shape} in {path}, {leaf.shape} in "
+                    f"{paths[0]}."
+                )
+            if "complex" in other.dtype and "float" in leaf.dtype:
+                raise ValueError(
+                    f"{leaf.name} is {other.dtype} in {path}, {leaf.dtype} in "
+                    f"{paths[0]}; cast one of them."
+                )
+        own = [places[leaf.name] for places in where]
+        found = zip(sources, own, strict=True)
+        dtypes = [jnp.dtype(source.leaves[i].dtype) for source, i in found]
+        size = max(dtype.itemsize for dtype in dtypes)
+        wide = any(dtype.name in WIDE for dtype in dtypes)
+        columns.append(Column(leaf, own, size, wide))
+    for path, places in zip(paths, where, strict=True):
+        for name in places:
+            if name not in where[0]:
+                raise ValueError(f"{path} has a leaf {name}, {paths[0]} has not.")
+    return columns

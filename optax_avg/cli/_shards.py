@@ -1,0 +1,134 @@
+"""Hugging Face folders written: shards of a largest size, an index, and what is copied.
+
+Configuration and tokenizer are files that the first model brings.
+"""
+
+import filecmp
+import fnmatch
+import functools
+import json
+import math
+import os
+import re
+import shutil
+
+from optax_avg.cli._huggingface import INDEX, PICKLED, SINGLE
+from optax_avg.cli._safetensors import SUFFIX
+from optax_avg.cli._sources import Leaf
+from optax_avg.cli._targets import Format, Load
+from optax_avg.cli._writing import check_safetensors, write_safetensors
+
+UNITS = {
+    "": 1,
+    "KB": 10**3,
+    "MB": 10**6,
+    "GB": 10**9,
+    "TB": 10**12,
+    "KIB": 2**10,
+    "MIB": 2**20,
+    "GIB": 2**30,
+    "TIB": 2**40,
+}
+# Weights of this or another library, and a card that tells of another model.
+LEFT = [f"*{x}" for x in (SUFFIX, ".index.json", *PICKLED)]
+LEFT += ["*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "*.npz", "README.md", ".*"]
+SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|" + re.escape(INDEX))
+
+
+def bytes_of(size: str) -> int:
+    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000.
+
+    Raises:
+      ValueError: If it is none, or zero.
+    """
+    found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
+    unit = UNITS.get(found[2].upper()) if found else None
+    nbytes = float(found[1]) * unit if found and unit else 0
+    if nbytes < 1 or not math.isfinite(nbytes):
+        raise ValueError(f"a size is a number and a unit such as 5GB, got {size}.")
+    return math.floor(nbytes)
+
+
+def shards_of(leaves: list[Leaf], max_bytes: int) -> list[list[int]]:
+    """Indices of the leaves of each shard, in order; a leaf is never divided."""
+    shards: list[list[int]] = [[]]
+    total = 0
+    for i, leaf in enumerate(leaves):
+        if shards[-1] and total + leaf.nbytes > max_bytes:
+            shards.append([])
+            total = 0
+        shards[-1].append(i)
+        total += leaf.nbytes
+    return shards
+
+
+def folder_like(model: str, max_bytes: int, metadata: dict[str, str]) -> Format:
+    """The format of a Hugging Face folder with the files of another one.
+
+    Args:
+      model: the folder whose configuration and tokenizer are copied.
+      max_bytes: of a shard.
+      metadata: of every shard.
+    """
+    write = functools.partial(
+        _write, model=model, max_bytes=max_bytes, metadata=metadata
+    )
+    stranger = functools.partial(_stranger, model=model)
+    return Format("a Hugging Face folder", True, stranger, check_safetensors, write)
+
+
+def _write(
+    path: str,
+    leaves: list[Leaf],
+    load: Load,
+    *,
+    model: str,
+    max_bytes: int,
+    metadata: dict[str, str],
+) -> None:
+    os.mkdir(path)
+    for name in _companions(model):
+        shutil.copyfile(os.path.join(model, name), os.path.join(path, name))
+    shards = shards_of(leaves, max_bytes)
+    weight_map = {}
+    for number, shard in enumerate(shards, start=1):
+        name = f"model-{number:05}-of-{len(shards):05}{SUFFIX}"
+        name = name if len(shards) > 1 else SINGLE
+        own = [leaves[i] for i in shard]
+        weight_map |= {leaf.name: name for leaf in own}
+        write_safetensors(
+            os.path.join(path, name), own, lambda j, s=shard: load(s[j]), metadata
+        )
+    if len(shards) > 1:
+        total = sum(leaf.nbytes for leaf in leaves)
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        with open(os.path.join(path, INDEX), "w", encoding="utf-8") as file:
+            json.dump(index, file, indent=2, sort_keys=True)
+            file.write("\n")
+
+
+def _companions(folder: str) -> list[str]:
+    """Files beside the weights of a model; subfolders are no part of it."""
+    return [
+        name
+        for name in sorted(os.listdir(folder))
+        if os.path.isfile(os.path.join(folder, name)) and not _is_left(name)
+    ]
+
+
+def _is_left(name: str) -> bool:
+    return any(fnmatch.fnmatch(name, pattern) for pattern in LEFT)
+
+
+def _stranger(path: str, *, model: str) -> str:
+    copied = _companions(model)
+    for name in sorted(os.listdir(path)):
+        found = os.path.join(path, name)
+        own = SHARD.fullmatch(name) or name in copied
+        if not own or os.path.islink(found) or not os.path.isfile(found):
+            return f"holds {name}, which is not of a model like {model}"
+        if name in copied and not filecmp.cmp(found, os.path.join(model, name), False):
+            return f"holds {name}, which differs from that of {model}"
+    if not any(os.path.exists(os.path.join(path, n)) for n in (SINGLE, INDEX)):
+        return "is no Hugging Face folder"
+    return ""

@@ -1,0 +1,230 @@
+"""Where a result may go: not over what is read, or what is no checkpoint.
+
+A path is freed of dots and links before anything is checked.
+"""
+
+import os
+import shutil
+import stat
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from optax_avg.cli._signals import check_signals
+from optax_avg.cli._sources import Leaf
+from optax_avg.posthoc import _disk
+
+MARKS = ("_CHECKPOINT_METADATA", "_METADATA")  # of a directory that Orbax wrote
+EXACT = ("ext2", "ext3", "ext4", "xfs", "tmpfs")  # they store a byte as a byte
+
+
+# From the index of a leaf to its elements, in order, in one or several arrays.
+Load = Callable[[int], Iterable[np.ndarray]]
+
+
+class Format(NamedTuple):
+    """A kind of checkpoint.
+
+    Attributes:
+      noun: its name, with an article.
+      folder: whether it is a directory.
+      stranger: says what at a path is not of this kind, ``""`` if all of it is.
+      check: raises ValueError for leaves that it cannot hold.
+      write: leaves to a new path, one by one, each in parts from its first element to
+        its last.
+    """
+
+    noun: str
+    folder: bool
+    stranger: Callable[[str], str]
+    check: Callable[[list[Leaf]], None]
+    write: Callable[[str, list[Leaf], Load], None]
+
+
+class Target(NamedTuple):
+    """Where a result goes.
+
+    Attributes:
+      path: absolute, without dots and links.
+      shown: the path as it is named in messages.
+      format: of the result.
+      found: which file or directory is there, None if there is none.
+    """
+
+    path: str
+    shown: str
+    format: Format
+    found: tuple[int, int, int] | None
+
+
+def target_of(
+    out: str, format_of: Callable[[str], Format], inputs: Sequence[str], force: bool
+) -> Target:
+    """The target that ``--out`` names.
+
+    Raises:
+      ValueError: If the path cannot be that of a result.
+      FileExistsError: If there is something that is not to be replaced.
+    """
+    path, shown = _normalised(out)
+    form = format_of(path)
+    if form.folder and "\\" in path:
+        raise ValueError(
+            f"{shown} has a backslash, which Orbax takes for the end of a directory's "
+            "name; pass another --out."
+        )
+    _check_place(path, shown, inputs)
+    found = identity(path)
+    if found is not None:
+        _check_replaced(path, shown, form, force)
+    aside = aside_of(path)
+    if form.folder and os.path.lexists(aside):
+        raise FileExistsError(
+            f"{aside} is what a run that was killed took away from {shown}; rename it "
+            f"to {shown}, or delete it."
+        )
+    return Target(path, shown, form, found)
+
+
+def _normalised(out: str) -> tuple[str, str]:
+    """A path without dots and links, and how to show it."""
+    if not out:
+        raise ValueError("--out is empty; pass the path of the result.")
+    if _disk.is_remote(out):
+        raise ValueError(
+            f"--out {out} is not on a local disk; write to one and copy the result."
+        )
+    path = os.path.realpath(out)
+    if os.path.islink(out.rstrip(os.sep)):
+        raise ValueError(f"{out} is a symbolic link; pass --out {path} itself.")
+    return path, os.path.normpath(out) if os.path.abspath(out) == path else path
+
+
+def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
+    """Raises if a path is not one that a result may have, with or without --force."""
+    if _holds(path, os.path.realpath(os.curdir)):
+        raise ValueError(
+            f"{shown} is, or holds, the current directory; pass a path within it."
+        )
+    for given in inputs:
+        if _disk.is_remote(given) or not os.path.exists(given):
+            continue
+        parts = _all_of(given)
+        if _holds(given, path) or any(_holds(path, part) for part in parts):
+            raise ValueError(
+                f"{shown} overlaps with {given}, which is read; pass another --out."
+            )
+    if os.path.ismount(path):
+        raise ValueError(f"{shown} is where a disk is mounted; pass a path within it.")
+    for folder in Path(path).parents:
+        if any((folder / mark).exists() for mark in MARKS):
+            raise ValueError(f"{shown} lies in {folder}, a checkpoint.")
+    if any(Path(path).parent.glob(f"[0-9]*/{_disk.RECORD}")):
+        raise ValueError(f"{shown} lies in {Path(path).parent}, a SnapshotStore.")
+    parent = next(p for p in Path(path).parents if os.path.lexists(p))
+    if not parent.is_dir():
+        raise NotADirectoryError(f"{parent} is not a directory.")
+    if not os.access(parent, os.W_OK | os.X_OK):
+        raise PermissionError(f"you may not write to {parent}.")
+
+
+def _all_of(given: str) -> Iterator[str]:
+    """An input and what lies in it, which may be links to elsewhere."""
+    yield os.path.realpath(given)
+    seen = set()
+    for root, folders, files in os.walk(given, followlinks=True):
+        check_signals()
+        real = os.path.realpath(root)
+        if real in seen:
+            folders.clear()  # a link led back
+            continue
+        seen.add(real)
+        yield from (os.path.realpath(os.path.join(root, name)) for name in files)
+
+
+def _holds(folder: str, path: str) -> bool:
+    """Whether a path without links is that of a directory, or lies in it."""
+    if not os.path.exists(folder):
+        return False
+    places = [Path(path), *Path(path).parents]
+    return any(place.exists() and place.samefile(folder) for place in places)
+
+
+def _check_replaced(path: str, shown: str, form: Format, force: bool) -> None:
+    """Raises unless what is at a path may be replaced."""
+    odd = odd_at(path, form)
+    if odd:
+        raise FileExistsError(
+            f"{shown} {odd}; only {form.noun} may be replaced. Pass another --out."
+        )
+    if not force:
+        raise FileExistsError(f"{shown} exists; pass --force to replace it.")
+
+
+def odd_at(path: str, form: Format) -> str:
+    """Says what is at a path that is not of a kind of checkpoint, ``""`` if nothing."""
+    mode = os.lstat(path).st_mode
+    if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
+        return "is neither a file nor a directory"
+    if stat.S_ISDIR(mode) != form.folder:
+        return "is a file" if form.folder else "is a directory"
+    if form.folder and not os.access(path, os.W_OK | os.X_OK):
+        return "is a directory that you may not delete from"
+    empty = not (os.listdir(path) if form.folder else os.path.getsize(path))
+    return "" if empty else form.stranger(path)
+
+
+def identity(path: str) -> tuple[int, int, int] | None:
+    """Tells a file or directory from another one that takes its name."""
+    try:
+        found = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return found.st_dev, found.st_ino, found.st_mtime_ns
+
+
+def aside_of(path: str) -> str:
+    """Where a directory is while another one takes its name."""
+    return f"{path}.replaced"
+
+
+def room(target: Target) -> tuple[int | None, bool]:
+    """Bytes free for a target, None if unknown, and whether no more can go there."""
+    parent = next(p for p in Path(target.path).parents if p.exists())
+    if not hasattr(os, "statvfs"):
+        return shutil.disk_usage(parent).free, False
+    disk = os.statvfs(parent)
+    if not disk.f_blocks:  # as some network disks say
+        return None, False
+    blocks = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail
+    return blocks * disk.f_frsize, _is_exact(parent)
+
+
+def _is_exact(path: Path) -> bool:
+    """Whether a disk is known to neither compress nor share what is written."""
+    number = os.stat(path).st_dev
+    device = f"{os.major(number)}:{os.minor(number)}"
+    try:
+        mounts = Path("/proc/self/mountinfo").read_text().splitlines()
+    except OSError:
+        return False
+    kinds = [
+        line.partition(" - ")[2].split()[0]
+        for line in mounts
+        if line.split()[2] == device
+    ]
+    return bool(kinds) and all(kind in EXACT for kind in kinds)
+
+
+def check_room(target: Target, nbytes: int) -> None:
+    """Raises if there is certainly no room for so many bytes; warns if likely not."""
+    free, certain = room(target)
+    if free is None or nbytes <= free:
+        return
+    said = f"{target.shown} needs {nbytes:,} bytes, and its disk has {free:,} free."
+    if certain:
+        raise OSError(said)
+    warnings.warn(said, RuntimeWarning, stacklevel=2)

@@ -1,0 +1,228 @@
+"""Checkpoints written leaf by leaf: Orbax directories and safetensors files.
+
+No more than a leaf or two is in memory.
+"""
+
+import collections
+import contextlib
+import functools
+import itertools
+import json
+import os
+import re
+import struct
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg.cli._commit import commit, partial
+from optax_avg.cli._safetensors import METADATA, SUFFIX, TYPES
+from optax_avg.cli._sources import Leaf
+from optax_avg.cli._targets import Format, Load, Target
+from optax_avg.posthoc import _disk
+
+# All that Orbax puts into a checkpoint of arrays, relative to its directory.
+OF_ORBAX = re.compile(
+    r"_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|manifest\.ocdbt|"
+    r"d(/\w{32})?|ocdbt\.process_\d+(/manifest\.ocdbt|/d(/\w{32})?)?|"
+    r"array_metadatas(/process_\d+)?"
+)
+
+
+def format_of(path: str) -> Format:
+    """The kind of checkpoint that is written to a path."""
+    return SAFETENSORS if path.endswith(SUFFIX) else ORBAX
+
+
+def write_checkpoint(target: Target, leaves: list[Leaf], load: Load) -> None:
+    """Writes leaves one by one; there is nothing at the target before all are there.
+
+    Raises:
+      FileExistsError: If something has come there meanwhile.
+      OSError: If the disk refuses.
+    """
+    failed: list[BaseException] = []
+
+    def parts(i: int) -> Iterator[np.ndarray]:
+        try:
+            yield from _checked(load(i), leaves[i])
+        except GeneratorExit:  # it is the disk that fails
+            raise
+        except BaseException as error:
+            failed.append(error)  # the layers below make another one of it
+            raise
+
+    with partial(target) as folder:
+        new = os.path.join(folder, os.path.basename(target.path))
+        try:
+            target.format.write(new, leaves, parts)
+        except Exception as error:
+            if failed:
+                raise failed[0] from None
+            raise OSError(f"{target.shown} was not written: {_cause(error)}") from error
+        commit(new, target)
+
+
+def _checked(parts: Iterable[np.ndarray], leaf: Leaf) -> Iterator[np.ndarray]:
+    size = 0
+    for part in parts:
+        size += part.size
+        if str(part.dtype) != leaf.dtype:
+            raise RuntimeError(f"{leaf.name} came out as {part.dtype}.")
+        yield part
+    if size != leaf.size:
+        raise RuntimeError(f"{leaf.name} came out with {size} elements.")
+
+
+def _cause(error: Exception) -> str:
+    """What the disk said, without what the layers between say of their own."""
+    code = re.search(r"os_error_code='(\d+)'", str(error))
+    if code:
+        return f"{os.strerror(int(code[1]))}."
+    if isinstance(error, OSError) and error.strerror:
+        return f"{error.strerror}."
+    return str(error)
+
+
+def _check_names(leaves: list[Leaf]) -> None:
+    """Both formats join the parts of a path by dots."""
+    counts = collections.Counter(leaf.name for leaf in leaves)
+    for name, count in counts.items():
+        if count > 1:
+            raise ValueError(f"{count} leaves would be called {name}; rename one.")
+
+
+def check_safetensors(leaves: list[Leaf]) -> None:
+    """Raises for leaves that safetensors cannot hold."""
+    _check_names(leaves)
+    for leaf in leaves:
+        if leaf.dtype not in TYPES.values():
+            raise ValueError(f"{leaf.name}: safetensors has no {leaf.dtype}.")
+
+
+def _check_orbax(leaves: list[Leaf]) -> None:
+    _check_names(leaves)
+    _disk.nested({leaf.path: leaf for leaf in leaves})
+    for leaf in leaves:
+        if not leaf.nbytes:
+            raise ValueError(
+                f"Orbax holds no arrays without elements, as {leaf.name} is; write to "
+                f"a {SUFFIX} file."
+            )
+
+
+def _stranger_to_safetensors(path: str) -> str:
+    try:
+        open_checkpoint(path)
+    except ValueError:
+        return "is no safetensors file"
+    return ""
+
+
+def _stranger_to_orbax(path: str) -> str:
+    for root, folders, files in os.walk(path):
+        for name in (*folders, *files):
+            found = os.path.join(root, name)
+            inner = os.path.relpath(found, path).replace(os.sep, "/")
+            if not OF_ORBAX.fullmatch(inner) or os.path.islink(found):
+                return f"holds {inner}, which is not of an Orbax checkpoint"
+    if os.path.exists(os.path.join(path, "_METADATA")):
+        return ""
+    return "is not an Orbax checkpoint of arrays"
+
+
+def write_safetensors(
+    path: str, leaves: list[Leaf], load: Load, metadata: dict[str, str]
+) -> None:
+    """Writes one file; the library's own writer wants all arrays at once."""
+    names = {dtype: kind for kind, dtype in TYPES.items()}
+    header: dict[str, Any] = {METADATA: metadata} if metadata else {}
+    end = 0
+    for leaf in leaves:
+        header[leaf.name] = {
+            "dtype": names[leaf.dtype],
+            "shape": list(leaf.shape),
+            "data_offsets": [end, end + leaf.nbytes],
+        }
+        end += leaf.nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    with open(path, "wb") as file:
+        file.write(struct.pack("<Q", len(text)) + text)
+        for i in range(len(leaves)):
+            for part in load(i):
+                file.write(np.ascontiguousarray(part).reshape(-1).view(np.uint8).data)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
+    ocp = _disk.orbax()
+
+    class Unmade:
+        def __init__(self, i: int) -> None:
+            self.i = i
+
+    class OneByOne(ocp.type_handlers.NumpyHandler):
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+            args = args or [None] * len(values)
+            written: Any = []
+            try:
+                for value, info, arg in zip(values, infos, args, strict=True):
+                    array = [
+                        _whole(load(value.i), leaves[value.i])
+                    ]  # while the last one is written
+                    for done in written:
+                        done.result()
+                    written = await super().serialize(array, [info], arg and [arg])
+            except BaseException:
+                for done in written:  # or it would write to what is deleted
+                    with contextlib.suppress(Exception):
+                        done.result()
+                raise
+            return written
+
+        def memory_size(self, values: Any) -> Any:
+            return [(leaves[v.i].nbytes, leaves[v.i].nbytes) for v in values]
+
+    tree = _disk.nested({leaf.path: Unmade(i) for i, leaf in enumerate(leaves)})
+    registry = ocp.type_handlers.create_type_handler_registry((Unmade, OneByOne()))
+    # Trained weights hardly shrink, and squeezing them takes most of the time.
+    handler = ocp.PyTreeCheckpointHandler(
+        type_handler_registry=registry, use_compression=False
+    )
+    with ocp.Checkpointer(handler) as writer:
+        writer.save(Path(path), args=ocp.args.PyTreeSave(tree))
+
+
+def _whole(parts: Iterable[np.ndarray], leaf: Leaf) -> np.ndarray:
+    parts = iter(parts)
+    first = next(parts)
+    if first.size == leaf.size:
+        return first.reshape(leaf.shape)
+    whole, begin = np.empty(leaf.size, first.dtype), 0
+    for part in itertools.chain([first], parts):
+        whole[begin : begin + part.size] = part.reshape(-1)
+        begin += part.size
+    return whole.reshape(leaf.shape)
+
+
+def safetensors_with(metadata: dict[str, str]) -> Format:
+    """The format of a safetensors file that has metadata."""
+    write = functools.partial(write_safetensors, metadata=metadata)
+    return SAFETENSORS._replace(write=write)
+
+
+SAFETENSORS = Format(
+    "a safetensors file",
+    False,
+    _stranger_to_safetensors,
+    check_safetensors,
+    functools.partial(write_safetensors, metadata={}),
+)
+ORBAX = Format(
+    "an Orbax checkpoint", True, _stranger_to_orbax, _check_orbax, _write_orbax
+)
