@@ -140,6 +140,7 @@ def train(
     classes = int(max(images.train_y.max(), images.test_y.max())) + 1
     model = Network(images.train_x.shape[1:], classes, rngs=nnx.Rngs(seed))
     graphdef, params = nnx.split(model)
+    oa.check_chain(tx, params)  # says so if a link stands at the wrong place
     opt_state = tx.init(params)
     rng = np.random.default_rng(seed)
     curve = []

@@ -77,6 +77,7 @@ def main() -> None:
     model = eqx.nn.MLP(64, 10, width_size=64, depth=2, key=jax.random.key(args.seed))
     params, static = eqx.partition(model, eqx.is_inexact_array)
     tx = make_optimizer(args.learning_rate, args.decay)
+    oa.check_chain(tx, params)  # says so if a link stands at the wrong place
     state = tx.init(params)
     print("epoch  live    averaged")
     for epoch in range(1, args.epochs + 1):

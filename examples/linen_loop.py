@@ -44,6 +44,7 @@ def create_state(seed: int, learning_rate: float, decay: float) -> TrainState:
         oa.ema_params(decay),  # last: it averages what the step arrives at
     )
     params = model.init(jax.random.key(seed), jnp.zeros((1, 64)))["params"]
+    oa.check_chain(tx, params)  # says so if a link stands at the wrong place
     return TrainState.create(apply_fn=model.apply, params=params, tx=tx)
 
 

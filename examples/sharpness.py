@@ -136,6 +136,7 @@ def train(
     seeds, count = labels.shape
     epoch = count // args.batch_size
     tx = make_optimizer(method, args.learning_rate, args.epochs * epoch, epoch)
+    oa.check_chain(tx, params)  # says so if a link stands at the wrong place
     value_and_grad = jax.value_and_grad(loss)
     # The one line that a method changes: a gradient function with a state.
     sharp = method.rule and oa.sharpness_aware(value_and_grad, method.rule)

@@ -225,6 +225,7 @@ def train(
         args.layers, args.width, args.heads, args.context, rngs=nnx.Rngs(seed)
     )
     graphdef, params = nnx.split(model)
+    oa.check_chain(tx, params)  # says so if a link stands at the wrong place
     opt_state = tx.init(params)
     held_out = evaluation_batches(corpus.held_out, args.context)
     rng = np.random.default_rng(seed)

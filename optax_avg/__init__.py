@@ -9,6 +9,9 @@ Links of an Optax chain
 Reading and moving averages
     averaged_params, average_names, migrate_state
 
+Checking the order of a chain, once before training
+    check_chain
+
 Gradients at perturbed parameters
     sharpness_aware             a drop-in for value_and_grad, from a rule
     sam, gam, ...               a rule as the first link of a chain
@@ -59,6 +62,7 @@ from optax_avg import (
     surgery,
     weights,
 )
+from optax_avg._running import AverageState
 from optax_avg.aggregation import (
     AggregationState,
     centered_clip,
@@ -71,7 +75,6 @@ from optax_avg.aggregation import (
     trimmed_mean,
 )
 from optax_avg.averaging import (
-    AverageState,
     average,
     ema_params,
     lr_weighted_average,
@@ -80,6 +83,7 @@ from optax_avg.averaging import (
     swa,
     tail_average,
 )
+from optax_avg.chain_check import check_chain
 from optax_avg.clipping import (
     ClipState,
     clip_by_coordinate_quantile,
@@ -185,6 +189,7 @@ __all__ = [
     "cagrad",
     "cclip",
     "centered_clip",
+    "check_chain",
     "clip_by_coordinate_quantile",
     "clip_by_ema_norm",
     "clip_by_percentile",

@@ -3,6 +3,7 @@
 import importlib.metadata
 import importlib.util
 import os
+import sys
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -45,3 +46,22 @@ def load_example(monkeypatch):
         return module
 
     return load
+
+
+@pytest.fixture
+def run(monkeypatch, capsys):
+    """Runs the command ``optax-avg``; its exit code, output and errors."""
+    from optax_avg import cli
+
+    def one(*args):
+        monkeypatch.setattr(sys, "argv", ["optax-avg", *map(str, args)])
+        monkeypatch.setenv("COLUMNS", "200")
+        try:
+            cli.main()
+            code = 0
+        except SystemExit as stop:
+            code = stop.code
+        out, errors = capsys.readouterr()
+        return code, out, errors
+
+    return one

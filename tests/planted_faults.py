@@ -32,16 +32,26 @@ READOUT = "tests/test_readout.py"
 WRITE_BACK = "tests/test_write_back.py"
 SHARPNESS = "tests/test_sharpness.py"
 FORMS = "tests/test_sharpness_forms.py"
+MULTI_CALL = "tests/test_multi_call.py"
+MIXUPS = "tests/test_mixups.py"
 LANDSCAPE = "tests/test_landscape.py"
 LOCATION = "tests/test_location.py"
 CLIPPING = "tests/test_clipping.py"
 AGGREGATION = "tests/test_aggregation.py"
+ATTACKS = "tests/test_attacks.py"
 SURGERY = "tests/test_surgery.py"
 TAIL_INDEX = "tests/test_tail_index.py"
 POSTHOC = "tests/test_posthoc.py"
 SNAPSHOTS = "tests/test_snapshots.py"
+DAMAGE = "tests/test_damage.py"
+CLOCK = "tests/test_clock.py"
 MERGING = "tests/test_merging.py"
 CLI = "tests/test_cli.py"
+CHAIN_CHECK = "tests/test_chain_check.py"
+LAYOUT = "tests/test_layout.py"
+OPTAX = "tests/test_optax_contract.py"
+CLI_FILES = "tests/test_cli_files.py"
+CLI_MERGE = "tests/test_cli_merge.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -69,9 +79,9 @@ FAULTS = {
         f"{AVERAGING} -k polynomial_average",
     ),
     "the debiased weight starts one late": Fault(
-        "optax_avg/averaging.py",
-        "t = (state.absorbed + 1)",
-        "t = (state.absorbed + 2)",
+        "optax_avg/_absorb.py",
+        "optax.safe_increment(state.absorbed), jnp.float32)",
+        "state.absorbed + 2, jnp.float32)",
         f"{AVERAGING} -k uniform_averages",
     ),
     "every micro-step counts": Fault(
@@ -82,8 +92,8 @@ FAULTS = {
     ),
     "start is absorbed": Fault(
         "optax_avg/_absorb.py",
-        "state.absorbed + (step > start)",
-        "state.absorbed + 1",
+        "jnp.where(is_base, state.absorbed, count)",
+        "count",
         f"{AVERAGING} -k normalised_sum",
     ),
     "non-finite iterates pass": Fault(
@@ -106,8 +116,8 @@ FAULTS = {
     ),
     "averages take the dtype of the parameters": Fault(
         "optax_avg/_tree.py",
-        "dtype = float32_or_wider(x.dtype)\n    return",
-        "dtype = x.dtype\n    return",
+        "dtype = jnp.promote_types(float32_or_wider(x.dtype), dtype or jnp.float32)",
+        "dtype = x.dtype",
         f"{CONTRACT} -k keep_their_own_dtypes",
     ),
     "bf16 rounding of the iterate is forgotten": Fault(
@@ -154,14 +164,14 @@ FAULTS = {
     ),
     "mass forgets the past": Fault(
         "optax_avg/weights.py",
-        "weight.retain(t, dt) * total + m",
-        "0 * total + m",
+        "high, low = _sum_and_error(kept, change)",
+        "high, low = _sum_and_error(0 * kept, change)",
         f"{AVERAGING} -k lr_weighted",
     ),
     "read before the first iterate": Fault(
         "optax_avg/readout.py",
-        "found[i] = absorbed > 0,",
-        "found[i] = absorbed >= 0,",
+        "jax.tree.leaves(node.absorbed)[0] > 0",
+        "jax.tree.leaves(node.absorbed)[0] >= 0",
         f"{CONTRACT} -k reads_params_exactly",
     ),
     "same names overwrite each other": Fault(
@@ -187,6 +197,108 @@ FAULTS = {
         "moved.append(rest.pop(0)[1])",
         "moved.append(rest.pop(0)[1] * 0)",
         f"{READOUT} -k migration_keeps_the_optimizer",
+    ),
+    "migration takes any shape": Fault(
+        "optax_avg/migration.py",
+        "_check_leaves(where, new, inner)\n    return",
+        "return",
+        f"{READOUT} -k 'migration_refuses_what'",
+    ),
+    "migration lets a new average share old counters": Fault(
+        "optax_avg/migration.py",
+        "if missing and len(missing) < len(new):",
+        "if missing and len(missing) > len(new):",
+        f"{READOUT} -k 'migration_refuses_what'",
+    ),
+    "migration drops averages without a word": Fault(
+        "optax_avg/migration.py",
+        "    if dropped:",
+        "    if dropped and not dropped:",
+        f"{READOUT} -k 'afresh or drops'",
+    ),
+    "two links share one array after migration": Fault(
+        "optax_avg/migration.py",
+        "return jnp.array(value, copy=True) if shared else value",
+        "return value",
+        f"{READOUT} -k migration_splits",
+    ),
+    "averages draw the same random bits": Fault(
+        "optax_avg/_accumulate.py",
+        'zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())',
+        "zlib.crc32(jax.tree_util.keystr(path).encode())",
+        f"{AVERAGING} -k random_bits",
+    ),
+    "leaves draw the same random bits": Fault(
+        "optax_avg/_accumulate.py",
+        'zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())',
+        "zlib.crc32(name.encode())",
+        f"{AVERAGING} -k random_bits",
+    ),
+    "an average keeps the NaN that it starts from": Fault(
+        "optax_avg/_accumulate.py",
+        "(first & ~jnp.isfinite(a))",
+        "(first & ~jnp.isfinite(w))",
+        f"{AVERAGING} -k not_finite_is_the_first",
+    ),
+    "the clock stands still at the largest integer": Fault(
+        "optax_avg/_tree.py",
+        "last - (stride - 1)",
+        "last - 0 * (stride - 1)",
+        f"{AVERAGING} -k keeps_its_stride",
+    ),
+    "the number of iterates wraps": Fault(
+        "optax_avg/_absorb.py",
+        "jnp.asarray(optax.safe_increment(state.absorbed), jnp.float32)",
+        "jnp.asarray(state.absorbed + 1, jnp.float32)",
+        f"{AVERAGING} -k do_not_wrap",
+    ),
+    "a window forgets its row at the largest integer": Fault(
+        "optax_avg/windows.py",
+        "period=k,",
+        "period=1,",
+        f"{AVERAGING} -k goes_round",
+    ),
+    "schedules get a float": Fault(
+        "optax_avg/weights.py",
+        "value(_tree.step_of(t, dt))",
+        "value((t - 1) * dt)",
+        f"{AVERAGING} -k index_a_table",
+    ),
+    "sums of masses lose what is rounded": Fault(
+        "optax_avg/weights.py",
+        "return total, (a - (total - of_b)) + (b - of_b)",
+        "return total, 0 * of_b",
+        f"{AVERAGING} -k masses_do_not_stop",
+    ),
+    "masses are kept by a product that rounds": Fault(
+        "optax_avg/weights.py",
+        "near = r >= 0.5",
+        "near = r >= 2",
+        f"{WEIGHTS} -k decays_near_one",
+    ),
+    "the first decay is bounded from below": Fault(
+        "optax_avg/weights.py",
+        "return jnp.where(t > 1, w, 1)",
+        "return w",
+        f"{WEIGHTS} -k equations",
+    ),
+    "widths are broadcast over coordinates": Fault(
+        "optax_avg/_tree.py",
+        "if is_array and value.ndim and not elementwise:",
+        "if is_array and value.ndim and elementwise:",
+        f"{AVERAGING} -k bad_arguments",
+    ),
+    "8-bit floats are promoted": Fault(
+        "optax_avg/_tree.py",
+        "jnp.finfo(dtype).bits < 16:",
+        "jnp.finfo(dtype).bits < 8:",
+        f"{AVERAGING} -k 'non_finite_parameters_of_8_bits'",
+    ),
+    "shapes are taken for arrays": Fault(
+        "optax_avg/_absorb.py",
+        "_tree.shapes_for_shapes(init), update)",
+        "init, update)",
+        f"{AVERAGING} -k 'shapes_without_values and ema_params'",
     ),
     "the mask comes after the norm": Fault(
         "optax_avg/rules/offsets.py",
@@ -251,9 +363,87 @@ FAULTS = {
     ),
     "the clean copy is not kept": Fault(
         "optax_avg/multi_call.py",
-        "return displaced(state.clean_params, offset), state._replace(",
-        "return displaced(params, offset), state._replace(",
+        "target, reached = _reached(clean, offset)",
+        "target, reached = _reached(params, offset)",
         f"{SHARPNESS} -k 'three_forms and gam'",
+    ),
+    "handed parameters overwrite the clean ones": Fault(
+        "optax_avg/multi_call.py",
+        "return clean if _trained(x, u) else jnp.array(x, copy=True)",
+        "return jnp.array(x, copy=True)",
+        f"{MULTI_CALL} -k moves_no_bit",
+    ),
+    "a bad gradient is stepped on": Fault(
+        "optax_avg/multi_call.py",
+        "sound = state.sound & _finite(at, updates)",
+        "sound = state.sound | True",
+        f"{MULTI_CALL} -k 'leaves_the_step_out and friendly'",
+    ),
+    "a bad gradient in between is moved along": Fault(
+        "optax_avg/multi_call.py",
+        "sound = state.sound & reached & _finite(updates)",
+        "sound = jnp.asarray(True)",
+        f"{MULTI_CALL} -k 'leaves_the_step_out and usam'",
+    ),
+    "updates are rounded to the dtype of the gradient": Fault(
+        "optax_avg/multi_call.py",
+        "jnp.promote_types(u.dtype, x.dtype)",
+        "u.dtype",
+        f"{MULTI_CALL} -k steps_are_those",
+    ),
+    "the gradient of the ascent enters the result": Fault(
+        "optax_avg/sharpness.py",
+        "taken(grad_at) if _in_result(rule, i) else ascents[-1]",
+        "ascents[-1]",
+        f"{SHARPNESS} -k 'ascent_on_another and gam'",
+    ),
+    "a step that is not due follows the ascent": Fault(
+        "optax_avg/sharpness.py",
+        "*skip(loss_at(start)[1])",
+        "*skip(ascent_at(start)[1])",
+        f"{SHARPNESS} -k 'ascent_on_another and every_k'",
+    ),
+    "equal entries are all kept": Fault(
+        "optax_avg/_tree.py",
+        "(tied & (place >= first))",
+        "tied",
+        f"{SHARPNESS} -k ties",
+    ),
+    "the state holds the user's key": Fault(
+        "optax_avg/rules/offsets.py",
+        "return lambda: jnp.array(key, copy=True)",
+        "return lambda: key",
+        f"{SHARPNESS} -k keys_of",
+    ),
+    "radii may be infinite": Fault(
+        "optax_avg/rules/offsets.py",
+        "open_low=open_low, closed_high=False",
+        "open_low=open_low, closed_high=True",
+        f"{SHARPNESS} -k not_finite",
+    ),
+    "words that begin with norm are normalisations": Fault(
+        "optax_avg/rules/offsets.py",
+        r'r"\w*norms?|',
+        r'r"\w*norm\w*|',
+        f"{SHARPNESS} -k names_of",
+    ),
+    "complex leaves pass": Fault(
+        "optax_avg/_tree.py",
+        "if is_float(leaf) and jnp.iscomplexobj(leaf):",
+        "if False:",
+        f"{MIXUPS} -k complex",
+    ),
+    "a forgotten aux is taken for the value": Fault(
+        "optax_avg/_mixups.py",
+        "if not has_aux and _is_pair(out):",
+        "if False:",
+        f"{MIXUPS} -k forgotten",
+    ),
+    "lanczos loses what is small": Fault(
+        "optax_avg/landscape/curvature.py",
+        "beta = _tree.norm(w)",
+        "beta = jnp.linalg.norm(w)",
+        f"{LANDSCAPE} -k any_size",
     ),
     "lanczos forgets what it has seen": Fault(
         "optax_avg/landscape/curvature.py",
@@ -299,9 +489,45 @@ FAULTS = {
     ),
     "a spike enters the statistics": Fault(
         "optax_avg/clipping.py",
-        "n = jnp.minimum(n, high)\n        # The plain",
-        "n = jnp.minimum(n, jnp.inf)\n        # The plain",
+        "n = jnp.minimum(n, high)\n        # A square",
+        "# A square",
         f"{CLIPPING} -k zscore",
+    ),
+    "a spike in the warm-up counts": Fault(
+        "optax_avg/clipping.py",
+        "jnp.where(first <= UNUSUAL * median, first, jnp.nan)",
+        "first",
+        f"{CLIPPING} -k 'recovers and zscore'",
+    ),
+    "stationary points depend on lengths": Fault(
+        "optax_avg/surgery.py",
+        "stationary = w @ cosines @ w <= STATIONARY**2",
+        "stationary = w @ matrix @ w <= STATIONARY**2 * g0**2",
+        f"{SURGERY} -k other_lengths",
+    ),
+    "a later link may change the updates": Fault(
+        "optax_avg/chain_check.py",
+        "if _differ(sight.emitted, out):",
+        "if False:",
+        f"{CHAIN_CHECK} -k wrong_chains",
+    ),
+    "the probe is always large": Fault(
+        "optax_avg/chain_check.py",
+        "for size in (_LARGE, _SMALL):",
+        "for size in (_LARGE, _LARGE):",
+        f"{CHAIN_CHECK} -k small_weight_decay",
+    ),
+    "labels at another pace are believed": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "if doubt and all(",
+        "if doubt and not all(",
+        f"{CLOCK} -k doubted",
+    ),
+    "another optimizer with the same fields is taken": Fault(
+        "optax_avg/migration.py",
+        "owner = type(node).__name__",
+        "owner = 'state'",
+        f"{READOUT} -k whose_fields",
     ),
     "the accumulator is not delayed": Fault(
         "optax_avg/clipping.py",
@@ -322,16 +548,58 @@ FAULTS = {
         f"{SHARPNESS} -k decoupled",
     ),
     "the Gram matrix is not centred": Fault(
-        "optax_avg/aggregation.py",
-        "_stack.gram(stack._replace(valid=valid), shrink / unit, i)",
-        "_stack.gram(stack._replace(valid=valid), shrink / unit)",
+        "optax_avg/_centred.py",
+        "_stack.gram(stack, scales(distance, unit), i)",
+        "_stack.gram(stack, scales(distance, unit))",
         f"{AGGREGATION} -k near_identical",
     ),
     "far rows overflow": Fault(
-        "optax_avg/aggregation.py",
-        "far = valid & (distance > FAR * unit)",
-        "far = valid & False & (distance > FAR * unit)",
+        "optax_avg/_centred.py",
+        "return jnp.minimum(1 / unit, FAR / distance)",
+        "return 1 / unit + 0 * distance",
         f"{AGGREGATION} -k how_far",
+    ),
+    "the farthest row sets the unit": Fault(
+        "optax_avg/_centred.py",
+        "typical = distance[_stack.nth(distance, valid, rank(jnp.sum(valid)))]",
+        "typical = jnp.max(distance)",
+        f"{ATTACKS} -k 'minority and krum or majority'",
+    ),
+    "far rows do not pull": Fault(
+        "optax_avg/_centred.py",
+        "weights = jnp.where(far, c * NEAR * unit, c)",
+        "weights = jnp.where(far, 0, c)",
+        f"{ATTACKS} -k direction",
+    ),
+    "gradients that are already summed pass": Fault(
+        "optax_avg/_row_checks.py",
+        "typed = [a for a in names if a in",
+        "typed = [a for a in names if a not in",
+        f"{AGGREGATION} -k already_summed",
+    ),
+    "stacked gradients are not checked": Fault(
+        "optax_avg/_row_checks.py",
+        "if tuple(shape) != jnp.shape(part):",
+        "if len(shape) < 0:",
+        f"{AGGREGATION} -k must_have",
+    ),
+    "CAGrad goes too far at Pareto-stationary points": Fault(
+        "optax_avg/surgery.py",
+        "jnp.where(near & stationary, closest, best)",
+        "jnp.where(near & (common < -1), closest, best)",
+        f"{SURGERY} -k pareto_stationary",
+    ),
+    "gradients that are zero count for limits": Fault(
+        "optax_avg/clipping.py",
+        "counted = finite if zeros_count else finite & telling",
+        "counted = finite",
+        f"{CLIPPING} -k zeros_leave",
+    ),
+    "one huge norm fills the z-score": Fault(
+        "optax_avg/clipping.py",
+        "n = jnp.minimum(n, 0.25 *",
+        "n = jnp.minimum(n, 4 *",
+        f"{CLIPPING} -k 'recovers and zscore'",
     ),
     "a bad row is multiplied by zero": Fault(
         "optax_avg/_stack.py",
@@ -365,8 +633,8 @@ FAULTS = {
     ),
     "the solver keeps negative coordinates": Fault(
         "optax_avg/surgery.py",
-        "return v, jnp.where(free, v, slope) < -tolerance",
-        "return v, jnp.where(free, 0, slope) < -tolerance",
+        "low = jnp.where(free, v < -tolerance * length, slope < -tolerance * most)",
+        "low = jnp.where(free, False, slope < -tolerance * most)",
         f"{SURGERY} -k equals_the_definition",
     ),
     "Bloop projects on the first gradient": Fault(
@@ -394,28 +662,78 @@ FAULTS = {
         f"{POSTHOC} -k quadrature",
     ),
     "discrete power functions lose an order": Fault(
-        "optax_avg/posthoc/_profiles.py",
-        "(j / t) ** g * newest",
-        "(j / t) ** kind.gamma * newest",
+        "optax_avg/posthoc/_clock.py",
+        "(kind.gamma + 1) * np.log1p(-1 / i)",
+        "kind.gamma * np.log1p(-1 / i)",
         f"{POSTHOC} -k equal_profiles",
     ),
     "a window has one iterate more": Fault(
-        "optax_avg/posthoc/_profiles.py",
-        "(i > t - k)",
-        "(i >= t - k)",
+        "optax_avg/posthoc/_clock.py",
+        "k = min(kind.k, count)",
+        "k = min(kind.k + 1, count)",
         f"{POSTHOC} -k windows",
     ),
     "fingerprints forget places": Fault(
         "optax_avg/posthoc/_integrity.py",
-        "bits * (2 * place + 1)",
-        "bits",
+        "_mixed(bits + place * jnp.uint32(0x9E3779B9))",
+        "_mixed(bits)",
         f"{SNAPSHOTS} -k exchanged",
     ),
     "what comes back is not checked": Fault(
         "optax_avg/posthoc/_disk.py",
-        "if number != leaf.fingerprint:",
-        "if number < 0:",
+        "if leaf.fingerprint not in (None, number):",
+        "if leaf.fingerprint == -1:",
         f"{SNAPSHOTS} -k another_step",
+    ),
+    "records are believed": Fault(
+        "optax_avg/posthoc/_disk.py",
+        'if not old and found["checksum"] != _integrity.digest(content):',
+        'if not old and not found["checksum"]:',
+        f"{DAMAGE} -k changed_record",
+    ),
+    "a snapshot stands for the step of its directory": Fault(
+        "optax_avg/posthoc/_disk.py",
+        "if record.step != step:",
+        "if record.step < 0:",
+        f"{DAMAGE} -k names_of_others",
+    ),
+    "weights of another run are believed": Fault(
+        "optax_avg/posthoc/_disk.py",
+        "whole = record.digests.get(name) == _integrity.digest(found)",
+        "whole = name in record.digests",
+        f"{DAMAGE} -k weights_of_another",
+    ),
+    "round numbers hide damage": Fault(
+        "optax_avg/posthoc/_integrity.py",
+        "    x = (x ^ (x >> 16)) * jnp.uint32(0x85EBCA6B)\n"
+        "    x = (x ^ (x >> 13)) * jnp.uint32(0xC2B2AE35)\n"
+        "    return x ^ (x >> 16)",
+        "    return x",
+        f"{DAMAGE} -k round_numbers",
+    ),
+    "a step is deleted before it is replaced": Fault(
+        "optax_avg/posthoc/_writer.py",
+        "return int(path.exists())",
+        "return path.rmtree(missing_ok=True) or 0",
+        f"{SNAPSHOTS} -k full_disk",
+    ),
+    "a replacement counts only in its place": Fault(
+        "optax_avg/posthoc/_disk.py",
+        "if not is_snapshot(path):\n            path =",
+        "if path:\n            path =",
+        f"{SNAPSHOTS} -k while_a_step",
+    ),
+    "directories of others are replaced": Fault(
+        "optax_avg/posthoc/_writer.py",
+        "if path.exists() and not _disk.is_snapshot(path):",
+        "if path.exists() and path.is_symlink():",
+        f"{SNAPSHOTS} -k not_a_snapshot",
+    ),
+    "windows of a stack are averaged over its members": Fault(
+        "optax_avg/readout.py",
+        "if jnp.ndim(absorbed):",
+        "if jnp.ndim(absorbed) < 0:",
+        f"{READOUT} -k stacked",
     ),
     "sums of snapshots in their own dtype": Fault(
         "optax_avg/posthoc/_reconstruct.py",
@@ -424,15 +742,81 @@ FAULTS = {
         f"{SNAPSHOTS} -k half_precision",
     ),
     "later snapshots than the step count": Fault(
-        "optax_avg/posthoc/_reconstruct.py",
+        "optax_avg/posthoc/_plan.py",
         "and (step is None or record.step <= step)",
         "and (step is None or record.step != -step)",
         f"{SNAPSHOTS} -k earlier",
     ),
-    "the step of resumption is removed": Fault(
+    "averages are where their states began": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "origin = clock[record.step] - own_step(record, name) + grid.start",
+        "origin = grid.start",
+        f"{CLOCK} -k added_later",
+    ),
+    "averages start with the training": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "own_step(record, name) + grid.start",
+        "own_step(record, name)",
+        f"{CLOCK} -k other_starts",
+    ),
+    "averages hold every step": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "record.absorbed[name], origin, grid.every)",
+        "record.absorbed[name], origin, 1)",
+        f"{CLOCK} -k other_strides",
+    ),
+    "iterates that were left out take a place": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "return grid.step - grid.every * (due - record.absorbed[name])",
+        "return grid.step",
+        f"{CLOCK} -k left_out_do_not",
+    ),
+    "earlier runs are combined": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "return new < old or",
+        "return False and",
+        f"{CLOCK} -k newest_run",
+    ),
+    "windows are in iterates": Fault(
+        "optax_avg/posthoc/_plan.py",
+        "Window(-(-window // every))",
+        "Window(window)",
+        f"{CLOCK} -k one_grid",
+    ),
+    "half-lives are in iterates": Fault(
+        "optax_avg/posthoc/_plan.py",
+        "weights.scale_decay(decay, every)",
+        "decay",
+        f"{CLOCK} -k half_lives",
+    ),
+    "the solver forgets rounding": Fault(
+        "optax_avg/posthoc/_profiles.py",
+        "np.asarray(rounding) ** 2 * np.maximum",
+        "0 * np.asarray(rounding) ** 2 * np.maximum",
+        f"{POSTHOC} -k twice_what",
+    ),
+    "rounding is not claimed": Fault(
+        "optax_avg/posthoc/_clock.py",
+        "math.hypot(profile, found.rounding)",
+        "profile",
+        f"{POSTHOC} -k twice_what",
+    ),
+    "inner products forget what came between": Fault(
+        "optax_avg/posthoc/_clock.py",
+        "inner[early, a_i, a] * np.exp(decay)",
+        "inner[early, a_i, a]",
+        f"{CLOCK} -k dense",
+    ),
+    "a run is mixed with the one it replaces": Fault(
         "optax_avg/posthoc/store.py",
-        "if later > step:",
-        "if later >= step:",
+        "if step < self._last:",
+        "if step < -1:",
+        f"{SNAPSHOTS} -k replaced",
+    ),
+    "the step of resumption is removed": Fault(
+        "optax_avg/posthoc/_writer.py",
+        "if s > step]",
+        "if s >= step]",
         f"{SNAPSHOTS} -k replaced",
     ),
     "dependent objectives are pivoted for ever": Fault(
@@ -479,8 +863,8 @@ FAULTS = {
     ),
     "DARE does not rescale": Fault(
         "optax_avg/merging/task_vectors.py",
-        "(xs[0] - x0) / density",
-        "(xs[0] - x0)",
+        "(x - x0) / density",
+        "(x - x0)",
         f"{MERGING} -k dare",
     ),
     "Karcher means along chords": Fault(
@@ -491,14 +875,14 @@ FAULTS = {
     ),
     "slerp of vectors that are not of unit length": Fault(
         "optax_avg/merging/spheres.py",
-        "u, v = unit(a), unit(b)",
-        "u, v = a, b",
+        "x / unit / jnp.where(norm > 0, norm, 1)\n",
+        "x / unit\n",
         f"{MERGING} -k equals_the_reference",
     ),
     "Fisher merging forgets its weights": Fault(
         "optax_avg/merging/curvature.py",
-        "total = sum(a * f for a, f in zip(w, shares, strict=True))",
-        "total = sum(shares)",
+        "return shares, sum(a * f for a, f in zip(w, shares, strict=True))",
+        "return shares, sum(shares)",
         f"{MERGING} -k equals_the_reference",
     ),
     "gradient matching forgets the base": Fault(
@@ -525,23 +909,221 @@ FAULTS = {
         "return moved",
         f"{MERGING} -k shared_mask",
     ),
+    "variance correction takes rounding for variance": Fault(
+        "optax_avg/merging/soups.py",
+        "rounding = 4 * jnp.finfo(got.dtype).eps",
+        "rounding = 0",
+        f"{MERGING} -k only_rounding",
+    ),
+    "opposite directions have a mean": Fault(
+        "optax_avg/merging/spheres.py",
+        "straight = cancels(w) | opposite | cancels(last)",
+        "straight = jnp.asarray(False)",
+        f"{MERGING} -k 'without_a_mean or finite_models'",
+    ),
+    "TIES keeps all that stand at its limit": Fault(
+        "optax_avg/merging/_largest.py",
+        "(size == largest.limit) & (_place(size) < largest.end)",
+        "size == largest.limit",
+        f"{MERGING} -k keeps_exactly",
+    ),
+    "compiled TIES keeps too many at its limit": Fault(
+        "optax_avg/merging/_largest.py",
+        "left = jnp.maximum(left - jnp.sum(hits), 0)",
+        "pass",
+        f"{MERGING} -k keeps_exactly",
+    ),
+    "Fisher merging takes negative information": Fault(
+        "optax_avg/merging/curvature.py",
+        "~jnp.all((x >= 0) & jnp.isfinite(x))",
+        "~jnp.all(jnp.isfinite(x))",
+        f"{MERGING} -k that_is_none",
+    ),
     "the command replaces what is there": Fault(
-        "optax_avg/cli/_checkpoints.py",
-        "if os.path.lexists(out) and not force:",
-        "if os.path.islink(out) and not force:",
+        "optax_avg/cli/_targets.py",
+        "    if not force:\n",
+        "    if force is None:\n",
         f"{CLI} -k without_force",
     ),
     "the command writes under the final name": Fault(
-        "optax_avg/cli/_checkpoints.py",
-        "new = Path(folder) / target.name",
-        "new = target",
+        "optax_avg/cli/_writing.py",
+        "new = os.path.join(folder, os.path.basename(target.path))",
+        "new = target.path",
         f"{CLI} -k on_the_way",
+    ),
+    "an output path keeps its dots and links": Fault(
+        "optax_avg/cli/_targets.py",
+        "path = os.path.realpath(out)",
+        "path = out",
+        f"{CLI_FILES} -k 'normalised or follow'",
+    ),
+    "an empty output path is the current directory": Fault(
+        "optax_avg/cli/_targets.py",
+        "    if not out:\n",
+        "    if out is None:\n",
+        f"{CLI_FILES} -k 'result_may_have and nothing'",
+    ),
+    "force replaces a directory of notes": Fault(
+        "optax_avg/cli/_targets.py",
+        'return "" if empty else form.stranger(path)',
+        'return ""',
+        f"{CLI_FILES} -k result_may_have",
+    ),
+    "force replaces what is read": Fault(
+        "optax_avg/cli/_targets.py",
+        "any(_holds(path, part) for part in parts)",
+        "False",
+        f"{CLI_FILES} -k result_may_have",
+    ),
+    "a file that appears meanwhile is overwritten": Fault(
+        "optax_avg/cli/_commit.py",
+        "        os.link(new, path)\n",
+        "        os.replace(new, path)\n",
+        f"{CLI_FILES} -k last_moment",
+    ),
+    "an empty directory that appears meanwhile is replaced": Fault(
+        "optax_avg/cli/_commit.py",
+        "        os.mkdir(path)\n",
+        "        os.makedirs(path, exist_ok=True)\n",
+        f"{CLI_FILES} -k last_moment",
+    ),
+    "force is for whatever comes": Fault(
+        "optax_avg/cli/_commit.py",
+        "elif now != target.found or odd_at",
+        "elif odd_at",
+        f"{CLI_FILES} -k 'at_first or changes_meanwhile'",
+    ),
+    "the old checkpoint goes before the new one comes": Fault(
+        "optax_avg/cli/_commit.py",
+        "    os.rename(path, aside)\n",
+        "    shutil.rmtree(path)\n",
+        f"{CLI_FILES} -k cannot_be_replaced",
+    ),
+    "signals tear a commit": Fault(
+        "optax_avg/cli/_commit.py",
+        "    with held():\n        try:\n",
+        "    with contextlib.nullcontext():\n        try:\n",
+        f"{CLI_FILES} -k disturb_the_commit",
+    ),
+    "the first signal is not heard": Fault(
+        "optax_avg/cli/_signals.py",
+        "    if signals:\n",
+        "    if len(signals) > 1:\n",
+        f"{CLI_FILES} -k a_signal_leaves",
+    ),
+    "a signal that is ignored stops the command": Fault(
+        "optax_avg/cli/_signals.py",
+        "[n for n in NUMBERS if signal.getsignal(n) != signal.SIG_IGN]",
+        "NUMBERS",
+        f"{CLI_FILES} -k stays_so",
+    ),
+    "a dry run writes": Fault(
+        "optax_avg/cli/_output.py",
+        "        print(_plan(target, reads, leaves, what))\n        return\n",
+        "        print(_plan(target, reads, leaves, what))\n",
+        f"{CLI_FILES} -k a_dry_run",
+    ),
+    "a disk that is too small is found out late": Fault(
+        "optax_avg/cli/_targets.py",
+        "    if certain:\n",
+        "    if not certain:\n",
+        f"{CLI_FILES} -k too_small",
     ),
     "the command merges four batches at once": Fault(
         "optax_avg/cli/_output.py",
         "total + leaves[i].nbytes > BATCH",
         "total + leaves[i].nbytes > 4 * BATCH",
         f"{CLI} -k few_leaves",
+    ),
+    "a window's box does not learn of the new axis": Fault(
+        "optax_avg/windows.py",
+        'node.add_axis(0, {"partition_name": None})',
+        "node",
+        f"{LAYOUT} -k logical_partitioning",
+    ),
+    "zeros of a jitted init lie whole on every device": Fault(
+        "optax_avg/_tree.py",
+        "if not isinstance(x, core.Tracer):",
+        "if True:",
+        f"{CONTRACT} -k 'jitted_init and vclip'",
+    ),
+    "init asks shapes for values": Fault(
+        "optax_avg/_tree.py",
+        "jax.eval_shape(init, params) if is_abstract(params) else init(params)",
+        "init(params)",
+        f"{OPTAX} -k 'of_shapes and multi_call'",
+    ),
+    "a location grows as wide as the norm": Fault(
+        "optax_avg/location.py",
+        "old[i] + taken, old[i]).astype(old[i].dtype)",
+        "old[i] + taken, old[i])",
+        f"{OPTAX} -k 'mixed and vclip'",
+    ),
+    "the radius of a float64 location is float32": Fault(
+        "optax_avg/location.py",
+        "first, _tree.dtype_of_norms(m))",
+        "first, jnp.float32)",
+        f"{LOCATION} -k keeps_its_range",
+    ),
+    "statistics of float64 norms are float32": Fault(
+        "optax_avg/clipping.py",
+        "jnp.where(counted, new, old).astype(old.dtype)",
+        "jnp.where(counted, new, old).astype(jnp.float32)",
+        f"{CLIPPING} -k float64_norms",
+    ),
+    "statistics of norms take the dtype of the gradient": Fault(
+        "optax_avg/clipping.py",
+        "jnp.where(counted, new, old).astype(old.dtype)",
+        "jnp.where(counted, new, old).astype(jnp.result_type(*leaves))",
+        f"{OPTAX} -k 'mixed and clip_by_ema_norm'",
+    ),
+    "pairs of gradients end at the largest count": Fault(
+        "optax_avg/tail_index.py",
+        "_tree.advance_clock(state.tail_step, 2)",
+        "_tree.advance_clock(state.tail_step, 1)",
+        f"{TAIL_INDEX} -k go_on_beyond",
+    ),
+    "a scan over rows forgets their sharding": Fault(
+        "optax_avg/aggregation.py",
+        "jnp.zeros_like(x.sum(axis=0), x.dtype)",
+        "jnp.zeros(x.shape[1:], x.dtype)",
+        f"{CONTRACT} -k 'sharded_params and one_pass and Explicit'",
+    ),
+    "the command merges what is not finite": Fault(
+        "optax_avg/cli/_leafwise.py",
+        "finite = job.allow_nonfinite",
+        "finite = True",
+        f"{CLI_MERGE} -k 'not_finite_is and soup'",
+    ),
+    "the command forgets the metadata": Fault(
+        "optax_avg/cli/_writing.py",
+        "{METADATA: metadata} if metadata else {}",
+        "{}",
+        f"{CLI_MERGE} -k metadata",
+    ),
+    "every part of a leaf is taken for its first": Fault(
+        "optax_avg/cli/_leafwise.py",
+        "start += made.size",
+        "start += 0",
+        f"{CLI_MERGE} -k 'parts_make and ties'",
+    ),
+    "inner products of parts have no unit": Fault(
+        "optax_avg/merging/_leaves.py",
+        "return p.gram * jnp.outer(ratio, ratio)",
+        "return p.gram",
+        f"{CLI_MERGE} -k 'parts_make and (karcher or stock)'",
+    ),
+    "means of parts are taken for one": Fault(
+        "optax_avg/merging/soups.py",
+        "squares += a.size * share * jnp.abs(apart) ** 2",
+        "squares += 0",
+        f"{CLI_MERGE} -k 'parts_make and variance'",
+    ),
+    "an index names files outside its folder": Fault(
+        "optax_avg/cli/_huggingface.py",
+        "os.path.basename(shard) != shard or not shard",
+        "not shard",
+        f"{CLI_MERGE} -k broken_folders",
     ),
 }
 
