@@ -423,7 +423,7 @@ def pcgrad(
                 off = jnp.where(opposed, along / size, 0)
                 return coefficients.at[j].add(-off), None
 
-            return lax.scan(without, jnp.eye(n)[i], order)[0]
+            return lax.scan(without, jnp.eye(n, dtype=matrix.dtype)[i], order)[0]
 
         each = jax.vmap(projected)(jnp.arange(n), order)
         total = jnp.sum(jnp.where(stack.valid[:, None], each, 0), axis=0)
@@ -491,7 +491,7 @@ def nonnegative_minimiser(
     unit = jnp.where(
         diagonal > 0, 1 / jnp.sqrt(jnp.where(diagonal > 0, diagonal, 1)), 1
     )
-    a = unit[:, None] * a * unit[None] + RIDGE * jnp.eye(n)
+    a = unit[:, None] * a * unit[None] + RIDGE * jnp.eye(n, dtype=a.dtype)
     size = jnp.max(jnp.abs(unit * b))
     b = unit * b / jnp.where(size > 0, size, 1)
     tolerance = 4 * n * jnp.finfo(a.dtype).eps
@@ -501,7 +501,8 @@ def nonnegative_minimiser(
 
         def solution(free):
             both = free[:, None] & free[None]
-            v = jnp.linalg.solve(jnp.where(both, a, jnp.eye(n)), jnp.where(free, c, 0))
+            fixed = jnp.where(both, a, jnp.eye(n, dtype=a.dtype))
+            v = jnp.linalg.solve(fixed, jnp.where(free, c, 0))
             # Of dependent rows v can be 1/RIDGE, and what is rounded away with it.
             length = jnp.max(jnp.abs(v))
             slope, most = a @ v - c, jnp.abs(a) @ jnp.abs(v) + jnp.abs(c)

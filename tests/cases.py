@@ -28,6 +28,7 @@ class Case(NamedTuple):
     samples: int = 1
     counter: str = "step"
     needs_params: bool = True
+    counts_zeros: bool = True  # whether ``counter`` counts a gradient that is zero
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.kwargs)
@@ -187,6 +188,8 @@ CLIPS = {
         place="first",
         counter="tail_step" if name == "track_tail_index" else "clip_step",
         needs_params=False,
+        counts_zeros=name
+        not in ("clip_by_zscore", "clip_by_percentile", "clip_by_ema_norm"),
     )
     for name, case in CLIPS.items()
 }
@@ -287,6 +290,7 @@ SIBLINGS = {
     *("cclip", "clipped_ema", "clip_by_coordinate_quantile"),
     *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),
     *("trimmed_mean", "median_of_means", "krum", "flag", "cagrad", "upgrad"),
+    *("mgda", "pcgrad"),
 }
 
 

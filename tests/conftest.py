@@ -3,7 +3,9 @@
 import importlib.metadata
 import importlib.util
 import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -16,6 +18,13 @@ if "XLA_FLAGS" not in os.environ:
         quick += " --xla_cpu_use_fusion_emitters=false"  # unknown to later ones
     os.environ["XLA_FLAGS"] = quick
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
+
+# A run in the background may ignore the interrupts that tests send.
+if (
+    threading.current_thread() is threading.main_thread()
+    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
+):
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 import hypothesis
 import jax

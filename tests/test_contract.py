@@ -442,7 +442,8 @@ def test_masked_and_empty_trees(case):
         state = tx.init(params)
         for _ in range(2):
             updates, state = update(params, state, params)
-        assert steps_of(case, state) == 2 // case.calls
+        # Of gradients without elements the norm is zero.
+        assert steps_of(case, state) == (2 // case.calls if case.counts_zeros else 0)
         chex.assert_trees_all_equal(updates, params)
 
 
@@ -678,11 +679,17 @@ def test_thirty_thousand_steps_in_bf16(case):
         start
     )
     chex.assert_trees_all_equal_shapes_and_dtypes(state, start[1])
-    assert steps_of(case, state) == 30_000 // case.calls
+    steps = steps_of(case, state)
+    if case.counts_zeros:
+        assert steps == 30_000 // case.calls
+    else:  # in bfloat16 a gradient is exactly zero now and then
+        assert 30_000 - 30 < steps <= 30_000
     # BEMA still adds (rho + gamma t)^-eta of the way from x_0 = 0.5 to 3.
     wanted = 3 + (30_010**-0.2 * 2.5 if case is CASES["bema"] else 0)
     # AdaGrad's steps have long fallen below the spacing of bf16.
     shrinking = case is CASES["scale_by_clipped_adagrad_norm"]
+    if case is CASES["perp_grad"]:  # these gradients only scale the parameters
+        wanted = 0.5
     if shrinking:
         assert 0.5 < float(params["w"][0, 0]) < 3
     elif case.place == "first":  # live parameters follow the noise
