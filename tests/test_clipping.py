@@ -390,6 +390,16 @@ def test_a_small_first_norm_does_not_clip_the_others(warmup_steps):
     np.testing.assert_allclose(out, 1.2, rtol=1e-6)
 
 
+def test_a_spike_in_the_warm_up_does_not_lift_the_limit():
+    tx = oa.clip_by_zscore()
+    advance = jax.jit(tx.update)
+    state = tx.init(jnp.zeros(1))
+    for norm in [1.0, 1.2, 1e6, *[1.0, 1.2] * 30]:
+        _, state = advance(jnp.array([norm]), state)
+    out, _ = advance(jnp.array([1000.0]), state)
+    assert float(out[0]) < 2
+
+
 def in_time(grads):
     return {k: jnp.stack([g[k] for g in grads]) for k in SHAPES}
 

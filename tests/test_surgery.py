@@ -209,6 +209,20 @@ def test_cagrad_of_gradients_of_other_lengths(c, small):
         assert (g @ found).min() >= best - 0.02 * scale
 
 
+@pytest.mark.parametrize(
+    ("c", "g"),
+    [
+        (1.5, [[1.0, 0.0], [-0.001, 0.0001]]),
+        (0.9, [[1, 0.5, 0, 0], [-1, 0.7, 0.2, 0], [0.003, -0.01, 0.004, 0.001]]),
+    ],
+)
+def test_cagrad_of_nearly_opposite_gradients_of_other_lengths(c, g):
+    tx, g = oa.cagrad(c), np.array(g)
+    start = tx.init(jnp.zeros(g.shape[1]))
+    found = np.asarray(tx.update(jnp.asarray(g, jnp.float32), start)[0], float)
+    assert (g @ found).min() >= 0.99 * (g @ reference.cagrad(g, c)).min()
+
+
 def test_cagrad_at_pareto_stationary_points():
     """Where no direction helps all, the closest to the mean that hurts none."""
     g = np.array([[1.0, 0.0], [-0.5, 0.0], [0.0, 1.0]])
