@@ -389,7 +389,7 @@ FAULTS = {
         "optax_avg/multi_call.py",
         "jnp.promote_types(u.dtype, x.dtype)",
         "u.dtype",
-        f"{MULTI_CALL} -k steps_are_those",
+        f"{MULTI_CALL} -k come_back_themselves",
     ),
     "the gradient of the ascent enters the result": Fault(
         "optax_avg/sharpness.py",

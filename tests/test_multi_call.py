@@ -61,14 +61,15 @@ def test_learning_rate_zero_moves_no_bit(name, dtype, grad_dtype):
     chex.assert_trees_all_equal_dtypes(at, params)
 
 
+@pytest.mark.parametrize("grad_dtype", DTYPES)
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_the_parameters_come_back_themselves(dtype):
-    """Bit for bit where weights are larger than offsets, in any dtype."""
+def test_the_parameters_come_back_themselves(dtype, grad_dtype):
+    """Bit for bit where weights are larger than offsets, in any dtypes."""
     rng = np.random.default_rng(0)
     signs = rng.choice([-1, 1], ref.SIZE)
     params = cast(tree_of(signs * rng.uniform(0.5, 1, ref.SIZE)), dtype)
     tx = oa.multi_call(rules.sam(0.25), optax.sgd(0.0))
-    call = caller(tx, gradients_of(loss_of(*ref.problem()), dtype))
+    call = caller(tx, gradients_of(loss_of(*ref.problem()), grad_dtype))
     state, at = tx.init(params), params
     for _ in range(10):
         between, state = call(at, state)
