@@ -549,7 +549,7 @@ def static_integer(name: str, value: Any, low: int, hint: str = "") -> int:
         ``hint``.
     """
     refused = ValueError(f"{name} must be an integer >= {low}, got {value!r}{hint}.")
-    if isinstance(value, (bool, jax.Array)):
+    if isinstance(value, (bool, np.bool_, jax.Array)):
         raise refused
     try:
         number = operator.index(value)

@@ -19,12 +19,14 @@ if "XLA_FLAGS" not in os.environ:
     os.environ["XLA_FLAGS"] = quick
 os.environ["XLA_FLAGS"] += " --xla_force_host_platform_device_count=8"
 
-# A run in the background may ignore the interrupts that tests send.
-if (
-    threading.current_thread() is threading.main_thread()
-    and signal.getsignal(signal.SIGINT) is signal.SIG_IGN
-):
-    signal.signal(signal.SIGINT, signal.default_int_handler)
+# A run in the background may ignore the signals that tests send.
+if threading.current_thread() is threading.main_thread():
+    for number, handler in (
+        (signal.SIGINT, signal.default_int_handler),
+        (signal.SIGHUP, signal.SIG_DFL),
+    ):
+        if signal.getsignal(number) is signal.SIG_IGN:
+            signal.signal(number, handler)
 
 import hypothesis
 import jax
