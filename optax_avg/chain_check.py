@@ -46,7 +46,7 @@ def check_chain(
 
     Args:
       tx: Transformation to check, usually an ``optax.chain``.
-      params: Parameters of the model, or a small tree of the same structure.
+      params: Parameters of the model or their shapes as ``jax.ShapeDtypeStruct``.
       updates: What the training loop passes to ``tx.update``. The default is a random
         tree like ``params``; chains that start with an aggregator need stacked rows.
       **extra_args: Extra arguments that ``tx.update`` needs. ``grad_fn`` has a default.
@@ -67,9 +67,11 @@ def check_chain(
     """
     params = jax.tree.map(_filled, params)
     params = jax.tree.map(_moved, params, _noise(params, _SMALL, seed=1))
+    if updates is not None:
+        _probe(tx, params, updates, extra_args)
+        return
     for size in (_LARGE, _SMALL):
-        grads = _noise(params, size, seed=0) if updates is None else updates
-        _probe(tx, params, grads, extra_args)
+        _probe(tx, params, _noise(params, size, seed=0), extra_args)
 
 
 def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None:
