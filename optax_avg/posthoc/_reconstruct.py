@@ -58,6 +58,8 @@ def without_broken(
         try:
             return make(records)
         except _disk.SnapshotError as broken:
+            if broken.step not in records:  # without it the same would happen again
+                raise
             report(broken)
             records = {s: r for s, r in records.items() if s != broken.step}
 
