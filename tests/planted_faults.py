@@ -813,6 +813,24 @@ FAULTS = {
         "if step < -1:",
         f"{SNAPSHOTS} -k replaced",
     ),
+    "rejected iterates make a new run": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "    old, new = before.grids[name].step, after.grids[name].step\n    if new == old",
+        "    old, new = own_step(before, name), own_step(after, name)\n    if new == old",
+        f"{CLOCK} -k no_new_run",
+    ),
+    "a replaced snapshot is taken for damaged": Fault(
+        "optax_avg/posthoc/_reconstruct.py",
+        "failed[step] == 1\n",
+        "failed[step] == 0\n",
+        f"{SNAPSHOTS} -k replaced_while",
+    ),
+    "checkpoints of others are cleared up": Fault(
+        "optax_avg/posthoc/_writer.py",
+        "LEFT_OVER.fullmatch(entry.name) and _is_ours(entry)",
+        "LEFT_OVER.fullmatch(entry.name) and entry.is_dir()",
+        f"{SNAPSHOTS} -k being_written",
+    ),
     "the step of resumption is removed": Fault(
         "optax_avg/posthoc/_writer.py",
         "if s > step]",

@@ -262,6 +262,29 @@ def test_iterates_that_were_left_out_do_not_count(every, store_of):
     np.testing.assert_allclose(found, mean_of(good), atol=1e-7)
 
 
+@pytest.mark.parametrize(
+    ("every", "saved", "bad"),
+    [(50, (50, 240), {100, 150}), (4, (11, 13, 40), {12}), (1, (5, 60), range(9, 40))],
+)
+def test_many_iterates_that_were_left_out_are_no_new_run(every, saved, bad, store_of):
+    """Without them a state counts hardly more steps than before, or fewer."""
+    tx = oa.polyak_average(every=every)
+    store, save = store_of(weights=POLYAK)
+    keep = lambda state, step: save(state, step) if step in saved else None
+    trained(tx, saved[-1], bad=bad, save=keep)
+    good = [s for s in range(every, saved[-1] + 1, every) if s not in bad]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = store.plan(window=every * len(good))
+    assert {part.step for part in found.parts} == set(saved)
+    check(store, mean_of(good), window=every * len(good))
+    if len(saved) == 2:
+        later = [s for s in good if s > saved[0]]
+        found, plan = made(store, window=every * len(later))
+        np.testing.assert_allclose(found, mean_of(later), atol=1e-6)
+        assert plan.residual < 1e-5
+
+
 def test_averages_that_left_out_other_iterates_are_named(store_of):
     tx = optax.chain(oa.polyak_average(), oa.swa(0, 10))
     store, save = store_of(weights=POLYAK | {"swa": oa.weights.uniform()})

@@ -783,3 +783,62 @@ def test_leaves_of_other_names_are_not_mixed_up(tmp_path):
 def test_directories_that_no_store_can_have(directory):
     with pytest.raises(ValueError, match="cannot be the directory of a store"):
         SnapshotStore(directory)
+
+
+def test_a_snapshot_that_is_replaced_while_it_is_read(
+    tmp_path, monkeypatch, open_stores
+):
+    """Its record was read before, its numbers come after."""
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(None, 1, {"w": jnp.ones(3)})
+    store.wait()
+    read_leaves, again = _disk.read_leaves, [2.0, 3.0]
+
+    def late(*args):
+        if again:
+            store.save(None, 1, {"w": jnp.full(3, again.pop(0))})
+            store.wait()
+        return read_leaves(*args)
+
+    monkeypatch.setattr(_disk, "read_leaves", late)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        found = SnapshotStore(tmp_path).mean()
+    np.testing.assert_array_equal(found["w"], [3.0] * 3)
+
+
+def test_checkpoints_of_others_that_are_being_written_are_left_alone(
+    tmp_path, open_stores
+):
+    theirs = {"7.orbax-checkpoint-tmp-1": "default", "8.removed": "mine"}
+    for name, child in theirs.items():
+        (tmp_path / name / child).mkdir(parents=True)
+    (tmp_path / "9.removed").write_text("mine")
+    ours = tmp_path / "5.orbax-checkpoint-tmp-1"
+    (ours / "averages.orbax-checkpoint-tmp-2").mkdir(parents=True)
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(None, 1, small())
+    store.wait()
+    for name, child in theirs.items():
+        assert (tmp_path / name / child).is_dir()
+    assert (tmp_path / "9.removed").read_text() == "mine"
+    assert not ours.exists()
+
+
+@pytest.mark.parametrize("where", [lambda path, leaf: False, {"w": False}])
+def test_averages_without_leaves_are_not_saved(where, tmp_path, open_stores):
+    tx = optax.chain(oa.window_average(3, where=where), oa.power_ema([0.05, 0.1]))
+    params = {"w": jnp.ones(2)}
+    state = tx.init(params)
+    _, state = tx.update(params, state, params)
+    store = open_stores(SnapshotStore(tmp_path))
+    assert store.save(state, 1)
+    assert store.mean(name="power_ema_0.05")["w"].tolist() == [2.0, 2.0]
+
+
+@pytest.mark.parametrize("steps", [1, np.int64(1), [1], np.array([1])])
+def test_steps_of_a_mean_may_be_one(steps, tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(None, 1, {"w": jnp.ones(2)})
+    store.save(None, 2, {"w": jnp.zeros(2)})
+    assert store.mean(steps=steps)["w"].tolist() == [1.0, 1.0]

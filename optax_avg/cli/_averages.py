@@ -91,7 +91,7 @@ def reconstruct(
             )
             write(output, reads, leaves, make, what)
 
-        _reconstruct.without_broken(records, summed)
+        _reconstruct.without_broken(reader, records, summed)
 
 
 def _dtype(name: str) -> Any:
@@ -121,7 +121,7 @@ def inspect(
                 return left, last, _plan.kinds_of(reader, chosen, {last.step: 0})
 
             records, last, kinds = _reconstruct.without_broken(
-                _reconstruct.records_of(reader), newest
+                reader, _reconstruct.records_of(reader), newest
             )
             shown.print(
                 f"{len(records)} snapshots, steps {min(records)} to {max(records)}"

@@ -2,6 +2,7 @@
 
 import functools
 import warnings
+from collections import Counter
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -12,6 +13,8 @@ from optax_avg import _tree
 from optax_avg.posthoc import _disk
 from optax_avg.posthoc._plan import Part
 from optax_avg.posthoc._timeline import with_grids
+
+RENEWALS = 10  # of a snapshot that is replaced again and again while it is read
 
 
 def records_of(
@@ -26,7 +29,7 @@ def records_of(
         if steps is not None and step not in steps:
             continue
         try:
-            records[step] = with_grids(_disk.read_record(reader, step))
+            records[step] = _record_of(reader, step)
         except _disk.SnapshotError as broken:
             report(broken)
     bare = [step for step, record in records.items() if not record.checksum]
@@ -41,6 +44,18 @@ def records_of(
     return records
 
 
+def _record_of(reader: _disk.Reader, step: int) -> _disk.Record:
+    """The record of a snapshot, which a writer may replace at this moment.
+
+    Raises:
+      SnapshotError: If it cannot be read at the second attempt either.
+    """
+    try:
+        return with_grids(_disk.read_record(reader, step))
+    except _disk.SnapshotError:
+        return with_grids(_disk.read_record(reader, step))
+
+
 def report(broken: _disk.SnapshotError) -> None:
     """Names a snapshot that is left out."""
     warnings.warn(
@@ -51,17 +66,40 @@ def report(broken: _disk.SnapshotError) -> None:
 
 
 def without_broken(
-    records: dict[int, _disk.Record], make: Callable[[dict[int, _disk.Record]], Any]
+    reader: _disk.Reader,
+    records: dict[int, _disk.Record],
+    make: Callable[[dict[int, _disk.Record]], Any],
 ) -> Any:
-    """``make(records)``, again without a snapshot that proves broken on the way."""
+    """``make(records)``, again without a snapshot that proves broken on the way.
+
+    A writer may have replaced the snapshot after its record was read. So it is read
+    anew once, and as often as its record has changed, before it is left out.
+    """
+    failed: Counter[int] = Counter()
     while True:
         try:
             return make(records)
         except _disk.SnapshotError as broken:
-            if broken.step not in records:  # without it the same would happen again
+            step = broken.step
+            if step not in records:  # without it the same would happen again
                 raise
+            failed[step] += 1
+            renewed = _renewed(reader, step)
+            if renewed is not None and (
+                failed[step] == 1
+                or (renewed != records[step] and failed[step] < RENEWALS)
+            ):
+                records = {**records, step: renewed}
+                continue
             report(broken)
-            records = {s: r for s, r in records.items() if s != broken.step}
+            records = {s: r for s, r in records.items() if s != step}
+
+
+def _renewed(reader: _disk.Reader, step: int) -> _disk.Record | None:
+    try:
+        return _record_of(reader, step)
+    except _disk.SnapshotError:
+        return None
 
 
 def summed(

@@ -124,7 +124,8 @@ def _passed(before: _disk.Record, after: _disk.Record) -> int | None:
 
 def _made_anew(before: _disk.Record, after: _disk.Record, name: str) -> bool:
     """Whether the state of an average is another one at a later snapshot."""
-    old, new = own_step(before, name), own_step(after, name)
+    # Of its own steps it counts those, too, whose iterates were not finite.
+    old, new = before.grids[name].step, after.grids[name].step
     if new == old:
         return before.leaves[name] != after.leaves[name]
     # Where the training's steps are the state's own, they go on together.

@@ -99,8 +99,8 @@ def write(
 def wait(writer: Writer) -> None:
     """Waits for the snapshot in flight, which then takes its place."""
     writer.checkpointer.wait_until_finished()
-    if jax.process_index() == 0:
-        _settle(writer.directory)
+    # No process may read while another one renames.
+    _agreed(lambda: _settle(writer.directory))
 
 
 def remove_after(writer: Writer, step: int) -> None:
@@ -129,13 +129,19 @@ def _prepare(directory: str, lock: Any) -> int:
     try:
         _settle(directory)
         for entry in _disk.folder(directory).iterdir():
-            if LEFT_OVER.fullmatch(entry.name):
+            if LEFT_OVER.fullmatch(entry.name) and _is_ours(entry):
                 entry.rmtree()
     except BaseException:
         if lock is not None:
             lock.release()
         raise
     return 0
+
+
+def _is_ours(entry: Any) -> bool:
+    """Whether a directory holds a part of a snapshot, not of another checkpoint."""
+    ours = (_disk.TREE, _disk.RECORD, _disk.SEQUENCES)
+    return entry.is_dir() and any(x.name.startswith(ours) for x in entry.iterdir())
 
 
 def _is_taken(directory: str, step: int) -> int:
@@ -149,7 +155,7 @@ def _is_taken(directory: str, step: int) -> int:
     return int(path.exists())
 
 
-def _settle(directory: str) -> None:
+def _settle(directory: str) -> int:
     """Puts complete snapshots of ``<step>.new`` in the place of ``<step>``."""
     for entry in list(_disk.folder(directory).iterdir()):
         step = entry.name.removesuffix(NEW)
@@ -162,6 +168,7 @@ def _settle(directory: str) -> None:
             old.rmtree()
         else:
             entry.rename(place)
+    return 0
 
 
 def _remove(path: Any) -> None:

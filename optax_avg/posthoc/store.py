@@ -240,6 +240,7 @@ class SnapshotStore:
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader)
             return _reconstruct.without_broken(
+                reader,
                 records,
                 lambda left: _plan.planned(reader, left, goal, step, names, normalize),
             )
@@ -291,7 +292,7 @@ class SnapshotStore:
                 _plan.warn_of_residual(plan)
                 return _reconstruct.summed(reader, left, plan.parts, params)
 
-            return _reconstruct.without_broken(records, made)
+            return _reconstruct.without_broken(reader, records, made)
 
     def mean(
         self,
@@ -313,6 +314,8 @@ class SnapshotStore:
         Raises:
           ValueError: If there is no such snapshot.
         """
+        if steps is not None:
+            steps = [_whole_step(step) for step in np.ravel(np.asarray(steps))]
         self.wait()
         with _disk.reader_of(self.directory) as reader:
             records = _reconstruct.records_of(reader, steps)
@@ -333,7 +336,7 @@ class SnapshotStore:
                 parts = [Part(s, name, 1 / len(whole)) for s in whole]
                 return _reconstruct.summed(reader, left, parts, params)
 
-            return _reconstruct.without_broken(records, made)
+            return _reconstruct.without_broken(reader, records, made)
 
     def _averages(
         self, opt_state: Any
@@ -353,7 +356,9 @@ class SnapshotStore:
                     "member a store of its own and save jax.tree.map(lambda x: x[i], "
                     "opt_state)."
                 )
-            for name in readout.trees_of(node):
+            for name, tree in readout.trees_of(node).items():
+                if not jax.tree.leaves(tree):
+                    continue
                 if name in seen or name == PARAMETERS:
                     raise ValueError(
                         f"two averages are named {name!r}; give one another name=."
@@ -380,8 +385,7 @@ class SnapshotStore:
             return {}, "the correction of bema is not a mean of iterates."
         grid, absorbed, rejected = _grid(node), _one(node.absorbed), _one(node.rejected)
         missing = (grid.step - grid.start) // grid.every - absorbed
-        # The iterate of step start, which is not counted, may be among the rejected.
-        if missing not in (rejected, rejected - 1):
+        if missing != rejected:
             return {}, (
                 f"its iterates do not lie every {grid.every} steps after {grid.start}, "
                 "as its state says; start it anew where start= or every= changes."
