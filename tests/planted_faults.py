@@ -815,15 +815,21 @@ FAULTS = {
     ),
     "rejected iterates make a new run": Fault(
         "optax_avg/posthoc/_timeline.py",
-        "    old, new = before.grids[name].step, after.grids[name].step\n    if new == old",
-        "    old, new = own_step(before, name), own_step(after, name)\n    if new == old",
+        "new = before.grids[name].step, after.grids[name].step\n    if",
+        "new = own_step(before, name), own_step(after, name)\n    if",
         f"{CLOCK} -k no_new_run",
     ),
     "a replaced snapshot is taken for damaged": Fault(
         "optax_avg/posthoc/_reconstruct.py",
         "failed[step] == 1\n",
         "failed[step] == 0\n",
-        f"{SNAPSHOTS} -k replaced_while",
+        f"{SNAPSHOTS} -k fails_once",
+    ),
+    "a snapshot is read anew once at most": Fault(
+        "optax_avg/posthoc/_reconstruct.py",
+        "renewed != records[step] and failed",
+        "renewed is None and failed",
+        f"{SNAPSHOTS} -k that_is_replaced_while",
     ),
     "checkpoints of others are cleared up": Fault(
         "optax_avg/posthoc/_writer.py",

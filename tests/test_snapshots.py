@@ -807,6 +807,24 @@ def test_a_snapshot_that_is_replaced_while_it_is_read(
     np.testing.assert_array_equal(found["w"], [3.0] * 3)
 
 
+def test_a_snapshot_whose_reading_fails_once(tmp_path, monkeypatch, open_stores):
+    """It was moved to its place while it was read."""
+    store = open_stores(SnapshotStore(tmp_path))
+    store.save(None, 1, {"w": jnp.ones(3)})
+    store.wait()
+    read_leaves, failures = _disk.read_leaves, [_disk.SnapshotError(1, "moved")]
+
+    def failing(*args):
+        if failures:
+            raise failures.pop()
+        return read_leaves(*args)
+
+    monkeypatch.setattr(_disk, "read_leaves", failing)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        np.testing.assert_array_equal(store.mean()["w"], [1.0] * 3)
+
+
 def test_checkpoints_of_others_that_are_being_written_are_left_alone(
     tmp_path, open_stores
 ):
