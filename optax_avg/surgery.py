@@ -17,6 +17,7 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optax_avg import _stack, _tree
+from optax_avg._keys import key_maker
 from optax_avg.aggregation import aggregator
 
 INFINITY = float("inf")
@@ -395,6 +396,9 @@ def pcgrad(
     Returns:
       An aggregator with the state :class:`optax_avg.AggregationState`.
 
+    Raises:
+      ValueError: If ``key`` is neither.
+
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
       >>> tx = oa.pcgrad(0)
@@ -405,6 +409,7 @@ def pcgrad(
     References:
       Yu et al., "Gradient Surgery for Multi-Task Learning", 2020, 2001.06782.
     """
+    make_key = key_maker(key, "pcgrad(jax.random.key(0))")
 
     def rule(stack, memory, step):
         del step
@@ -429,11 +434,7 @@ def pcgrad(
         total = jnp.sum(jnp.where(stack.valid[:, None], each, 0), axis=0)
         return _stack.combine(stack, total), later
 
-    return aggregator(rule, per_elt_axis, axis_name, lambda _: _key(key))
-
-
-def _key(key: Any) -> Any:
-    return jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
+    return aggregator(rule, per_elt_axis, axis_name, lambda _: make_key())
 
 
 def _weighted(

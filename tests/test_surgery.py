@@ -282,6 +282,15 @@ def test_pcgrad_is_one_of_the_orders_and_comes_to_all():
     assert len(distinct) > 1
 
 
+@pytest.mark.parametrize(
+    "key", [np.int64(3), np.array(3), jnp.array(3), jax.random.key(3)]
+)
+def test_keys_of_pcgrad(key):
+    state = oa.pcgrad(key).init(jnp.zeros(2))
+    wanted = oa.pcgrad(3).init(jnp.zeros(2))
+    chex.assert_trees_all_equal(state, wanted)
+
+
 def test_pcgrad_of_two():
     tx = oa.pcgrad(3)
     stacked = jnp.array([[1.0, 0.0], [-2.0, 2.0]])
