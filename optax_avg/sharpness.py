@@ -228,7 +228,8 @@ def sharpness_aware(
       axis_name: mapped axis or axes over which gradients and value are averaged.
       perturbation: ``"local"``: every device ascends along its own gradient
         (m-sharpness); ``"global"``: along the average over all axes; or the axes over
-        which the ascent is averaged.
+        which the ascent is averaged. Without ``axis_name`` there is ``"local"`` alone:
+        gradients are taken as they come, under plain ``jit`` those of the whole batch.
 
     Returns:
       A function with an attribute ``init``: ``state = sharp.init(params)``; ``out,
@@ -258,15 +259,7 @@ def sharpness_aware(
     if ascent_fn is not None:
         _mixups.refuse_no_function("ascent_fn", ascent_fn)
     axes = _names(axis_name)
-    if perturbation == "local":
-        ascent_axes: tuple[str, ...] = ()
-    else:
-        ascent_axes = axes if perturbation == "global" else _names(perturbation)
-    if not set(ascent_axes) <= set(axes):
-        raise ValueError(
-            f"perturbation must be 'local', 'global' or axes out of axis_name={axes}, "
-            f"got {perturbation!r}."
-        )
+    ascent_axes = _ascent_axes(perturbation, axes)
     if ascent_fn is not None and rule.num_evals < 2:
         raise ValueError("this rule has one evaluation and takes no ascent_fn.")
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
@@ -347,7 +340,7 @@ def as_link(
     Raises:
       ValueError: If ``update`` gets no ``params`` or ``grad_fn``, a masked tree, or
         something else than gradients.
-      TypeError: If ``rule`` is no rule.
+      TypeError: If ``rule`` is no rule, or ``grad_fn`` no function.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_avg as oa
@@ -368,18 +361,14 @@ def as_link(
         state: Any,
         params: Any = None,
         *,
-        grad_fn: Callable[[Any], Any] | None = None,
+        grad_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
         _tree.require_params(name, params)
         _sight.report(name, received=updates)
         refuse_masked(name, updates)
-        if grad_fn is None:
-            raise ValueError(
-                f"{name} needs the gradient as a function; call "
-                "tx.update(grads, state, params, grad_fn=jax.grad(loss))."
-            )
+        _mixups.refuse_no_grad_fn(name, grad_fn)
         _mixups.refuse_no_gradient("the first argument of update", updates, params)
 
         def grad_at(x):
@@ -478,6 +467,29 @@ def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _ascent_axes(perturbation: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes over which the ascent is averaged.
+
+    Raises:
+      ValueError: If there is none, or one that is not mapped.
+    """
+    if perturbation == "local":
+        return ()
+    if perturbation == "global" and not axes:
+        raise ValueError(
+            "perturbation='global' averages the ascent over axis_name, and there is "
+            "none; pass axis_name= inside shard_map or pmap. Under plain jit leave "
+            "perturbation out: there gradients are those of the whole batch."
+        )
+    found = axes if perturbation == "global" else _names(perturbation)
+    if not found or not set(found) <= set(axes):
+        raise ValueError(
+            f"perturbation must be 'local', 'global' or axes out of axis_name={axes}, "
+            f"got {perturbation!r}."
+        )
+    return found
 
 
 def _mean(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -356,6 +356,22 @@ def test_clear_errors():
             wrong()
 
 
+@pytest.mark.parametrize(
+    ("axis_name", "perturbation", "message"),
+    [
+        (None, "global", "averages the ascent over axis_name, and there is none"),
+        (None, "d", "out of axis_name="),
+        ("d", None, "must be 'local', 'global' or axes"),
+        ("d", (), "must be 'local', 'global' or axes"),
+    ],
+)
+def test_a_perturbation_over_no_axis_is_refused(axis_name, perturbation, message):
+    with pytest.raises(ValueError, match=f"^perturbation.*{message}"):
+        oa.sharpness_aware(
+            len, rules.sam(), axis_name=axis_name, perturbation=perturbation
+        )
+
+
 def test_esam_perturbs_a_share_of_the_leaves():
     """E[d] is SAM's offset: over many steps and leaves the share is beta."""
     params = [jnp.ones(())] * 100

@@ -109,6 +109,20 @@ def test_write_back_needs_one_average(inner):
         oa.write_back(inner, 2).init(jnp.ones(2))
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda average: optax.chain(optax.sgd(0.1), average),
+        optax.chain,
+        lambda average: optax.masked(average, True),
+    ],
+)
+def test_write_back_needs_the_average_itself(wrap):
+    tx = oa.write_back(wrap(oa.ema_params(0.9)), 2)
+    with pytest.raises(ValueError, match=r"'ema' itself.*optimizer, write_back\(av"):
+        tx.init(jnp.ones(2))
+
+
 def test_lookahead_goes_on_at_the_largest_integer():
     tx = oa.lookahead(3, 0.5)
     last = 2**31 - 1
