@@ -28,11 +28,11 @@ def key_maker(key: Any, call: str) -> Callable[[], jax.Array]:
         # A seed that inject_hyperparams holds is an array, perhaps of floats.
         return lambda: jax.random.key(key.astype(jnp.int32))
     try:
-        seed: Any = operator.index(key)
+        seed = operator.index(key)
     except TypeError:
         seed = None
-    fits = seed is not None and -(2**63) <= seed < 2**63
-    if not fits or isinstance(key, (bool, np.bool_)):
+    is_bool = isinstance(key, (bool, np.bool_))
+    if seed is None or is_bool or not -(2**63) <= seed < 2**63:
         raise ValueError(
             "key must be a PRNG key or an integer seed of 64 bits at most, got "
             f"{key!r}; call {call}."
