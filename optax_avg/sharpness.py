@@ -26,7 +26,8 @@ class RuleState(NamedTuple):
     """What a rule carries from step to step.
 
     Attributes:
-      rule_step: int32, optimizer steps seen, on which radii are scheduled.
+      rule_step: int32, optimizer steps seen, on which radii are scheduled; at the
+        largest integer it goes back by the rule's ``period``.
       rule_memory: the rule's own trees, ``()`` for most.
     """
 
@@ -55,6 +56,7 @@ class SharpnessRule(NamedTuple):
         ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
       due: ``state -> bool``, whether this step takes all evaluations; None for always.
       skip: ``(params, g_0, state) -> (gradient, memory)`` of a step that is not due.
+      period: steps after which what is due at some of them comes round again.
     """
 
     num_evals: int
@@ -66,6 +68,7 @@ class SharpnessRule(NamedTuple):
     in_result: tuple[int, ...] | None = None
     due: Callable[[RuleState], Any] | None = None
     skip: Callable[[Any, Any, RuleState], tuple[Any, Any]] | None = None
+    period: Any = 1
 
     @property
     def init(self) -> Any:
@@ -160,9 +163,11 @@ def _in_result(rule: SharpnessRule, i: int) -> bool:
     return rule.in_result is None or i in rule.in_result
 
 
-def advanced(state: RuleState, memory: Any, grads: Grads) -> RuleState:
+def advanced(
+    rule: SharpnessRule, state: RuleState, memory: Any, grads: Grads
+) -> RuleState:
     """The next state; memory keeps its value where a gradient is not finite."""
-    step: Any = optax.safe_increment(state.rule_step)
+    step = _tree.advance_clock(state.rule_step, rule.period)
     if jax.tree.leaves(memory):
         finite = _tree.all_finite(list(grads))
         memory = jax.tree.map(
@@ -293,12 +298,12 @@ def sharpness_aware(
             if rest_axes:
                 gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)
                 memory = rule.combine(params, grads, state)[1]
-            return like(gradient, g), advanced(state, memory, grads)
+            return like(gradient, g), advanced(rule, state, memory, grads)
 
         def skip(g):
             first = _mean(widened(g, params), rest_axes)
             gradient, memory = skipping(rule)(params, first, state)
-            return like(gradient, g), advanced(state, memory, [first])
+            return like(gradient, g), advanced(rule, state, memory, [first])
 
         if ascent_at is None:
             out, g = loss_at(start)
@@ -380,12 +385,12 @@ def as_link(
             first = () if rule.num_evals == 1 else [widened(g, params)]
             grads = evaluate(rule, grad_at, params, state, first, first)
             gradient, memory = rule.combine(params, grads, state)
-            return like(gradient, updates), advanced(state, memory, grads)
+            return like(gradient, updates), advanced(rule, state, memory, grads)
 
         def skip(g):
             first = widened(g, params)
             gradient, memory = skipping(rule)(params, first, state)
-            return like(gradient, updates), advanced(state, memory, [first])
+            return like(gradient, updates), advanced(rule, state, memory, [first])
 
         return _when_due(rule, state, full, skip, updates)
 

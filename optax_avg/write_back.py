@@ -134,11 +134,16 @@ def _write_back(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         _tree.require_params(caller, params)
+        before = state
         with _sight.collected(None):  # it reports for both
             averaged: tuple[Any, Any] = inner.update(
                 updates, state, params, **extra_args
             )
         updates, state = averaged
+        # The average's own clock goes back by its stride alone.
+        stride = _tree.common_multiple(state.every, every)
+        step = _tree.advance_clock(before.step, stride)
+        state = state._replace(step=step)
 
         def replace(updates):
             found = read_leaves(state, params, None)

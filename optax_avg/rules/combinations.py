@@ -346,7 +346,7 @@ def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
     due = lambda state: (
         (state.rule_step % k == 0) & (True if inner is None else inner(state))
     )
-    return rule._replace(due=due)
+    return rule._replace(due=due, period=_tree.common_multiple(rule.period, k))
 
 
 def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRule:

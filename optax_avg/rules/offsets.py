@@ -437,7 +437,7 @@ def fsam(
         memory = lax.cond(due, renew, keep, state.rule_memory)
         return grads[-1], memory
 
-    return _descending(offset, init)._replace(combine=combine)
+    return _descending(offset, init)._replace(combine=combine, period=refresh)
 
 
 def _as_float(mask: Any) -> Any:
@@ -638,4 +638,6 @@ def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
             [jnp.where(keep, leaf / beta, 0) for keep, leaf in zip(kept, leaves)]
         )
 
-    return _descending(offset, lambda params: make_key())
+    # Beyond the largest integer, leaves that were drawn 2^20 steps before.
+    rule = _descending(offset, lambda params: make_key())
+    return rule._replace(period=2**20)
