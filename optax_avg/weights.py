@@ -496,7 +496,7 @@ def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:
     near = r >= 0.5
     kept = jnp.where(near, high, r * high)
     change = jnp.where(near, low - (1 - r) * high, r * low) + m
-    high, low = _sum_and_error(kept, change)
+    high, low = _tree.sum_and_error(kept, change)
     positive = high > 0
     return jnp.where(positive, m / jnp.where(positive, high, 1), 1), (high, low)
 
@@ -806,13 +806,6 @@ def _scalar(value: Any, dtype: Any) -> jax.Array:
             f"{jnp.shape(value)}; average several weights as a dict of them."
         )
     return jnp.asarray(value, dtype)
-
-
-def _sum_and_error(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``a + b`` and what rounding took from it (Knuth's exact sum)."""
-    total = a + b
-    of_b = total - a
-    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def _log(value: Any) -> Any:
