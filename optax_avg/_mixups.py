@@ -1,4 +1,4 @@
-"""What users mix up around sharpness rules, said before it goes wrong.
+"""What users mix up, said before it goes wrong.
 
 Every function returns nothing where all is well, and raises an error that names the
 call to write instead.
@@ -39,19 +39,48 @@ def refuse_no_optimizer(name: str, optimizer: Any) -> None:
     Raises:
       TypeError: If it is not.
     """
-    if isinstance(optimizer, optax.GradientTransformation):
-        return
-    if _is_rule(optimizer):
-        came = "a sharpness rule"
-    elif hasattr(optimizer, "init") and hasattr(optimizer, "update"):
-        return
-    elif callable(optimizer):
-        came = f"the function {_name_of(optimizer)}, which has to be called first"
-    else:
-        came = f"{type(optimizer).__name__}"
-    raise TypeError(
-        f"{name} needs an optimizer, such as optax.adamw(1e-3). It got {came}."
+    refuse_no_transformation(name, optimizer, "an optimizer, such as optax.adamw(1e-3)")
+
+
+def refuse_no_transformation(name: str, tx: Any, wanted: str) -> None:
+    """Raises unless ``tx`` is an Optax transformation.
+
+    Raises:
+      TypeError: If it is not.
+    """
+    if not is_transformation(tx):
+        raise TypeError(f"{name} needs {wanted}. It got {_came(tx)}.")
+
+
+def refuse_no_chain(tx: Any, params: Any) -> None:
+    """Raises unless the first argument of ``check_chain`` is what it checks.
+
+    Raises:
+      TypeError: If it is not.
+    """
+    if is_transformation(params) and not is_transformation(tx):
+        raise TypeError(
+            "check_chain takes the chain first and the parameters second; call "
+            "check_chain(tx, params)."
+        )
+    wanted = "a chain, such as optax.chain(optax.adam(1e-3), oa.ema_params(0.999))"
+    refuse_no_transformation("check_chain", tx, wanted)
+
+
+def is_transformation(tx: Any) -> bool:
+    """Whether Optax takes ``tx`` for a transformation; rules are none."""
+    return isinstance(tx, optax.GradientTransformation) or (
+        not _is_rule(tx) and hasattr(tx, "init") and hasattr(tx, "update")
     )
+
+
+def _came(x: Any) -> str:
+    """What came in place of a transformation, in a few words."""
+    if _is_rule(x):
+        return "a sharpness rule"
+    if callable(x):
+        return f"the function {_name_of(x)}, which has to be called first"
+    return type(x).__name__
 
 
 def refuse_no_function(name: str, fn: Any) -> None:
@@ -65,6 +94,23 @@ def refuse_no_function(name: str, fn: Any) -> None:
         raise TypeError(
             f"{name} must be a function. It got {came}; call "
             "oa.sharpness_aware(jax.value_and_grad(loss), oa.rules.sam(0.05))."
+        )
+
+
+def refuse_no_grad_fn(name: str, grad_fn: Any) -> None:
+    """Raises unless a link was given a function from parameters to gradients.
+
+    Raises:
+      ValueError: If it was given none.
+      TypeError: If it was given something else, such as the gradient itself.
+    """
+    call = "call tx.update(grads, state, params, grad_fn=jax.grad(loss))."
+    if grad_fn is None:
+        raise ValueError(f"{name} needs the gradient as a function; {call}")
+    if not callable(grad_fn):
+        raise TypeError(
+            f"grad_fn of {name} must be a function from parameters to gradients. It is "
+            f"{_words(grad_fn)}; {call}"
         )
 
 
@@ -127,6 +173,8 @@ def _words(found: Any) -> str:
     """What a function returned, in a few words."""
     leaves = jax.tree.leaves(found)
     if len(leaves) == 1 and leaves[0] is found:
+        if not hasattr(found, "shape"):
+            return f"of type {type(found).__name__}"
         return f"an array of shape {jnp.shape(found)}"
     return f"a {type(found).__name__} of {len(leaves)} arrays"
 

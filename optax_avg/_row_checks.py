@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_avg import _tree
-from optax_avg._stack import axis_names
+from optax_avg._stack import NotStackedError, axis_names
 
 
 def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> None:
@@ -19,6 +19,7 @@ def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> N
     Raises:
       ValueError: If a leaf does not vary over ``axis_name``, or has another shape than
         its parameter with the axis of elements.
+      NotStackedError: If it has the shape of its parameter, without such an axis.
     """
     leaves = [
         (f"updates{jax.tree_util.keystr(path)}", x)
@@ -50,7 +51,8 @@ def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> N
         elif axis is not None:
             continue  # without the axis there is no stack
         if tuple(shape) != jnp.shape(part):
-            raise ValueError(
+            alike = axis is not None and jnp.shape(x) == jnp.shape(part)
+            raise (NotStackedError if alike else ValueError)(
                 f"{name} has shape {jnp.shape(x)} for a parameter of shape "
                 f"{jnp.shape(part)}; {advice}"
             )

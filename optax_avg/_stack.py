@@ -24,6 +24,10 @@ SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program ea
 UNROLLED = 32  # rows up to which a sorting network is written out
 
 
+class NotStackedError(ValueError):
+    """Gradients that should be those of several elements have no axis of elements."""
+
+
 class Stack(NamedTuple):
     """Rows of gradients.
 
@@ -59,7 +63,7 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
         if not _tree.is_gradient(x):
             continue
         if axis is not None and not -jnp.ndim(x) <= axis < jnp.ndim(x):
-            raise ValueError(
+            raise NotStackedError(
                 f"updates{jax.tree_util.keystr(path)} of shape {jnp.shape(x)} has no "
                 f"axis {axis} of elements; pass stacked gradients, as of jax.vmap, or "
                 "per_elt_axis=None with an axis_name."

@@ -1,6 +1,7 @@
 """The pytree helpers that more than one module needs."""
 
 import functools
+import math
 import operator
 from collections.abc import Callable
 from typing import Any
@@ -281,6 +282,13 @@ def widen(x: jax.Array) -> jax.Array:
     return wide(lax.optimization_barrier(x))
 
 
+def sum_and_error(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """``a + b`` and what rounding took from it (Knuth's exact sum)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
 def count_if(condition: jax.Array, counter: jax.Array) -> jax.Array:
     """One more where the condition holds; never overflows."""
     return jnp.where(condition, optax.safe_increment(counter), counter)
@@ -304,6 +312,15 @@ def advance_clock(counter: jax.Array, stride: Any = 1) -> jax.Array:
     last = jnp.iinfo(counter.dtype).max
     back = jnp.asarray(last - (stride - 1), counter.dtype)
     return jnp.where(counter < last, optax.safe_increment(counter), back)
+
+
+def common_multiple(a: Any, b: Any) -> Any:
+    """One of two strides, the least if both are known; as large as a counter can be."""
+    most = int(jnp.iinfo(jnp.int32).max)
+    if isinstance(a, int) and isinstance(b, int):
+        return min(math.lcm(a, b), most)
+    a, b = jnp.asarray(a, jnp.int32), jnp.asarray(b, jnp.int32)
+    return jnp.where(a > most // b, most, a * b)
 
 
 def all_finite(tree: Any) -> jax.Array:

@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_avg import _sight, _tree
+from optax_avg import _mixups, _sight, _tree
+from optax_avg._stack import NotStackedError
 from optax_avg.links import DecoupledState
 from optax_avg.multi_call import MultiCallState
 from optax_avg.readout import average_states, is_average_state
@@ -48,12 +49,14 @@ def check_chain(
       tx: Transformation to check, usually an ``optax.chain``.
       params: Parameters of the model or their shapes as ``jax.ShapeDtypeStruct``.
       updates: What the training loop passes to ``tx.update``. The default is a random
-        tree like ``params``; chains that start with an aggregator need stacked rows.
+        tree like ``params``; chains that start with an aggregator need the stacked
+        gradients.
       **extra_args: Extra arguments that ``tx.update`` needs. ``grad_fn`` has a default.
 
     Raises:
       ValueError: If a link stands at the wrong place. The message names each such link
-        and says where it belongs.
+        and says where it belongs. Also if an aggregator gets no stacked gradients.
+      TypeError: If ``tx`` is no transformation.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -65,13 +68,21 @@ def check_chain(
         ...
       ValueError: ema_params does not stand last: a later link changes the updates...
     """
+    _mixups.refuse_no_chain(tx, params)
     params = jax.tree.map(_filled, params)
     params = jax.tree.map(_moved, params, _noise(params, _SMALL, seed=1))
     if updates is not None:
         _probe(tx, params, updates, extra_args)
         return
     for size in (_LARGE, _SMALL):
-        _probe(tx, params, _noise(params, size, seed=0), extra_args)
+        try:
+            _probe(tx, params, _noise(params, size, seed=0), extra_args)
+        except NotStackedError as error:
+            raise ValueError(
+                "this chain has an aggregator, which needs the gradients of several "
+                "elements. Pass the stacked gradients as the third argument: "
+                "check_chain(tx, params, stacked)."
+            ) from error
 
 
 def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None:

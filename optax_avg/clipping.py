@@ -308,7 +308,8 @@ def scale_by_clipped_adagrad_norm(
     """Clipped AdaGrad-Norm: ``clip(g, max_norm)/b``, ``b^2`` sums its squared norms.
 
     With the delay ``b`` holds the gradients before this one, so that it does not depend
-    on it: ``u_t = clip(g_t)/b_t``, ``b_{t+1}^2 = b_t^2 + |clip(g_t)|^2``.
+    on it: ``u_t = clip(g_t)/b_t``, ``b_{t+1}^2 = b_t^2 + |clip(g_t)|^2``. What rounding
+    takes from ``b`` is kept beside it, so that it does not stall in long runs.
 
     Args:
       max_norm: limit of the global norm; positive.
@@ -332,16 +333,20 @@ def scale_by_clipped_adagrad_norm(
     max_norm = _tree.within("max_norm", max_norm, 0, INFINITY, open_low=True)
     b0 = _tree.within("b0", b0, 0, INFINITY, open_low=True)
 
-    def divide(g, norms, step, b):
+    def divide(g, norms, step, statistics):
         del step
-        n = norms[0]
+        (b, rest), n = statistics, norms[0]
         kept = jnp.minimum(n, max_norm)
-        after = jnp.hypot(b, kept)
+        # sqrt(b^2 + n^2) - b, which b alone would soon round away.
+        risen = kept * (kept / 2 / (b / 2 + jnp.hypot(b, kept) / 2))
+        after, left = _tree.sum_and_error(b, rest + risen)
         factor = jnp.where(n > 0, kept / jnp.where(n > 0, n, 1), 1)
         factor = factor / (b if delay else after)
-        return {i: factor * x for i, x in g.items()}, after, n > max_norm
+        out = {i: factor * x for i, x in g.items()}
+        return out, (after, left), n > max_norm
 
-    return _with_statistics(divide, lambda groups: jnp.full([], b0, jnp.float32))
+    start = lambda: (jnp.full([], b0, jnp.float32), jnp.zeros([], jnp.float32))
+    return _with_statistics(divide, lambda groups: start())
 
 
 def scale_by_induced_metric(

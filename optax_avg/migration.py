@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 
 from optax_avg import _tree
 from optax_avg.readout import is_average_state, trees_of
@@ -22,6 +23,8 @@ BY_NAME = (
     *("averages", "compensations", "masses", "remainders", "gammas"),
     *("windows", "corrected"),
 )
+# Fields that count updates, here and in Optax, from zero on.
+COUNTERS = ("count", "step", "gradient_step", "rule_step")
 AFRESH = "to start it afresh, give it another name="
 
 
@@ -48,7 +51,8 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
       A state for the new chain.
 
     Raises:
-      ValueError: If an average that both have differs in its kind, the shape or dtype
+      ValueError: If the two are swapped, as far as their counters tell; if an average
+        that both have differs in its kind, the shape or dtype
         of a leaf, the length of its window, its leaves, ``every`` or ``start``; if a
         link gains a name; or if the states differ in more than averages. The message
         names the first place.
@@ -63,6 +67,11 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
       >>> int(optax.tree.get(state, "count"))
       1
     """
+    if _has_counted(new_state) and not _has_counted(old_state, if_unknown=True):
+        raise ValueError(
+            "new_state has been trained and old_state has not: they are swapped. Call "
+            "migrate_state(new_tx.init(params), old_state)."
+        )
     new, structure = jax.tree.flatten_with_path(new_state, is_leaf=_is_average)
     old = jax.tree.flatten_with_path(old_state, is_leaf=_is_average)[0]
     averages = [node for _, node in old if _is_average(node)]
@@ -85,15 +94,15 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
         kind = _kind(new_state, path, leaf)
         if not rest or kind != _kind(old_state, *rest[0]):
             there = (
-                f"old_state{jax.tree_util.keystr(rest[0][0])} of "
-                f"{_owner(old_state, rest[0][0]) or 'it'} is {_type(rest[0][1])}"
+                f"old_state{jax.tree_util.keystr(rest[0][0])}"
+                f"{_of(_owner(old_state, rest[0][0]))} is {_type(rest[0][1])}"
                 if rest
                 else "the old state ends before it"
             )
             raise ValueError(
-                f"the states differ in more than averages, first at {where} of "
-                f"{kind[0] or 'it'}: it is {_type(leaf)} and {there}; pass the state "
-                "of the same optimizer without the added averages."
+                f"the states differ in more than averages, first at {where}"
+                f"{_of(kind[0])}: it is {_type(leaf)} and {there}; pass the state of "
+                "the same optimizer without the added averages."
             )
         moved.append(rest.pop(0)[1])
     if rest:
@@ -115,6 +124,29 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
             stacklevel=2,
         )
     return structure.unflatten(moved)
+
+
+def _has_counted(state: Any, if_unknown: bool = False) -> bool:
+    """Whether a counter of steps is above zero, where there are any with a value."""
+    counters = [
+        leaf
+        for path, leaf in jax.tree.flatten_with_path(state)[0]
+        if path
+        and isinstance(path[-1], jax.tree_util.GetAttrKey)
+        and path[-1].name in COUNTERS
+    ]
+    if not counters or any(map(_is_unknown, counters)):
+        return if_unknown
+    return any(np.any(np.asarray(counter) > 0) for counter in counters)
+
+
+def _is_unknown(leaf: Any) -> bool:
+    """Whether a leaf has no value, or not all of it in this process."""
+    if isinstance(leaf, (jax.ShapeDtypeStruct, Tracer)):
+        return True
+    return isinstance(leaf, jax.Array) and not (
+        leaf.is_fully_addressable or leaf.is_fully_replicated
+    )
 
 
 def _is_average(node: Any) -> bool:
@@ -271,6 +303,11 @@ def _kind(state: Any, path: Any, leaf: Any) -> tuple[Any, ...]:
     """What must agree: state, field, parameter, shape, dtype; not chain positions."""
     names = [key for key in path if not isinstance(key, jax.tree_util.SequenceKey)]
     return _owner(state, path), jax.tree_util.keystr(tuple(names)), _type(leaf)
+
+
+def _of(owner: str) -> str:
+    """The state that holds a leaf, in words; a chain has no name."""
+    return f" of {owner}" if owner else ""
 
 
 def _owner(node: Any, path: Any) -> str:

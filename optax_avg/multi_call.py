@@ -188,7 +188,9 @@ def multi_call(
         def full(state):
             grads = gradients(state.probe_grads)
             gradient, memory = rule.combine(state.clean_params, grads, state.rule_state)
-            return finish(state, gradient, advanced(state.rule_state, memory, grads))
+            return finish(
+                state, gradient, advanced(rule, state.rule_state, memory, grads)
+            )
 
         def first(state):
             advance = full if last == 0 else lambda state: move(0, state)
@@ -199,7 +201,9 @@ def multi_call(
         def skip(state):
             g = widened(updates, params)
             gradient, memory = skipping(rule)(state.clean_params, g, state.rule_state)
-            return finish(state, gradient, advanced(state.rule_state, memory, [g]))
+            return finish(
+                state, gradient, advanced(rule, state.rule_state, memory, [g])
+            )
 
         calls = [first]
         for i in range(1, last):

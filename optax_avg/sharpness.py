@@ -26,7 +26,8 @@ class RuleState(NamedTuple):
     """What a rule carries from step to step.
 
     Attributes:
-      rule_step: int32, optimizer steps seen, on which radii are scheduled.
+      rule_step: int32, optimizer steps seen, on which radii are scheduled; at the
+        largest integer it goes back by the rule's ``period``.
       rule_memory: the rule's own trees, ``()`` for most.
     """
 
@@ -55,6 +56,7 @@ class SharpnessRule(NamedTuple):
         ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
       due: ``state -> bool``, whether this step takes all evaluations; None for always.
       skip: ``(params, g_0, state) -> (gradient, memory)`` of a step that is not due.
+      period: steps after which what is due at some of them comes round again.
     """
 
     num_evals: int
@@ -66,6 +68,7 @@ class SharpnessRule(NamedTuple):
     in_result: tuple[int, ...] | None = None
     due: Callable[[RuleState], Any] | None = None
     skip: Callable[[Any, Any, RuleState], tuple[Any, Any]] | None = None
+    period: Any = 1
 
     @property
     def init(self) -> Any:
@@ -160,9 +163,11 @@ def _in_result(rule: SharpnessRule, i: int) -> bool:
     return rule.in_result is None or i in rule.in_result
 
 
-def advanced(state: RuleState, memory: Any, grads: Grads) -> RuleState:
+def advanced(
+    rule: SharpnessRule, state: RuleState, memory: Any, grads: Grads
+) -> RuleState:
     """The next state; memory keeps its value where a gradient is not finite."""
-    step: Any = optax.safe_increment(state.rule_step)
+    step = _tree.advance_clock(state.rule_step, rule.period)
     if jax.tree.leaves(memory):
         finite = _tree.all_finite(list(grads))
         memory = jax.tree.map(
@@ -228,7 +233,8 @@ def sharpness_aware(
       axis_name: mapped axis or axes over which gradients and value are averaged.
       perturbation: ``"local"``: every device ascends along its own gradient
         (m-sharpness); ``"global"``: along the average over all axes; or the axes over
-        which the ascent is averaged.
+        which the ascent is averaged. Without ``axis_name`` there is ``"local"`` alone:
+        gradients are taken as they come, under plain ``jit`` those of the whole batch.
 
     Returns:
       A function with an attribute ``init``: ``state = sharp.init(params)``; ``out,
@@ -258,15 +264,7 @@ def sharpness_aware(
     if ascent_fn is not None:
         _mixups.refuse_no_function("ascent_fn", ascent_fn)
     axes = _names(axis_name)
-    if perturbation == "local":
-        ascent_axes: tuple[str, ...] = ()
-    else:
-        ascent_axes = axes if perturbation == "global" else _names(perturbation)
-    if not set(ascent_axes) <= set(axes):
-        raise ValueError(
-            f"perturbation must be 'local', 'global' or axes out of axis_name={axes}, "
-            f"got {perturbation!r}."
-        )
+    ascent_axes = _ascent_axes(perturbation, axes)
     if ascent_fn is not None and rule.num_evals < 2:
         raise ValueError("this rule has one evaluation and takes no ascent_fn.")
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
@@ -300,12 +298,12 @@ def sharpness_aware(
             if rest_axes:
                 gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)
                 memory = rule.combine(params, grads, state)[1]
-            return like(gradient, g), advanced(state, memory, grads)
+            return like(gradient, g), advanced(rule, state, memory, grads)
 
         def skip(g):
             first = _mean(widened(g, params), rest_axes)
             gradient, memory = skipping(rule)(params, first, state)
-            return like(gradient, g), advanced(state, memory, [first])
+            return like(gradient, g), advanced(rule, state, memory, [first])
 
         if ascent_at is None:
             out, g = loss_at(start)
@@ -347,7 +345,7 @@ def as_link(
     Raises:
       ValueError: If ``update`` gets no ``params`` or ``grad_fn``, a masked tree, or
         something else than gradients.
-      TypeError: If ``rule`` is no rule.
+      TypeError: If ``rule`` is no rule, or ``grad_fn`` no function.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax, optax_avg as oa
@@ -368,18 +366,14 @@ def as_link(
         state: Any,
         params: Any = None,
         *,
-        grad_fn: Callable[[Any], Any] | None = None,
+        grad_fn: Any = None,
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
         _tree.require_params(name, params)
         _sight.report(name, received=updates)
         refuse_masked(name, updates)
-        if grad_fn is None:
-            raise ValueError(
-                f"{name} needs the gradient as a function; call "
-                "tx.update(grads, state, params, grad_fn=jax.grad(loss))."
-            )
+        _mixups.refuse_no_grad_fn(name, grad_fn)
         _mixups.refuse_no_gradient("the first argument of update", updates, params)
 
         def grad_at(x):
@@ -391,12 +385,12 @@ def as_link(
             first = () if rule.num_evals == 1 else [widened(g, params)]
             grads = evaluate(rule, grad_at, params, state, first, first)
             gradient, memory = rule.combine(params, grads, state)
-            return like(gradient, updates), advanced(state, memory, grads)
+            return like(gradient, updates), advanced(rule, state, memory, grads)
 
         def skip(g):
             first = widened(g, params)
             gradient, memory = skipping(rule)(params, first, state)
-            return like(gradient, updates), advanced(state, memory, [first])
+            return like(gradient, updates), advanced(rule, state, memory, [first])
 
         return _when_due(rule, state, full, skip, updates)
 
@@ -478,6 +472,29 @@ def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
     if axes is None:
         return ()
     return (axes,) if isinstance(axes, str) else tuple(axes)
+
+
+def _ascent_axes(perturbation: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+    """The axes over which the ascent is averaged.
+
+    Raises:
+      ValueError: If there is none, or one that is not mapped.
+    """
+    if perturbation == "local":
+        return ()
+    if perturbation == "global" and not axes:
+        raise ValueError(
+            "perturbation='global' averages the ascent over axis_name, and there is "
+            "none; pass axis_name= inside shard_map or pmap. Under plain jit leave "
+            "perturbation out: there gradients are those of the whole batch."
+        )
+    found = axes if perturbation == "global" else _names(perturbation)
+    if not found or not set(found) <= set(axes):
+        raise ValueError(
+            f"perturbation must be 'local', 'global' or axes out of axis_name={axes}, "
+            f"got {perturbation!r}."
+        )
+    return found
 
 
 def _mean(tree: Any, axes: tuple[str, ...]) -> Any:

@@ -17,6 +17,7 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optax_avg import _stack, _tree
+from optax_avg._keys import key_maker
 from optax_avg.aggregation import aggregator
 
 INFINITY = float("inf")
@@ -235,6 +236,7 @@ def mgda(
     """The shortest convex combination of the gradients, ``min_w |sum_i w_i g_i|``.
 
     No objective gets worse along it; zero where none can do better without another.
+    Where gradients are zero, or below 1e-18 of the greatest, it is the mean of these.
 
     Args:
       per_elt_axis: axis of the objectives, see :func:`optax_avg.coordinate_median`.
@@ -262,7 +264,8 @@ def upgrad(
 ) -> aggregating.Aggregator:
     """The mean of the gradients, each projected on the cone where no objective rises.
 
-    ``mean_i argmin_{d : <g_j, d> >= 0 for all j} |d - g_i|``.
+    ``mean_i argmin_{d : <g_j, d> >= 0 for all j} |d - g_i|``. Gradients below 1e-18 of
+    the greatest count in the mean and put no bound on ``d``.
 
     Args:
       per_elt_axis: axis of the objectives, see :func:`optax_avg.coordinate_median`.
@@ -298,7 +301,8 @@ def cagrad(
     """The direction near the mean gradient that is best for the worst objective.
 
     ``argmax_{|d - g_0| <= c |g_0|} min_i <g_i, d> = g_0 + c |g_0| g_w/|g_w|``, where
-    ``w`` on the simplex minimises ``<g_w, g_0> + c |g_0| |g_w|``; not rescaled.
+    ``w`` on the simplex minimises ``<g_w, g_0> + c |g_0| |g_w|``; not rescaled. It
+    keeps to ``|d - g_0| <= c |g_0|`` to rounding, however nearly gradients cancel.
 
     Where ``g_w = 0``, at points that are Pareto-stationary, many directions are as
     good: ``d`` is the one closest to ``g_0``. For ``c < 1`` it is zero only where
@@ -331,6 +335,7 @@ def cagrad(
     c = _tree.within("c", c, 0, INFINITY, closed_high=False)
 
     def weights(matrix, valid):
+        """Those of ``g_0`` and those of what is added to it."""
         mean = valid / jnp.maximum(jnp.sum(valid), 1)
         along = matrix @ mean
         g0 = jnp.sqrt(jnp.maximum(mean @ along, 0))
@@ -374,9 +379,18 @@ def cagrad(
         cosines = unit[:, None] * matrix * unit[None]
         w = shortest(cosines, bound)
         stationary = w @ cosines @ w <= STATIONARY**2
-        return mean + jnp.where(near & stationary, closest, best)
+        return jnp.stack([mean, jnp.where(near & stationary, closest, best)])
 
-    return _weighted(weights, per_elt_axis, axis_name)
+    def rule(stack, memory, step):
+        del step
+        both = _stack.combine(stack, weights(gram(stack), stack.valid))
+        # Where rows cancel, G has lost the lengths of their sums.
+        g0, pull = _stack.row_norms(both, axis_name)
+        beyond = pull > c * g0
+        factor = jnp.where(beyond, c * (g0 / jnp.where(beyond, pull, 1)), 1)
+        return [x[0] + factor.astype(x.real.dtype) * x[1] for x in both], memory
+
+    return aggregator(rule, per_elt_axis, axis_name)
 
 
 def pcgrad(
@@ -385,7 +399,8 @@ def pcgrad(
     """The sum of the gradients, each without what opposes the others.
 
     For each ``g_i``, for the others ``g_j`` in random order: where ``<g_i, g_j> < 0``,
-    ``g_i <- g_i - <g_i, g_j>/|g_j|^2 g_j``.
+    ``g_i <- g_i - <g_i, g_j>/|g_j|^2 g_j``. Gradients ``g_j`` below 1e-18 of the
+    greatest count in the sum and take nothing from others.
 
     Args:
       key: a PRNG key, or an integer to make one of.
@@ -394,6 +409,9 @@ def pcgrad(
 
     Returns:
       An aggregator with the state :class:`optax_avg.AggregationState`.
+
+    Raises:
+      ValueError: If ``key`` is neither.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -405,6 +423,7 @@ def pcgrad(
     References:
       Yu et al., "Gradient Surgery for Multi-Task Learning", 2020, 2001.06782.
     """
+    make_key = key_maker(key, "pcgrad(jax.random.key(0))")
 
     def rule(stack, memory, step):
         del step
@@ -429,11 +448,7 @@ def pcgrad(
         total = jnp.sum(jnp.where(stack.valid[:, None], each, 0), axis=0)
         return _stack.combine(stack, total), later
 
-    return aggregator(rule, per_elt_axis, axis_name, lambda _: _key(key))
-
-
-def _key(key: Any) -> Any:
-    return jax.random.key(key) if isinstance(key, int) else jnp.array(key, copy=True)
+    return aggregator(rule, per_elt_axis, axis_name, lambda _: make_key())
 
 
 def _weighted(
@@ -460,9 +475,12 @@ def gram(stack: _stack.Stack) -> jax.Array:
 def shortest(gram: jax.Array, valid: jax.Array) -> jax.Array:
     """``argmin w' G w`` on the simplex of the valid rows.
 
-    On its ray ``v' G v/2 - sum_i v_i`` is least at ``v = w/(w' G w)``.
+    On its ray ``v' G v/2 - sum_i v_i`` is least at ``v = w/(w' G w)``; where that is
+    infinite, rows of length zero are as short as can be.
     """
     v = nonnegative_minimiser(gram, valid.astype(gram.dtype))
+    zero = (valid & (jnp.diagonal(gram) == 0)).astype(v.dtype)
+    v = jnp.where(jnp.any(zero > 0), zero, v)
     return v / jnp.where(jnp.sum(v) > 0, jnp.sum(v), 1)
 
 

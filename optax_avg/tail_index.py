@@ -30,6 +30,7 @@ class TailState(NamedTuple):
       mean_log_block: of the norms of sums of blocks.
       largest: shape (num_largest,), the largest norms in descending order.
       left_out: int32, gradients that were not finite.
+      remainders: what rounding took from the two means, which would stall in long runs.
     """
 
     tail_step: jax.Array
@@ -42,6 +43,7 @@ class TailState(NamedTuple):
     mean_log_block: jax.Array
     largest: jax.Array
     left_out: jax.Array
+    remainders: tuple[jax.Array, jax.Array]
 
 
 class TailIndices(NamedTuple):
@@ -182,6 +184,7 @@ def track_tail_index(
             mean(),
             jnp.zeros(num_largest, jnp.float32),
             count(),
+            (mean(), mean()),
         )
 
     def update_fn(
@@ -212,6 +215,11 @@ def track_tail_index(
         for i in floats:
             old[i] = jnp.where(finite, leaves[i], old[i]).astype(old[i].dtype)
             sums[i] = jnp.where(full, 0, total[i]).astype(sums[i].dtype)
+        rest, rest_block = state.remainders
+        log, rest = _mean_of_logs(state.mean_log, rest, samples, size, counts)
+        log_block, rest_block = _mean_of_logs(
+            state.mean_log_block, rest_block, blocks, length, told
+        )
         largest = jnp.append(state.largest, jnp.where(counts, size, 0))
         return updates, TailState(
             tail_step=jnp.where(
@@ -222,10 +230,11 @@ def track_tail_index(
             samples=samples,
             blocks=blocks,
             tail_block=state.tail_block,
-            mean_log=_mean_of_logs(state.mean_log, samples, size, counts),
-            mean_log_block=_mean_of_logs(state.mean_log_block, blocks, length, told),
+            mean_log=log,
+            mean_log_block=log_block,
             largest=lax.top_k(largest, len(state.largest))[0],
             left_out=_tree.count_if(~finite, state.left_out),
+            remainders=(rest, rest_block),
         )
 
     return optax.GradientTransformationExtraArgs(
@@ -234,11 +243,17 @@ def track_tail_index(
 
 
 def _mean_of_logs(
-    mean: jax.Array, count: jax.Array, size: jax.Array, counts: jax.Array
-) -> jax.Array:
-    """The mean with one more, the ``count``-th, where it counts."""
+    mean: jax.Array,
+    rest: jax.Array,
+    count: jax.Array,
+    size: jax.Array,
+    counts: jax.Array,
+) -> tuple[jax.Array, jax.Array]:
+    """The mean with one more, the ``count``-th, where it counts, and its remainder."""
     log = jnp.log(jnp.where(counts, size, 1))
-    return jnp.where(counts, mean + (log - mean) / jnp.maximum(count, 1), mean)
+    change = ((log - mean) - rest) / jnp.maximum(count, 1)
+    new, left = _tree.sum_and_error(mean, rest + change)
+    return jnp.where(counts, new, mean), jnp.where(counts, left, rest)
 
 
 def tail_indices(state: Any) -> TailIndices:

@@ -437,7 +437,8 @@ def with_stride(weight: Weight) -> Weight:
       ``weight``, or the same as a function of ``(t, dt)`` that ignores ``dt``.
 
     Raises:
-      ValueError: If ``weight`` is neither.
+      ValueError: If ``weight`` is neither, or a function of this library that has to be
+        called first, such as :func:`ema`.
 
     Example:
       >>> import optax_avg as oa
@@ -451,6 +452,7 @@ def with_stride(weight: Weight) -> Weight:
             f"a weight is a function of t, not {weight!r}; write "
             "weights.ema(0.999) or lambda t: 1 / t."
         )
+    _refuse_uncalled(weight)
     try:
         inspect.signature(weight).bind(1.0, 1)
     except TypeError:
@@ -494,7 +496,7 @@ def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:
     near = r >= 0.5
     kept = jnp.where(near, high, r * high)
     change = jnp.where(near, low - (1 - r) * high, r * low) + m
-    high, low = _sum_and_error(kept, change)
+    high, low = _tree.sum_and_error(kept, change)
     positive = high > 0
     return jnp.where(positive, m / jnp.where(positive, high, 1), 1), (high, low)
 
@@ -757,6 +759,22 @@ def gamma_from_half_life(h: Any, steps: Any) -> Any:
     return -_LN2 / _log(1 - f) - 1
 
 
+def _refuse_uncalled(weight: Any) -> None:
+    """Raises for a public function or class of this library: weights are closures."""
+    module = str(getattr(weight, "__module__", None))
+    name = getattr(weight, "__qualname__", "<none>")
+    if module.split(".")[0] != "optax_avg" or "<" in name:
+        return
+    way = "call what makes a weight, as in oa.weights.ema(0.999)"
+    signature = inspect.signature(weight)
+    if signature.return_annotation == Weight:
+        parameters = signature.parameters.values()
+        needed = [p.name for p in parameters if p.default is p.empty]
+        first = needed or [p.name for p in parameters][:1]
+        way = f"call it first, as in oa.weights.{name}({', '.join(first)})"
+    raise ValueError(f"a weight is a function of t, and {name} is none: {way}.")
+
+
 def _power(gamma: Any, t: Any, dt: Any = 1) -> Any:
     """``1 - (1-1/t)^(gamma+1)``, without its cancellation for large t."""
     del dt
@@ -766,25 +784,28 @@ def _power(gamma: Any, t: Any, dt: Any = 1) -> Any:
 def _schedule(value: ScalarOrSchedule) -> Callable[[Any, Any], Any]:
     """``value`` as a function of ``(t, dt)``; a schedule counts steps from 0."""
     if callable(value):
-        return lambda t, dt: value(_tree.step_of(t, dt))
+        return lambda t, dt: _called(value(_tree.step_of(t, dt)))
     return lambda t, dt: value
+
+
+def _called(value: Any) -> Any:
+    """``value``, unless it is a function still."""
+    if callable(value):
+        raise ValueError(
+            f"a weight or schedule must return a number, and {value!r} is a function; "
+            "call what makes the weight or schedule first, and pass what it returns."
+        )
+    return value
 
 
 def _scalar(value: Any, dtype: Any) -> jax.Array:
     """What a weight returned, as one number."""
-    if jnp.ndim(value):
+    if jnp.ndim(_called(value)):
         raise ValueError(
             "a weight must be one number for all parameters, got an array of shape "
             f"{jnp.shape(value)}; average several weights as a dict of them."
         )
     return jnp.asarray(value, dtype)
-
-
-def _sum_and_error(a: jax.Array, b: jax.Array) -> tuple[jax.Array, jax.Array]:
-    """``a + b`` and what rounding took from it (Knuth's exact sum)."""
-    total = a + b
-    of_b = total - a
-    return total, (a - (total - of_b)) + (b - of_b)
 
 
 def _log(value: Any) -> Any:

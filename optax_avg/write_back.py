@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _sight, _tree
+from optax_avg import _mixups, _sight, _tree
 from optax_avg.averaging import ema_params
-from optax_avg.readout import average_names, read_leaves
+from optax_avg.readout import average_names, is_average_state, read_leaves
 
 
 def write_back(
@@ -35,7 +35,8 @@ def write_back(
 
     Raises:
       ValueError: If ``every`` is below 1, or (at ``init``) ``average`` does not hold
-        exactly one average.
+        exactly one average, or is a chain with one.
+      TypeError: If ``average`` is no transformation.
 
     Example:
       >>> import optax, optax_avg as oa
@@ -110,14 +111,22 @@ def _write_back(
     caller: str, average: optax.GradientTransformation, every: Any
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`write_back`, with the name of the factory that the user called."""
+    wanted = "an average, such as oa.ema_params(0.999)"
+    _mixups.refuse_no_transformation(caller, average, wanted)
     inner = optax.with_extra_args_support(average)
 
     def init(params: Any) -> Any:
         state: Any = inner.init(params)
-        if len(names := average_names(state)) != 1 or not hasattr(state, "step"):
+        if len(names := average_names(state)) != 1:
             raise ValueError(
                 f"{caller} needs a transformation with one average, such as "
                 f"ema_params(0.999); this one has {names or 'none'}."
+            )
+        if not is_average_state(state):
+            raise ValueError(
+                f"{caller} needs the average {names[0]!r} itself, not a chain or "
+                f"another wrapper around it; write optax.chain(optimizer, {caller}("
+                "average, every))."
             )
         return state
 
@@ -125,11 +134,16 @@ def _write_back(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         _tree.require_params(caller, params)
+        before = state
         with _sight.collected(None):  # it reports for both
             averaged: tuple[Any, Any] = inner.update(
                 updates, state, params, **extra_args
             )
         updates, state = averaged
+        # The average's own clock goes back by its stride alone.
+        stride = _tree.common_multiple(state.every, every)
+        step = _tree.advance_clock(before.step, stride)
+        state = state._replace(step=step)
 
         def replace(updates):
             found = read_leaves(state, params, None)

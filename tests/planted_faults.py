@@ -164,8 +164,8 @@ FAULTS = {
     ),
     "mass forgets the past": Fault(
         "optax_avg/weights.py",
-        "high, low = _sum_and_error(kept, change)",
-        "high, low = _sum_and_error(0 * kept, change)",
+        "high, low = _tree.sum_and_error(kept, change)",
+        "high, low = _tree.sum_and_error(0 * kept, change)",
         f"{AVERAGING} -k lr_weighted",
     ),
     "read before the first iterate": Fault(
@@ -265,7 +265,7 @@ FAULTS = {
         f"{AVERAGING} -k index_a_table",
     ),
     "sums of masses lose what is rounded": Fault(
-        "optax_avg/weights.py",
+        "optax_avg/_tree.py",
         "return total, (a - (total - of_b)) + (b - of_b)",
         "return total, 0 * of_b",
         f"{AVERAGING} -k masses_do_not_stop",
@@ -410,7 +410,7 @@ FAULTS = {
         f"{SHARPNESS} -k ties",
     ),
     "the state holds the user's key": Fault(
-        "optax_avg/rules/offsets.py",
+        "optax_avg/_keys.py",
         "return lambda: jnp.array(key, copy=True)",
         "return lambda: key",
         f"{SHARPNESS} -k keys_of",
@@ -1148,6 +1148,96 @@ FAULTS = {
         "os.path.basename(shard) != shard or not shard",
         "not shard",
         f"{CLI_MERGE} -k broken_folders",
+    ),
+    "an uncalled factory runs as a weight": Fault(
+        "optax_avg/weights.py",
+        "    _refuse_uncalled(weight)\n",
+        "",
+        f"{MIXUPS} -k factory_was_not",
+    ),
+    "gradients pass for their function": Fault(
+        "optax_avg/_mixups.py",
+        "if not callable(grad_fn):",
+        "if False:",
+        f"{MIXUPS} -k function_should",
+    ),
+    "an aggregator does not ask for stacked gradients": Fault(
+        "optax_avg/_row_checks.py",
+        "alike = axis is not None and",
+        "alike = axis is None and",
+        f"{CHAIN_CHECK} -k stacked_gradients",
+    ),
+    "a radius may be None": Fault(
+        "optax_avg/rules/offsets.py",
+        "if not jax.tree.leaves(radius):",
+        "if False:",
+        f"{SHARPNESS} -k no_radius",
+    ),
+    "a bool is a seed": Fault(
+        "optax_avg/_keys.py",
+        "seed is None or is_bool or",
+        "seed is None or",
+        f"{SHARPNESS} -k no_key",
+    ),
+    "swapped states are migrated": Fault(
+        "optax_avg/migration.py",
+        "if _has_counted(new_state) and not",
+        "if False and not",
+        f"{READOUT} -k swapped",
+    ),
+    "a chain is written back": Fault(
+        "optax_avg/write_back.py",
+        "if not is_average_state(state):",
+        "if False:",
+        f"{WRITE_BACK} -k itself",
+    ),
+    "a global perturbation over no axis is local": Fault(
+        "optax_avg/sharpness.py",
+        "if not found or not",
+        "if not",
+        f"{FORMS} -k over_no_axis",
+    ),
+    "cagrad trusts the Gram matrix": Fault(
+        "optax_avg/surgery.py",
+        "beyond = pull > c * g0",
+        "beyond = pull < 0",
+        f"{SURGERY} -k cancel_stays",
+    ),
+    "cagrad measures what lies on one device": Fault(
+        "optax_avg/surgery.py",
+        "_stack.row_norms(both, axis_name)",
+        "_stack.row_norms(both)",
+        f"{SURGERY} -k same_ball",
+    ),
+    "the ridge weighs rows beside a zero one": Fault(
+        "optax_avg/surgery.py",
+        "jnp.where(jnp.any(zero > 0), zero, v)",
+        "v",
+        f"{SURGERY} -k exactly_zero",
+    ),
+    "the sum of AdaGrad-Norm stalls": Fault(
+        "optax_avg/clipping.py",
+        "_tree.sum_and_error(b, rest + risen)",
+        "(b + risen, rest)",
+        f"{CLIPPING} -k long_runs",
+    ),
+    "means of logarithms stall": Fault(
+        "optax_avg/tail_index.py",
+        "_tree.sum_and_error(mean, rest + change)",
+        "(mean + change, rest)",
+        f"{TAIL_INDEX} -k long_runs",
+    ),
+    "rules are due no more beyond the largest integer": Fault(
+        "optax_avg/sharpness.py",
+        "_tree.advance_clock(state.rule_step, rule.period)",
+        "_tree.advance_clock(state.rule_step)",
+        f"{FORMS} -k beyond",
+    ),
+    "write-back keeps to the clock of its average": Fault(
+        "optax_avg/write_back.py",
+        "state = state._replace(step=step)\n",
+        "",
+        f"{WRITE_BACK} -k goes_on",
     ),
 }
 

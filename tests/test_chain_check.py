@@ -232,6 +232,36 @@ def test_stacked_rows_are_passed_as_updates():
     oa.check_chain(tx, PARAMS, rows)
 
 
+@pytest.mark.parametrize("params", [PARAMS, jnp.ones(3), jnp.ones([])])
+@pytest.mark.parametrize("first", [oa.coordinate_median(), oa.mgda(per_elt_axis=-1)])
+def test_an_aggregator_asks_for_stacked_gradients(first, params):
+    tx = optax.chain(first, optax.adam(0.1))
+    with pytest.raises(ValueError, match="stacked gradients as the third argument"):
+        oa.check_chain(tx, params)
+
+
+def test_a_location_in_one_pass_asks_for_stacked_gradients():
+    tx = optax.chain(oa.one_pass_location("l2", 0.5), optax.adam(0.1))
+    with pytest.raises(ValueError, match="stacked gradients as the third argument"):
+        oa.check_chain(tx, PARAMS)
+
+
+@pytest.mark.parametrize(
+    ("tx", "params", "message"),
+    [
+        (3, PARAMS, "It got int"),
+        (None, PARAMS, "It got NoneType"),
+        (oa.sam, PARAMS, "the function sam, which has to be called first"),
+        (oa.rules.sam(), PARAMS, "a sharpness rule"),
+        (PARAMS, optax.sgd(0.1), r"call check_chain\(tx, params\)"),
+        (PARAMS, optax.MultiSteps(optax.sgd(0.1), 2), r"call check_chain\(tx, params"),
+    ],
+)
+def test_something_else_than_a_chain(tx, params, message):
+    with pytest.raises(TypeError, match=f"^check_chain .*{message}"):
+        oa.check_chain(tx, params)
+
+
 def test_nothing_of_the_users_changes():
     params = {"w": jnp.ones(3), "steps": jnp.arange(2), "none": None}
     tx = optax.chain(oa.sam(), optax.sgd(0.1), oa.ema_params(0.9))

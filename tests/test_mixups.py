@@ -1,5 +1,8 @@
 """What users mix up, and the error that names the call to write instead."""
 
+import functools
+import inspect
+
 import jax
 import jax.numpy as jnp
 import optax
@@ -154,6 +157,72 @@ def test_something_else_than_a_gradient(fn, message, params):
     for tx in (link, calls):
         with pytest.raises(ValueError, match=f"first argument of update .*{message}"):
             tx.update(fn(x), tx.init(x), x, grad_fn=jax.grad(loss))
+
+
+@pytest.mark.parametrize("params", PARAMS)
+def test_gradients_where_their_function_should_stand(params):
+    x = PARAMS[params]
+    grads = jax.grad(loss)(x)
+    for link in (oa.sam(), oa.decoupled_wsam(optax.sgd(0.1), 0.1)):
+        for chain in (link, optax.chain(link)):
+            with pytest.raises(TypeError, match=r"It is an? .*grad_fn=jax\.grad\(loss"):
+                chain.update(grads, chain.init(x), x, grad_fn=grads)
+    with pytest.raises(TypeError, match="grad_fn of sam must be a function"):
+        oa.check_chain(oa.sam(), x, grad_fn=grads)
+
+
+FACTORIES = {
+    name: getattr(oa.weights, name)
+    for name in dir(oa.weights)
+    if inspect.isfunction(f := getattr(oa.weights, name))
+    and f.__module__ == oa.weights.__name__
+    and not name.startswith("_")
+}
+
+
+@pytest.mark.parametrize("name", FACTORIES)
+def test_a_weight_whose_factory_was_not_called(name):
+    makes_one = "A weight." in FACTORIES[name].__doc__ or name == "with_stride"
+    call = rf"call it first, as in oa\.weights\.{name}\(" if makes_one else "call what"
+    for take in (
+        oa.average,
+        lambda weight: oa.average({"a": weight}),
+        lambda weight: oa.weights.profile(weight, 3),
+    ):
+        with pytest.raises(ValueError, match=rf"^a weight .* {name} is none: {call}"):
+            take(FACTORIES[name])
+
+
+@pytest.mark.parametrize("given", [oa.ema_params, oa.sam, oa.weights.Mass])
+def test_something_else_of_this_library_than_a_weight(given):
+    with pytest.raises(ValueError, match=r"is none: call what makes a weight, as in"):
+        oa.average(given)
+
+
+@pytest.mark.parametrize(
+    "make",
+    [
+        lambda: oa.ema_params(optax.constant_schedule),
+        lambda: oa.average(functools.partial(oa.weights.ema, debias=False)),
+    ],
+)
+def test_a_function_that_returns_a_schedule_or_weight(make):
+    x = jnp.ones(2)
+    with pytest.raises(ValueError, match=r"must return a number.*is a function; call"):
+        make().update(x, make().init(x), x)
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (oa.ema_params, "the function ema_params, which has to be called first"),
+        (0.999, "float"),
+        (rules.sam(), "a sharpness rule"),
+    ],
+)
+def test_something_else_than_an_average_to_write_back(given, message):
+    with pytest.raises(TypeError, match=f"write_back needs an average.*{message}"):
+        oa.write_back(given, 5)
 
 
 def test_what_is_right_is_taken():

@@ -208,6 +208,37 @@ def test_migration_keeps_averages_by_name():
     )
 
 
+def test_migration_recognises_swapped_states():
+    """By their counters; without any, as of SGD, nothing can be told."""
+    for new_tx in (
+        optax.chain(optax.adam(0.1), oa.ema_params(0.9)),
+        optax.chain(oa.ema_params(0.9), optax.adam(0.1)),
+    ):
+        params, old = stepped(optax.adam(0.1))
+        with pytest.raises(
+            ValueError, match=r"swapped\. Call migrate_state\(new_tx\.in"
+        ):
+            oa.migrate_state(old, new_tx.init(params))
+    params, old = stepped(optax.chain(optax.adam(0.1), oa.ema_params(0.9)))
+    state = optax.adam(0.1).init(params)
+    with pytest.warns(UserWarning, match="are dropped"):
+        state = oa.migrate_state(state, old)
+    # A state that goes on takes over one that has been trained for less.
+    oa.migrate_state(old, state)
+    oa.migrate_state(optax.sgd(0.1).init(params), optax.sgd(0.1).init(params))
+    params, old = stepped(optax.sgd(0.1))
+    new = optax.chain(optax.sgd(0.1), oa.ema_params(0.9)).init(params)
+    with pytest.warns(UserWarning, match="are dropped"):
+        oa.migrate_state(old, new)
+
+
+def test_migration_names_a_place_in_a_chain_without_a_name():
+    with pytest.raises(
+        ValueError, match=r"first at new_state\[0\]: it is .* and old_s"
+    ):
+        oa.migrate_state((jnp.ones(2),), (jnp.ones(3),))
+
+
 def test_migration_refuses_another_optimizer():
     _, old = stepped(optax.sgd(0.1, momentum=0.9))
     tx = optax.chain(optax.adam(0.1), oa.ema_params(0.9))

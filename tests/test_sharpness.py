@@ -14,7 +14,7 @@ from sharpness_cases import ALL, PRODUCTS, RADII, RULES, SGD, flat, loss_of, tre
 
 import optax_avg as oa
 from optax_avg import rules
-from optax_avg.rules.offsets import is_normalisation
+from optax_avg.rules.offsets import Radius, is_normalisation
 
 STEPS = 7
 every_rule = pytest.mark.parametrize("name", ALL)
@@ -437,6 +437,39 @@ def test_numbers_that_are_not_finite_are_refused(factory, name, value):
         factory(**{name: value})
 
 
+RADII_OF_RULES = [
+    (factory, parameter.name)
+    for factory in (getattr(rules, name) for name in rules.__all__)
+    for parameter in inspect.signature(factory).parameters.values()
+    if parameter.annotation is Radius and parameter.name != "key"
+]
+
+
+@pytest.mark.parametrize(
+    "value", [None, "0.1", True, [], {"w": None}, {"w": "0.1"}, {"w": 1.0, "b": True}]
+)
+@pytest.mark.parametrize(
+    ("factory", "name"),
+    RADII_OF_RULES,
+    ids=[f"{f.__name__}-{n}" for f, n in RADII_OF_RULES],
+)
+def test_what_is_no_radius_is_refused(factory, name, value):
+    with pytest.raises(
+        ValueError, match=f"^{name} (must be a number|of .* is one num)"
+    ):
+        factory(**{name: value})
+
+
+def test_intervals_are_named_as_the_user_did():
+    for value in (0, -1, 1.5, True, None):
+        with pytest.raises(ValueError, match=r"^k must be an integer >= 1"):
+            rules.every_k(rules.sam(), value)
+        with pytest.raises(ValueError, match=r"^k must be an integer >= 1"):
+            rules.look_sam(k=value)
+        with pytest.raises(ValueError, match=r"^refresh must be an integer >= 1"):
+            rules.fsam(refresh=value)
+
+
 def test_radii_in_trees_are_checked():
     with pytest.raises(ValueError, match="rho must lie in"):
         rules.sam({"bias": 0.1, "norm": np.inf})
@@ -451,6 +484,7 @@ def test_radii_in_trees_are_checked():
         lambda: jax.random.PRNGKey(3),
         lambda: 3,
         lambda: np.int64(3),
+        lambda: np.array(3),
         lambda: jnp.array(3),
     ],
 )
@@ -473,10 +507,20 @@ def test_keys_of_esam(make):
             np.testing.assert_allclose(flat(updates), flat(wanted), rtol=1e-5)
 
 
-@pytest.mark.parametrize("key", [0.5, True, "seed", np.ones(2)])
-def test_what_is_no_key_is_refused(key):
+@pytest.mark.parametrize(
+    "key", [0.5, True, np.True_, jnp.array(True), None, "seed", np.ones(2), 2**63]
+)
+@pytest.mark.parametrize(
+    "take",
+    [
+        lambda key: rules.esam(key=key),
+        oa.pcgrad,
+        lambda key: oa.merging.dare([jnp.ones(2)], jnp.zeros(2), 0.5, key),
+    ],
+)
+def test_what_is_no_key_is_refused(take, key):
     with pytest.raises(ValueError, match="key must be a PRNG key or an integer seed"):
-        rules.esam(key=key)
+        take(key)
 
 
 NORMALISATIONS = [
@@ -523,6 +567,11 @@ def test_a_rule_that_would_perturb_nothing_is_refused(make, message):
     ):
         with pytest.raises(ValueError, match=rf"{message}.*\['b'\], \['w'\]"):
             maker.init(x)
+
+
+def test_a_mask_of_a_single_leaf_has_no_names():
+    with pytest.raises(ValueError, match=r"be perturbed\. There is one leaf\.$"):
+        oa.sam(mask=False).init(jnp.ones(2))
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

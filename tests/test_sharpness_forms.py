@@ -17,6 +17,7 @@ from test_sharpness import start
 
 import optax_avg as oa
 from optax_avg import rules
+from optax_avg.sharpness import advanced
 
 every_rule = pytest.mark.parametrize("name", ALL)
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)
@@ -354,6 +355,54 @@ def test_clear_errors():
     ):
         with pytest.raises(ValueError, match=r"must|needs|takes|differ"):
             wrong()
+
+
+@pytest.mark.parametrize(
+    ("axis_name", "perturbation", "message"),
+    [
+        (None, "global", "averages the ascent over axis_name, and there is none"),
+        (None, "d", "out of axis_name="),
+        ("d", None, "must be 'local', 'global' or axes"),
+        ("d", (), "must be 'local', 'global' or axes"),
+    ],
+)
+def test_a_perturbation_over_no_axis_is_refused(axis_name, perturbation, message):
+    with pytest.raises(ValueError, match=f"^perturbation.*{message}"):
+        oa.sharpness_aware(
+            len, rules.sam(), axis_name=axis_name, perturbation=perturbation
+        )
+
+
+@pytest.mark.parametrize(
+    ("make", "period"),
+    [
+        (lambda: rules.every_k(rules.sam(), 3), 3),
+        (lambda: rules.every_k(rules.every_k(rules.sam(), 2), 3), 6),
+        (lambda: rules.every_k(rules.sam(), jnp.array(3)), 3),
+        (lambda: rules.every_k(rules.every_k(rules.sam(), 2), jnp.array(3)), 6),
+        (lambda: rules.look_sam(k=4), 4),
+    ],
+)
+def test_what_is_due_stays_due_beyond_the_largest_integer(make, period):
+    rule = make()
+    last = 2**31 - 1
+    state = oa.as_link(rule).init(jnp.ones(2))
+    state = state._replace(rule_step=jnp.int32(last - last % period))
+    due = []
+    for _ in range(3 * period):
+        due.append(bool(rule.due(state)))
+        state = advanced(rule, state, (), ())
+    assert due == 3 * [True, *[False] * (period - 1)]
+
+
+def test_masks_and_draws_go_on_beyond_the_largest_integer():
+    last, steps = jnp.int32(2**31 - 1), {}
+    for name, rule in {"fsam": rules.fsam(refresh=5), "esam": rules.esam()}.items():
+        state = oa.as_link(rule).init(jnp.ones(2))._replace(rule_step=last)
+        state = state._replace(rule_memory=())
+        steps[name] = [state := advanced(rule, state, (), ()) for _ in range(7)]
+    assert [int(s.rule_step) % 5 for s in steps["fsam"]] == [3, 4, 0, 1, 2, 3, 4]
+    assert len({int(s.rule_step) for s in steps["esam"]}) == 7
 
 
 def test_esam_perturbs_a_share_of_the_leaves():

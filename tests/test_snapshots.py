@@ -735,6 +735,16 @@ def test_bad_arguments(tmp_path, open_stores):
         (lambda: store.plan(sigma_rel=0.1, window=3), "one target"),
         (lambda: store.plan(sigma_rel=0.3), "sigma_rel must lie in"),
         (lambda: store.plan(window=0), "window must be an integer"),
+        (lambda: store.plan(half_life=-1.0), r"^half_life must lie in \(0"),
+        (lambda: store.plan(weight=oa.weights.ema), "ema is none: call it first"),
+        (
+            lambda: SnapshotStore(tmp_path / "new", weights=oa.weights.ema(0.9)),
+            r"must be a dict of weights by .* got function; write SnapshotStore\(",
+        ),
+        (
+            lambda: SnapshotStore(tmp_path / "new", weights=[oa.weights.ema(0.9)]),
+            "must be a dict of weights .* got list",
+        ),
         (lambda: store.plan(sigma_rel=0.1, step=5), r"at step 5; there are \[4, 8\]"),
         (lambda: store.plan(sigma_rel=0.1, names=["x"]), "no snapshot of x"),
         (lambda: store.reconstruct(other, sigma_rel=0.1), "no leaf dense/bias"),

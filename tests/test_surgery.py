@@ -119,6 +119,26 @@ def test_a_zero_gradient(name):
     np.testing.assert_allclose(direction(name, g), wanted * g[0], atol=2e-3)
 
 
+@pytest.mark.parametrize("n", [2, 5])
+def test_mgda_with_a_zero_gradient_is_exactly_zero(n):
+    g = objectives(5, n)
+    g[1] = 0
+    np.testing.assert_array_equal(direction("mgda", g), 0)
+    g[1] = 1e-20 * g[0]
+    np.testing.assert_array_equal(direction("mgda", g), np.float32(g[1]))
+
+
+@pytest.mark.parametrize(("ratio", "seen"), [(1e-17, True), (1e-20, False)])
+def test_gradients_that_the_greatest_hides(ratio, seen):
+    """They count in means and sums and take nothing from others."""
+    g = np.array([[1.0, 1.0], [-ratio, 0.0]])
+    rest = 0.0 if seen else 1.0
+    np.testing.assert_allclose(direction("upgrad", g), [rest / 2, 0.5], atol=1e-6)
+    tx = oa.pcgrad(0)
+    found, _ = tx.update(jnp.asarray(g, jnp.float32), tx.init(jnp.zeros(2)))
+    np.testing.assert_allclose(found, [rest, 1], atol=1e-6)
+
+
 def test_cagrad_with_a_tiny_gradient_goes_on():
     g = np.array([[1.0, 0.0], [0.0, 1e-9]])
     np.testing.assert_allclose(direction("cagrad", g), [0.5, 0.25], atol=1e-3)
@@ -223,6 +243,35 @@ def test_cagrad_of_nearly_opposite_gradients_of_other_lengths(c, g):
     assert (g @ found).min() >= 0.99 * (g @ reference.cagrad(g, c)).min()
 
 
+def nearly_opposite(gap, count=20):
+    rng = np.random.default_rng(2)
+    first = rng.normal(size=(count, 1, 2))
+    first /= np.linalg.norm(first, axis=2, keepdims=True)
+    other = gap * rng.normal(size=(count, 1, 2)) / 2**0.5 - first
+    return np.float32(np.concatenate([first, other], axis=1)).astype(float)
+
+
+@pytest.mark.parametrize("c", [0.4, 0.9])
+def test_cagrad_of_gradients_that_cancel_stays_within_its_ball(c):
+    """The Gram matrix has lost the length of their mean; the mean itself has not."""
+    g = np.concatenate([nearly_opposite(gap) for gap in (1e-2, 1e-3, 1e-5)])
+    tx = oa.cagrad(c)
+    update = jax.jit(jax.vmap(lambda g: tx.update(g, tx.init(g[0]))[0]))
+    found, mean = np.float64(update(jnp.asarray(g, jnp.float32))), g.mean(axis=1)
+    # The mean of the gradients is rounded as they are.
+    size = np.linalg.norm(mean, axis=1)
+    assert (np.linalg.norm(found - mean, axis=1) <= c * size * (1 + 1e-5) + 1e-7).all()
+
+
+def test_cagrad_over_devices_keeps_to_the_same_ball():
+    g = nearly_opposite(1e-3)[0]
+    tx = oa.cagrad(0.5, axis_name="d")
+    update = jax.vmap(lambda row: tx.update(row, tx.init(row))[0], axis_name="d")
+    found = jax.jit(update)(jnp.asarray(g, jnp.float32))
+    wanted = direction("cagrad", g)
+    np.testing.assert_allclose(found, [wanted, wanted], rtol=1e-5)
+
+
 def test_cagrad_at_pareto_stationary_points():
     """Where no direction helps all, the closest to the mean that hurts none."""
     g = np.array([[1.0, 0.0], [-0.5, 0.0], [0.0, 1.0]])
@@ -280,6 +329,15 @@ def test_pcgrad_is_one_of_the_orders_and_comes_to_all():
         seen.add(int(apart.argmin()))
     assert seen == set(range(len(distinct)))
     assert len(distinct) > 1
+
+
+@pytest.mark.parametrize(
+    "key", [np.int64(3), np.array(3), jnp.array(3), jax.random.key(3)]
+)
+def test_keys_of_pcgrad(key):
+    state = oa.pcgrad(key).init(jnp.zeros(2))
+    wanted = oa.pcgrad(3).init(jnp.zeros(2))
+    chex.assert_trees_all_equal(state, wanted)
 
 
 def test_pcgrad_of_two():

@@ -95,6 +95,24 @@ def test_bad_and_zero_gradients_do_not_count():
     np.testing.assert_allclose(state.mean_log_block, np.log(6 * np.sqrt(2)), rtol=1e-6)
 
 
+def test_means_follow_in_long_runs():
+    """After ten million samples one more changes less than the last digit."""
+    tx, late = oa.track_tail_index(4, 2), 10_000_000
+    g = jnp.tile(jnp.array([[0.0], [np.exp(-9.0)]]), (4000, 1))
+    count, mean = jnp.int32(late), jnp.float32(-10)
+    state = tx.init(g[0])._replace(
+        samples=count, blocks=count, mean_log=mean, mean_log_block=mean
+    )
+    many = jax.jit(lambda s: jax.lax.scan(lambda s, g: (tx.update(g, s)[1], 0), s, g))
+    state, _ = many(state)
+    for found, rest, n, log in (
+        (state.mean_log, state.remainders[0], 4000, -9),
+        (state.mean_log_block, state.remainders[1], 2000, np.log(2) - 9),
+    ):
+        moved = np.float64(found) + np.float64(rest) + 10
+        np.testing.assert_allclose(moved, n * (log + 10) / (late + n), rtol=1e-4)
+
+
 def test_errors():
     with pytest.raises(ValueError, match="num_largest must be an integer >= 4"):
         oa.track_tail_index(3)

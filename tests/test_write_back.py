@@ -109,6 +109,38 @@ def test_write_back_needs_one_average(inner):
         oa.write_back(inner, 2).init(jnp.ones(2))
 
 
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda average: optax.chain(optax.sgd(0.1), average),
+        optax.chain,
+        lambda average: optax.masked(average, True),
+    ],
+)
+def test_write_back_needs_the_average_itself(wrap):
+    tx = oa.write_back(wrap(oa.ema_params(0.9)), 2)
+    with pytest.raises(ValueError, match=r"'ema' itself.*optimizer, write_back\(av"):
+        tx.init(jnp.ones(2))
+
+
+@pytest.mark.parametrize(("own", "every"), [(1, 3), (2, 3), (3, 3), (2, 4)])
+def test_write_back_goes_on_at_the_largest_integer(own, every):
+    tx = oa.write_back(oa.ema_params(0.5, debias=False, every=own), every)
+    last, period = 2**31 - 1, np.lcm(own, every)
+    step = jnp.int32(last - last % period)
+    state = tx.init(jnp.zeros(1))._replace(step=step, absorbed=jnp.int32(5))
+    update = jax.jit(lambda state: tx.update(jnp.ones(1), state, jnp.zeros(1)))
+    written, absorbed = [], []
+    for _ in range(3 * period):
+        before = int(state.absorbed)
+        updates, state = update(state)
+        written.append(float(updates[0]) < 1)
+        absorbed.append(int(state.absorbed) > before)
+    wanted = np.arange(1, 1 + 3 * period)
+    assert written == (wanted % every == 0).tolist()
+    assert absorbed == (wanted % own == 0).tolist()
+
+
 def test_lookahead_goes_on_at_the_largest_integer():
     tx = oa.lookahead(3, 0.5)
     last = 2**31 - 1

@@ -17,6 +17,8 @@ from optax_avg import _tree
 # Slices of the leaves of all trees, from the first element to the last; anew each call.
 Slices = Callable[[], Iterator[list[Any]]]
 
+ONLY = "the only leaf"  # of a tree that is an array itself
+
 
 class Rule(NamedTuple):
     """A merge of one leaf of several trees, which may come slice by slice.
@@ -26,7 +28,7 @@ class Rule(NamedTuple):
       find: from all slices to what ``combine`` must know of the whole leaf.
       after: what was found, for a slice that begins after a number of elements.
       fault: whether a slice holds what cannot be merged; None where nothing does.
-      complaint: what is then wrong.
+      complaint: what must hold of every leaf, and does not then.
     """
 
     combine: Callable[[Any, list[jax.Array]], jax.Array]
@@ -74,27 +76,31 @@ def check_alike(models: Sequence[Any]) -> None:
     if not models:
         raise ValueError("there are no models; pass a list with at least one.")
     first, structure = jax.tree.flatten_with_path(models[0])
-    names = [jax.tree_util.keystr(path) for path, _ in first]
+    names = [_name(path) for path, _ in first]
     for t, model in enumerate(models[1:], start=1):
         found, other = jax.tree.flatten_with_path(model)
-        theirs = [jax.tree_util.keystr(path) for path, _ in found]
+        theirs = [_name(path) for path, _ in found]
         if names != theirs:
             odd = [n for n in names if n not in theirs]
             extra = [n for n in theirs if n not in names]
             where = f"has no leaf {odd[0]}" if odd else f"has a leaf {extra[0]} more"
+            if ONLY in odd:
+                where = "is not a single leaf, as the first tree is"
+            elif ONLY in extra:
+                where = "is a single leaf, the first tree is not"
             raise ValueError(f"tree {t} {where}; the trees must be alike.")
         if structure != other:
             raise ValueError(f"tree {t} is of another structure: {other}.")
         for name, (_, a), (_, b) in zip(names, first, found, strict=True):
             if jnp.shape(a) != jnp.shape(b):
                 raise ValueError(
-                    f"tree {t} has shape {jnp.shape(b)} at {name or 'its leaf'}, the "
-                    f"first {jnp.shape(a)}; the trees must be alike."
+                    f"tree {t} has shape {jnp.shape(b)} at {name}, the first "
+                    f"{jnp.shape(a)}; the trees must be alike."
                 )
             if jnp.iscomplexobj(b) and _tree.is_float(a) and not jnp.iscomplexobj(a):
                 raise ValueError(
-                    f"tree {t} is complex at {name or 'its leaf'}, the first is not; "
-                    "cast one of them."
+                    f"tree {t} is complex at {name}, the first is not; cast one of "
+                    "them."
                 )
 
 
@@ -119,16 +125,21 @@ def over(rule: Rule, trees: Sequence[Any], found: Any = None) -> Any:
             continue
         xs = widened(leaves)
         if rule.fault is not None:
-            check(rule, rule.fault(xs), jax.tree_util.keystr(path) or "the leaf")
+            check(rule, rule.fault(xs), _name(path))
         known = rule.find(lambda xs=xs: iter([xs])) if found is None else found[i]
         merged.append(rule.combine(known, xs).astype(jnp.result_type(first)))
     return structure.unflatten(merged)
 
 
+def _name(path: Any) -> str:
+    """A key path, in words where the leaf is the whole tree."""
+    return jax.tree_util.keystr(path) or ONLY
+
+
 def check(rule: Rule, fault: Any, name: str) -> None:
     """Raises if the rule found fault with a leaf; never under ``jit``."""
     if not isinstance(fault, Tracer) and bool(fault):
-        raise ValueError(f"{rule.complaint} at {name}.")
+        raise ValueError(f"{rule.complaint}; this does not hold at {name}.")
 
 
 def widened(leaves: Sequence[Any]) -> list[jax.Array]:

@@ -81,7 +81,7 @@ def fisher_rule(n: int, weights: Sequence[float] | None) -> Rule:
         combine,
         fault=fault,
         complaint="Fisher matrices, and their weighted sum, must be finite and not "
-        "negative; they are not",
+        "negative",
     )
 
 
@@ -159,7 +159,7 @@ def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:
     return Rule(
         combine,
         fault=fault,
-        complaint="the sum of the Hessians must be finite and not negative; it is not",
+        complaint="the sum of the Hessians must be finite and not negative",
     )
 
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_avg import _tree
+from optax_avg._keys import key_maker
 from optax_avg.merging._largest import (
     Largest,
     after,
@@ -164,7 +165,8 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
       A list of trees like the models.
 
     Raises:
-      ValueError: If the models differ or ``density`` is out of range.
+      ValueError: If the models differ, ``density`` is out of range, or ``key`` is
+        neither.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -178,7 +180,7 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
     """
     density = _tree.within("density", density, 0, 1, open_low=True)
     check_alike([*models, base])
-    key = jax.random.key(key) if isinstance(key, int) else key
+    key = key_maker(key, "dare(models, base, density, jax.random.key(0))")()
     share = jnp.float32(density)  # the same draws with 64-bit types on
 
     def one(found, leaves):

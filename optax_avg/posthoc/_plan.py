@@ -1,5 +1,6 @@
 """How an average is put together from the snapshots of others."""
 
+import math
 import warnings
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
@@ -91,7 +92,8 @@ def target_of(
         _tree.check_integer("window", window, 1)
         return lambda count, every: Window(-(-window // every))
     if half_life is not None:
-        decay = weights.decay_from_half_life(float(half_life))
+        half_life = _tree.within("half_life", half_life, 0, math.inf, open_low=True)
+        decay = weights.decay_from_half_life(half_life)
         return lambda count, every: Recorded(
             weights.sequence(weights.ema(weights.scale_decay(decay, every)), count)
         )

@@ -80,6 +80,12 @@ class SnapshotStore:
         if dtype is not None and not jnp.issubdtype(dtype, jnp.floating):
             raise ValueError(f"dtype must be a floating point type, got {dtype!r}.")
         self.directory = _disk.absolute(directory)
+        if weights is not None and not isinstance(weights, Mapping):
+            raise ValueError(
+                "weights must be a dict of weights by the names of their averages, got "
+                f"{type(weights).__name__}; write SnapshotStore(directory, weights="
+                "{'ema': optax_avg.weights.ema(0.999)})."
+            )
         self._weights = {
             name: weights_.with_stride(weight)
             for name, weight in (weights or {}).items()

@@ -339,14 +339,14 @@ def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
       >>> rule = oa.rules.every_k(oa.rules.sam(0.05), 5)
     """
     _mixups.refuse_no_rule("every_k", rule)
-    _tree.check_every(k, 0)
+    _tree.check_integer("k", k, 1)
     if rule.num_evals < 2:
         raise ValueError("every_k needs a rule of two evaluations or more.")
     inner = rule.due
     due = lambda state: (
         (state.rule_step % k == 0) & (True if inner is None else inner(state))
     )
-    return rule._replace(due=due)
+    return rule._replace(due=due, period=_tree.common_multiple(rule.period, k))
 
 
 def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRule:

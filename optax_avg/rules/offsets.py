@@ -9,11 +9,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_avg import _tree
+from optax_avg._keys import key_maker
 from optax_avg.sharpness import Grads, RuleState, SharpnessRule
 
 Radius = Any  # a float, a schedule, or a tree of them like (a prefix of) params
@@ -124,7 +124,16 @@ def finite(name: str, value: Any, open_low: bool = False) -> Any:
 
 
 def check_radius(name: str, radius: Radius) -> Radius:
-    """Raises unless every number in ``radius`` is finite and not negative."""
+    """Raises unless every number in ``radius`` is finite and not negative.
+
+    Raises:
+      ValueError: If one is not, or there is none.
+    """
+    if not jax.tree.leaves(radius):
+        raise ValueError(
+            f"{name} must be a number, a schedule, or a tree of them like a prefix of "
+            f"params, got {radius!r}."
+        )
     return jax.tree.map(lambda r: r if callable(r) else finite(name, r), radius)
 
 
@@ -134,7 +143,7 @@ def check_one_radius(name: str, radius: Any, rule: str, open_low: bool = False) 
     Raises:
       ValueError: If it is a tree, or out of range.
     """
-    if not jax.tree_util.all_leaves([radius]):
+    if radius is not None and not jax.tree_util.all_leaves([radius]):
         raise ValueError(
             f"{name} of {rule} is one number or schedule for all leaves, got a tree; "
             "sam(), asam(), dnsam(), awp() and gam() take trees of radii."
@@ -150,7 +159,8 @@ def check_some(mask: _tree.Where | None, otherwise: str) -> Callable[[Any], Any]
         if inside and not any(inside):
             paths = [keystr(path) for path, _ in tree_leaves_with_path(params)]
             shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-            raise ValueError(f"{otherwise}. The leaves are {shown}.")
+            are = f"The leaves are {shown}" if paths[0] else "There is one leaf"
+            raise ValueError(f"{otherwise}. {are}.")
         return ()
 
     return init_memory
@@ -395,7 +405,7 @@ def fsam(
     """
     rho = check_radius("rho", rho)
     sparsity = _tree.within("sparsity", sparsity, 0, 1, closed_high=False)
-    _tree.check_every(refresh, 0)
+    _tree.check_integer("refresh", refresh, 1)
 
     def init(params):
         if sum(jnp.size(x) for x in jax.tree.leaves(params)) >= 2**31:
@@ -427,7 +437,7 @@ def fsam(
         memory = lax.cond(due, renew, keep, state.rule_memory)
         return grads[-1], memory
 
-    return _descending(offset, init)._replace(combine=combine)
+    return _descending(offset, init)._replace(combine=combine, period=refresh)
 
 
 def _as_float(mask: Any) -> Any:
@@ -617,8 +627,7 @@ def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
     """
     rho = check_radius("rho", rho)
     beta = _tree.within("beta", beta, 0, 1, open_low=True)
-
-    make_key = _key_maker(key)
+    make_key = key_maker(key, "esam(key=jax.random.key(0))")
 
     def offset(params, g0, state):
         d = ascent(params, g0, radius_at(rho, state))
@@ -629,25 +638,6 @@ def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
             [jnp.where(keep, leaf / beta, 0) for keep, leaf in zip(kept, leaves)]
         )
 
-    return _descending(offset, lambda params: make_key())
-
-
-def _key_maker(key: Any) -> Callable[[], jax.Array]:
-    """A function that makes a key of the state's own: a state may be donated.
-
-    Raises:
-      ValueError: If it is neither a key nor a seed.
-    """
-    dtype, shape = getattr(key, "dtype", None), np.shape(key)
-    if dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key):
-        return lambda: jax.random.clone(key)
-    if dtype == jnp.uint32 and len(shape) == 1:
-        return lambda: jnp.array(key, copy=True)
-    is_seed = isinstance(key, (int, np.number, np.ndarray, jax.Array))
-    if isinstance(key, bool) or shape or not is_seed:
-        raise ValueError(
-            f"key must be a PRNG key or an integer seed, got {key!r}; call "
-            "esam(key=jax.random.key(0))."
-        )
-    # A seed that inject_hyperparams holds is an array, perhaps of floats.
-    return lambda: jax.random.key(jnp.asarray(key).astype(jnp.int32))
+    # Beyond the largest integer, leaves that were drawn 2^20 steps before.
+    rule = _descending(offset, lambda params: make_key())
+    return rule._replace(period=2**20)
