@@ -81,7 +81,7 @@ def running_average(
         raise ValueError(f"{caller} needs a weight; write average(weights.ema(0.999)).")
     by_name = {str(key): weights.with_stride(value) for key, value in by_name.items()}
     every, start = _tree.check_every(every, start)
-    rounding = _check_rounding(rounding, accumulator_dtype)
+    rounding = check_rounding(rounding, accumulator_dtype)
     compensated = rounding == "compensated"
 
     def empty(x):
@@ -156,7 +156,7 @@ def running_average(
     )
 
 
-def _check_rounding(rounding: str | None, dtype: Any) -> str | None:
+def check_rounding(rounding: str | None, dtype: Any) -> str | None:
     """The rounding, ``None`` resolved for the dtype of the accumulator."""
     if rounding not in (None, "stochastic", "compensated"):
         raise ValueError(

@@ -82,6 +82,12 @@ def require_params(name: str, params: Any) -> None:
 
 def select(tree: Any, where: Where | None) -> Any:
     """Keeps the float leaves inside ``where``; the others become ``MaskedNode``."""
+    if isinstance(where, str):
+        raise ValueError(
+            f"leaves are chosen by a tree of bools or a function of path and leaf, got "
+            f"{where!r}; write lambda path, leaf: {where!r} in "
+            "jax.tree_util.keystr(path)."
+        )
     if not jax.tree.leaves(tree):
         return tree
 

@@ -378,7 +378,8 @@ def lr_weighted_average(
     """Average weighted by a power of the learning rate, ``w(t) = lr_t^p / sum lr_i^p``.
 
     Args:
-      learning_rate: the optimizer's schedule.
+      learning_rate: Schedule of the optimizer. Steps whose iterate was not finite, and
+        so was left out, do not count.
       power: ``p``; 1 is the average of the analysis of SGD, 2 that of schedule-free.
       every: optimizer steps between absorbed iterates.
       start: optimizer steps to leave out.
@@ -406,7 +407,8 @@ def lr_weighted_average(
     if not callable(learning_rate):
         raise ValueError(
             "lr_weighted_average needs a schedule; for a constant rate write "
-            "polyak_average()."
+            "polyak_average(), inside optax.inject_hyperparams write "
+            'static_args=("learning_rate",).'
         )
     every, start = _tree.check_every(every, start)
     count = lambda t: _tree.step_of(t, every, start + every - 1)

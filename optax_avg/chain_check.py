@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 
 from optax_avg import _mixups, _sight, _tree
@@ -95,11 +96,11 @@ def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None
         grad_fn = lambda x: _gradient(grads, params, x)
         extra_args = {"grad_fn": grad_fn, **extra_args}
     wrong: list[str] = []
-    reached, has_moved = 0, False
+    reached, has_moved, stride = 0, False, 0
     with jax.disable_jit():
         for _ in range(_PATIENCE):
             sights: list[_sight.Sight] = []
-            before = _absorbed(state)
+            before = average_states(state)
             with _sight.collected(sights):
                 out, state = link.update(grads, state, params, **extra_args)
             # Where MultiSteps stands still, what overflowed becomes NaN.
@@ -107,11 +108,12 @@ def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None
             if moves:
                 wrong += _misplaced(sights, grads, out)
             elif has_moved and _accumulates(state):
-                wrong += _miscounting(sights, before, _absorbed(state))
+                wrong += _miscounting(sights, before, average_states(state), stride)
             reached = max(reached, len(sights))
             # One call more than the first that moves: then MultiSteps stands still.
             if reached >= len(ours) and has_moved:
                 break
+            stride += not has_moved
             has_moved |= moves
     if wrong:
         raise ValueError("\n".join(dict.fromkeys(wrong)))
@@ -171,21 +173,24 @@ def _misplaced(sights: list[_sight.Sight], grads: Any, out: Any) -> list[str]:
 
 
 def _miscounting(
-    sights: list[_sight.Sight], before: list[int], after: list[int]
+    sights: list[_sight.Sight], before: list[Any], after: list[Any], stride: int
 ) -> list[str]:
-    """Which averages count a call in which the parameters stand still."""
+    """Which averages count a call in which the parameters stand still.
+
+    Those whose ``every`` and ``start`` are whole numbers of ``stride`` calls, after
+    which the parameters move, absorb the right iterates all the same.
+    """
     averages = [s for s in sights if s.received is None]
+    moved = [np.any(old.step != new.step) for old, new in zip(before, after)]
+    if len(averages) == len(after):  # MultiSteps computes what it then leaves out
+        averages = [s for s, has_moved in zip(averages, moved) if has_moved]
+    counted = [state for state, has_moved in zip(after, moved) if has_moved]
     return [
         f"{sight.link} stands outside optax.MultiSteps and counts every micro-step. "
         f"Write optax.MultiSteps(optax.chain(optimizer, {sight.link}(...)), k)."
-        for sight, old, new in zip(averages, before, after)
-        if old != new
+        for sight, state in zip(averages, counted)
+        if np.any((state.every % stride != 0) | (state.start % stride != 0))
     ]
-
-
-def _absorbed(state: Any) -> list[int]:
-    """How many iterates each average has absorbed."""
-    return [int(node.absorbed) for node in average_states(state)]
 
 
 def _differ(tree: Any, other: Any) -> bool:

@@ -375,7 +375,7 @@ def scale_by_induced_metric(
       Harvey, "The Optimiser Hidden in Plain Sight: Training with the Loss Landscape's
       Induced Metric", 2025, 2509.03594.
     """
-    xi = _tree.within("xi", xi, 0, INFINITY)
+    xi = _tree.within("xi", xi, 0, INFINITY, closed_high=False)
     decay = _tree.within("decay", decay, 0, 1, closed_high=False)
 
     def precondition(g, norms, step, statistics):

@@ -264,7 +264,8 @@ def eval_params(state: Any, params: Any) -> Any:
 
 
 def _as_dtype(x: Any, like: Any) -> Any:
-    return x if x.dtype == like.dtype else x.astype(like.dtype)
+    same = jnp.result_type(x) == jnp.result_type(like)
+    return x if same else jnp.asarray(x, like.dtype)
 
 
 def _newest(x: Any, clean: Any, u: Any) -> Any:

@@ -74,7 +74,7 @@ def ema(decay: ScalarOrSchedule, debias: bool = True) -> Weight:
     Args:
       decay: ``d`` in [0, 1], per absorbed iterate. ``d = 1`` is the uniform mean. A
         schedule is called with the optimizer steps since the average began, an int32
-        from 0.
+        from 0. Steps whose iterate was not finite, and so was left out, do not count.
       debias: whether the weights on the iterates sum to one.
 
     Returns:
@@ -150,7 +150,7 @@ def polynomial(eta: Any) -> Weight:
       Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization:
       Convergence Results and Optimal Averaging Schemes", 2013, 1212.1824.
     """
-    eta = _tree.within("eta", eta, 0, math.inf)
+    eta = _tree.within("eta", eta, 0, math.inf, closed_high=False)
     return lambda t, dt=1: (eta + 1) / (t + eta)
 
 
@@ -431,7 +431,8 @@ def with_stride(weight: Weight) -> Weight:
     """Makes a weight of ``t`` alone callable as ``weight(t, dt)``.
 
     Args:
-      weight: a :class:`Mass`, or a function of ``t`` or of ``(t, dt)``.
+      weight: a :class:`Mass`, or a function of ``t`` or of ``(t, dt)``. The second
+        argument gets the stride if it is called ``dt`` or has no default.
 
     Returns:
       ``weight``, or the same as a function of ``(t, dt)`` that ignores ``dt``.
@@ -453,13 +454,24 @@ def with_stride(weight: Weight) -> Weight:
             "weights.ema(0.999) or lambda t: 1 / t."
         )
     _refuse_uncalled(weight)
+    return weight if _takes_stride(weight) else lambda t, dt=1: weight(t)
+
+
+def _takes_stride(weight: Callable[..., Any]) -> bool:
+    """Whether the second argument of a weight is ``dt``.
+
+    An argument of another name with a default is the user's own, as in the idiom
+    ``lambda t, decay=decay: 1 - decay``.
+    """
     try:
-        inspect.signature(weight).bind(1.0, 1)
-    except TypeError:
-        return lambda t, dt=1: weight(t)
+        parameters = inspect.signature(weight).parameters.values()
     except ValueError:  # a builtin without a signature
-        return lambda t, dt=1: weight(t)
-    return weight
+        return False
+    by_place = "POSITIONAL_ONLY", "POSITIONAL_OR_KEYWORD"
+    places = [p for p in parameters if p.kind.name in by_place]
+    if len(places) < 2:
+        return any(p.kind.name == "VAR_POSITIONAL" for p in parameters)
+    return places[1].name == "dt" or places[1].default is inspect.Parameter.empty
 
 
 def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from jax import lax
 
 from optax_avg import _accumulate, _tree
 from optax_avg._absorb import absorbing
+from optax_avg._running import check_rounding
 
 
 class WindowState(NamedTuple):
@@ -163,8 +164,9 @@ def bema(
       every: optimizer steps between absorbed iterates.
       start: optimizer steps to leave out.
       name: of the average.
-      accumulator_dtype: dtype of the three trees in the state, by default float32 or
-        wider.
+      accumulator_dtype: Dtype of the three trees in the state, a float of 16 bits or
+        more, by default float32 or wider. The EMA of a narrower one is rounded
+        stochastically.
       where: which leaves to average.
       skip_nonfinite: leave out iterates that are not finite.
       memory_kind: where the trees live.
@@ -184,8 +186,9 @@ def bema(
       2025, 2508.00180.
     """
     kappa = _tree.within("kappa", kappa, 0, 1)
-    eta = _tree.within("eta", eta, 0, float("inf"))
-    rho = _tree.within("rho", rho, 0, float("inf"))
+    eta = _tree.within("eta", eta, 0, float("inf"), closed_high=False)
+    rho = _tree.within("rho", rho, 0, float("inf"), closed_high=False)
+    at_random = check_rounding(None, accumulator_dtype) == "stochastic"
     gamma = _tree.within("gamma", gamma, 0, float("inf"), open_low=True)
     every, start = _tree.check_every(every, start)
 
@@ -211,7 +214,11 @@ def bema(
         base = jax.tree.map(
             lambda x0, x: jnp.where(is_new(x0), x.astype(x0.dtype), x0), state.base, x
         )
-        ema = _accumulate.nearest(b, x, state.uncorrected, t == 1)
+        old, first = state.uncorrected, t == 1
+        if at_random:
+            ema = _accumulate.stochastic(b, x, old, first, name, state.step)
+        else:
+            ema = _accumulate.nearest(b, x, old, first)
         correct = lambda ema, x, x0: (ema + a * (_tree.widen(x) - x0)).astype(x0.dtype)
         return state._replace(
             corrected={name: jax.tree.map(correct, ema, x, base)},

@@ -149,7 +149,7 @@ def _write_back(
             found = read_leaves(state, params, None)
             leaves, structure = jax.tree.flatten(params)
             steps = [
-                u if average is None else _step_to(average, x, u)
+                u if average is None or u is None else _step_to(average, x, u)
                 for average, x, u in zip(
                     found, leaves, structure.flatten_up_to(updates), strict=True
                 )

@@ -182,9 +182,33 @@ FAULTS = {
     ),
     "write-back touches what is not averaged": Fault(
         "optax_avg/write_back.py",
-        "u if average is None else",
-        "0 * u if average is None else",
+        "u if average is None or u is None else",
+        "0 * u if average is None or u is None else",
         f"{WRITE_BACK} -k not_averaged",
+    ),
+    "a default of the user's is the stride": Fault(
+        "optax_avg/weights.py",
+        'places[1].name == "dt" or places',
+        "places[1].name or places",
+        f"{WEIGHTS} -k strides",
+    ),
+    "masks are renewed at common multiples": Fault(
+        "optax_avg/rules/offsets.py",
+        "due = (passed >= refresh) | (passed < 0)",
+        "due = state.rule_step % refresh == 0",
+        f"{SHARPNESS} -k renewed",
+    ),
+    "averages of some micro-steps are not seen": Fault(
+        "optax_avg/chain_check.py",
+        "np.any(old.step != new.step)",
+        "np.any(old.absorbed != new.absorbed)",
+        f"{CHAIN_CHECK} -k some_micro",
+    ),
+    "bema is rounded to nearest": Fault(
+        "optax_avg/windows.py",
+        "        if at_random:",
+        "        if not at_random:",
+        f"{AVERAGING} -k 'bema_moves'",
     ),
     "write-back before there is an average": Fault(
         "optax_avg/write_back.py",

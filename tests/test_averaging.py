@@ -187,6 +187,21 @@ def test_bema(stride, kappa, eta):
     check_close(result(oa.bema(kappa, eta, every=every, start=start), xs), wanted)
 
 
+def test_bema_moves_in_bfloat16():
+    """Its steps are far below the spacing of bfloat16."""
+    xs = np.repeat([1.0, 2.0], [1, 2000])[:, None] * np.ones(64, np.float32)
+    tx = oa.bema(1.0, 50.0, 1000.0, 1e-9, accumulator_dtype=jnp.bfloat16)
+    state = feed(tx, xs)
+    found = oa.averaged_params(state, jnp.zeros(64))
+    np.testing.assert_allclose(np.mean(found), 2 - 0.999**2000, atol=0.02)
+
+
+@pytest.mark.parametrize("dtype", [jnp.int32, jnp.float8_e4m3fn, jnp.complex64])
+def test_bema_refuses_accumulators_that_cannot_hold_it(dtype):
+    with pytest.raises(ValueError, match="accumulator_dtype must be floating"):
+        oa.bema(accumulator_dtype=dtype)
+
+
 def test_bema_by_hand():
     # rho 0, gamma 1, kappa 1, eta 0 at t = 1: ema = x_1, correction x_1 - x_0.
     xs = [jnp.array([1.0]), jnp.array([4.0])]

@@ -214,6 +214,31 @@ def test_an_average_of_every_real_step_may_stand_outside():
     oa.check_chain(optax.chain(accumulated, oa.ema_params(0.9, every=4)), PARAMS)
 
 
+@pytest.mark.parametrize(
+    ("average", "name"),
+    [
+        (oa.swa(start=750), "swa"),
+        (oa.tail_average(100), "tail_average"),
+        (oa.ema_params(0.9, every=2), "ema_params"),
+        (oa.window_average(6, every=102), "window_average"),
+        (oa.lookahead(3, 0.5), "lookahead"),
+    ],
+)
+def test_averages_of_some_micro_steps_are_found(average, name):
+    """None of them absorbs the one call that the check sees."""
+    accumulated = optax.MultiSteps(optax.sgd(0.1), 4).gradient_transformation()
+    with pytest.raises(ValueError, match=f"{name} stands outside optax.MultiSteps"):
+        oa.check_chain(optax.chain(accumulated, average), PARAMS)
+
+
+def test_an_average_inside_and_one_outside():
+    inner = optax.chain(optax.sgd(0.1), oa.polyak_average())
+    inside = optax.MultiSteps(inner, 4).gradient_transformation()
+    oa.check_chain(inside, PARAMS)
+    with pytest.raises(ValueError, match=r"^ema_params stands outside [^\n]*$"):
+        oa.check_chain(optax.chain(inside, oa.ema_params(0.9)), PARAMS)
+
+
 def test_flattened_updates_are_compared():
     oa.check_chain(optax.flatten(optax.chain(optax.sgd(1), oa.ema_params(0.9))), PARAMS)
     wrong = optax.flatten(optax.chain(oa.ema_params(0.9), optax.sgd(0.1)))

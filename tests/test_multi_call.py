@@ -257,3 +257,17 @@ def test_scan_and_donation(name):
         rtol=0.05,
         atol=0.05,
     )
+
+
+def test_an_optimizer_may_count_in_python_numbers():
+    """Its state has a leaf that is no array; gradients are wider than parameters."""
+    counting = optax.GradientTransformation(
+        lambda params: {"count": 0},
+        lambda g, state, params=None: (g, {"count": state["count"] + 1}),
+    )
+    tx = oa.multi_call(oa.rules.sam(), counting)
+    x = jnp.ones(3, jnp.bfloat16)
+    state = tx.init(x)
+    for _ in range(4):
+        _, state = tx.update(jnp.ones(3), state, x)
+    assert int(state.inner_state["count"]) == 2

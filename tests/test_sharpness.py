@@ -361,12 +361,38 @@ def test_ties_do_not_defeat_the_sparsity(values, sparsity):
     }
     rule = rules.fsam(0.25, sparsity)
     state = oa.sharpness_aware(jax.value_and_grad(sum), rule).init(grads)
-    _, mask = jax.jit(rule.combine)(grads, [grads, grads], state)
+    _, (mask, _) = jax.jit(rule.combine)(grads, [grads, grads], state)
     join = lambda tree: np.concatenate([np.ravel(tree[name]) for name in shapes])
     kept, entries = join(mask), join(grads)
     wanted = np.ones(entries.size, bool)
     wanted[np.argsort(entries, kind="stable")[: int(sparsity * entries.size)]] = False
     np.testing.assert_array_equal(kept, wanted)
+
+
+@pytest.mark.parametrize(("k", "refresh"), [(1, 4), (3, 4), (4, 3), (7, 2)])
+@pytest.mark.parametrize("start", [0, 2**31 - 40])
+def test_masks_are_renewed_at_the_next_step_that_is_due(k, refresh, start):
+    """Not at the common multiples of two numbers that have little in common."""
+    rule = rules.fsam(0.1, 0.5, refresh)
+    rule = rule if k == 1 else rules.every_k(rule, k)
+    draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (64,))
+    sharp = oa.sharpness_aware(jax.value_and_grad(lambda x, i: draw(i) @ x), rule)
+    x, step = jnp.ones(64), jax.jit(sharp)
+    state = sharp.init(x)._replace(rule_step=jnp.array(start - start % k, jnp.int32))
+    renewed = []
+    for i in range(60):
+        before = state.rule_memory[0]
+        _, _, state = step(x, state, i)
+        if (state.rule_memory[0] != before).any():
+            renewed.append(i)
+    due = k * -(-refresh // k)  # the first due step after refresh steps
+    assert renewed[0] == 0
+    gaps = np.diff(renewed)
+    if start:  # the clock goes back once, which may renew early
+        assert (gaps <= due).all()
+        assert (gaps == due).sum() >= len(gaps) - 2
+    else:
+        assert (gaps == due).all()
 
 
 RADIUS_TREES = {

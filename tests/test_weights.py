@@ -152,6 +152,22 @@ def test_profile_leaves_the_precision_of_jax_alone():
     assert jnp.zeros(1).dtype == jnp.float32
 
 
+@pytest.mark.parametrize(
+    ("weight", "second"),
+    [
+        (lambda t, decay=0.75: 1 - decay, 0.25),
+        (lambda t, dt: 1 / (t + dt), 1 / 12),
+        (lambda t, stride: 1 / (t + stride), 1 / 12),
+        (lambda t, dt=1: 1 / (t + dt), 1 / 12),
+        (lambda t, *, decay=0.75: 1 - decay, 0.25),
+        (lambda *args: 1 / sum(args), 1 / 12),
+    ],
+)
+def test_defaults_of_the_user_are_not_strides(weight, second):
+    """``decay=decay`` is how Python binds the variable of a loop."""
+    assert weights.sequence(weight, 2, every=10)[1] == second
+
+
 @pytest.mark.parametrize("every", [1, 5, 20])
 def test_weights_that_speak_of_time_ignore_the_stride(every):
     per_step = 1 - values(weights.half_life(30))[0]

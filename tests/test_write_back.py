@@ -55,6 +55,18 @@ def test_switch_ema_reference(every, decay, steps):
     np.testing.assert_allclose(train(tx, x, steps)[0], wanted, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    "tx", [oa.switch_ema(0.5, 2), oa.lookahead(2, 0.5)], ids=["switch", "lookahead"]
+)
+def test_leaves_without_an_update_stay(tx):
+    params = {"a": jnp.ones(2), "b": jnp.ones(2)}
+    state = tx.init(params)
+    for u in (jnp.zeros(2), jnp.ones(2)):
+        updates, state = tx.update({"a": u, "b": None}, state, params)
+    assert updates["b"] is None
+    assert (updates["a"] != 1).all()
+
+
 def test_training_holds_the_average_after_a_switch():
     tx = optax.chain(optax.adam(0.3), oa.switch_ema(0.5, every=4))
     x, state = train(tx, jnp.array([0.0, 10.0]), 8)

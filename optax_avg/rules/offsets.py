@@ -387,7 +387,7 @@ def fsam(
       rho: radius.
       sparsity: share of the parameters that is left unperturbed, in [0, 1), rounded
         down to a whole number of them.
-      refresh: steps between masks.
+      refresh: Least number of steps between two masks.
 
     Returns:
       A rule of 2 gradients with a mask in its memory.
@@ -410,11 +410,12 @@ def fsam(
     def init(params):
         if sum(jnp.size(x) for x in jax.tree.leaves(params)) >= 2**31:
             raise ValueError("fsam counts up to 2**31 - 1 parameters; use sam(mask=).")
-        return _tree.over(lambda x: ~_tree.zeros_like(x, bool), params, params)
+        mask = _tree.over(lambda x: ~_tree.zeros_like(x, bool), params, params)
+        return mask, jnp.array(-refresh, jnp.int32)
 
     def offset(params, g0, state):
         sparse = _tree.over(
-            lambda g, m: m * g, params, g0, _as_float(state.rule_memory)
+            lambda g, m: m * g, params, g0, _as_float(state.rule_memory[0])
         )
         return ascent(params, sparse, radius_at(rho, state))
 
@@ -430,14 +431,16 @@ def fsam(
             dropped = jnp.minimum(exact, count - 1)
             return structure.unflatten(_tree.ranked_after(sizes, dropped))
 
-        due = state.rule_step % refresh == 0
+        mask, renewed = state.rule_memory
+        passed = state.rule_step - renewed
+        due = (passed >= refresh) | (passed < 0)  # the clock has gone back
         keep = lambda mask: jax.tree.map(
             lambda m, g: _tree.vary(m, _tree.varying_axes(g)), mask, g0
         )
-        memory = lax.cond(due, renew, keep, state.rule_memory)
-        return grads[-1], memory
+        mask = lax.cond(due, renew, keep, mask)
+        return grads[-1], (mask, jnp.where(due, state.rule_step, renewed))
 
-    return _descending(offset, init)._replace(combine=combine, period=refresh)
+    return _descending(offset, init)._replace(combine=combine, period=2 * refresh)
 
 
 def _as_float(mask: Any) -> Any:
@@ -585,7 +588,8 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
     """
     epsilon = check_one_radius("epsilon", epsilon, "amp")
     eta = check_one_radius("eta", eta, "amp")
-    _tree.check_integer("steps", steps, 1)
+    hint = "; inside optax.inject_hyperparams name it in static_args"
+    steps = _tree.static_integer("steps", steps, 1, hint)
 
     def probe(i, params, grads, state):
         if i == 0:
