@@ -1123,7 +1123,7 @@ FAULTS = {
         "optax_avg/clipping.py",
         "jnp.where(counted, new, old).astype(old.dtype)",
         "jnp.where(counted, new, old).astype(jnp.result_type(*leaves))",
-        f"{OPTAX} -k 'mixed and clip_by_ema_norm'",
+        f"{OPTAX} -k 'complex and clip_by_ema_norm'",
     ),
     "pairs of gradients end at the largest count": Fault(
         "optax_avg/tail_index.py",
