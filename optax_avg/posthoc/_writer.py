@@ -62,6 +62,8 @@ def close_writer(writer: Writer) -> None:
     """Lets others write to the directory."""
     try:
         wait(writer)
+        if jax.process_index() == 0:
+            _settle(writer.directory)
         writer.checkpointer.close()
     finally:
         if writer.lock is not None:
@@ -97,16 +99,21 @@ def write(
 
 
 def wait(writer: Writer) -> None:
-    """Waits for the snapshot in flight, which then takes its place."""
+    """Waits for the snapshot in flight.
+
+    It takes its place then, or at the next save where there are several processes.
+    """
     writer.checkpointer.wait_until_finished()
-    # No process may read while another one renames.
-    _agreed(lambda: _settle(writer.directory))
+    # One of several must not rename what another one may be reading.
+    if jax.process_count() == 1:
+        _settle(writer.directory)
 
 
 def remove_after(writer: Writer, step: int) -> None:
     """Removes the snapshots of later steps."""
 
     def remove() -> int:
+        _settle(writer.directory)
         later = [s for s in _disk.steps_of(writer.directory) if s > step]
         for s in reversed(later):
             _remove(_disk.folder(writer.directory) / str(s))
