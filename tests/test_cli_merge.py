@@ -365,7 +365,7 @@ def test_a_result_beyond_its_type_is_refused(run):
         (
             "gradient-matching x0 --base x1 --base-hessian n --hessian n",
             1,
-            "must be finite and not negative; it is not at w",
+            "must be finite and not negative; this does not hold at w",
         ),
         ("soup x0 x1 --max-shard-size 1GB", 2, "is for Hugging Face folders"),
         ("soup x0 x1 --max-shard-size 1XB", 2, "a number and a unit such as 5GB"),
