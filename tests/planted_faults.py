@@ -1079,8 +1079,8 @@ FAULTS = {
     ),
     "the command merges four batches at once": Fault(
         "optax_avg/cli/_output.py",
-        "total + leaves[i].nbytes > BATCH",
-        "total + leaves[i].nbytes > 4 * BATCH",
+        "total + leaves[i].nbytes > _sources.BATCH",
+        "total + leaves[i].nbytes > 4 * _sources.BATCH",
         f"{CLI} -k few_leaves",
     ),
     "a window's box does not learn of the new axis": Fault(

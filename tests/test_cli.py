@@ -21,7 +21,7 @@ import safetensors.numpy
 
 import optax_avg as oa
 from optax_avg import merging
-from optax_avg.cli import _checkpoints, _leafwise, _output
+from optax_avg.cli import _checkpoints, _leafwise, _sources
 from optax_avg.merging import soups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +153,7 @@ def save_orbax(path, flat, only=None):
 
 @pytest.mark.parametrize("batch", [1, 2**25])
 def test_orbax_in_and_out(batch, files, run, monkeypatch):
-    monkeypatch.setattr(_output, "BATCH", batch)
+    monkeypatch.setattr(_sources, "BATCH", batch)
     trees = [save_orbax(f"{name}_dir", files[name], "params") for name in "ab"]
     out = ["--out", "merged", "--only", "params"]
     checked(run("merge", "soup", "a_dir", "b_dir", *out))
@@ -382,7 +382,7 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
     for name in "xy":
         leaves = {f"l{i:02}": np.ones(1000, np.float32) for i in range(16)}
         safetensors.numpy.save_file(leaves, f"{name}.safetensors")
-    monkeypatch.setattr(_output, "BATCH", 4000)
+    monkeypatch.setattr(_sources, "BATCH", 4000)
     sizes = []
     read = _checkpoints.open_checkpoint
 

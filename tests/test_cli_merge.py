@@ -16,7 +16,7 @@ import safetensors
 import safetensors.numpy
 
 from optax_avg import merging
-from optax_avg.cli import _leafwise, _output
+from optax_avg.cli import _leafwise, _sources
 from optax_avg.cli._checkpoints import open_checkpoint
 from optax_avg.cli._leafwise import by_rule
 from optax_avg.cli._sources import Leaf
@@ -274,7 +274,7 @@ def test_a_leaf_larger_than_a_batch(method, suffix, run, monkeypatch):
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
                 writer.save(Path(name).absolute(), args=ocp.args.PyTreeSave(leaves))
     checked(run(*command(method, suffix), "--out", "whole" + suffix))
-    monkeypatch.setattr(_output, "BATCH", 1000)
+    monkeypatch.setattr(_sources, "BATCH", 1000)
     sizes = []
     read = _leafwise.open_checkpoint
 
@@ -303,7 +303,7 @@ def test_a_leaf_larger_than_a_batch(method, suffix, run, monkeypatch):
 @every_method
 @pytest.mark.parametrize(("batch", "value"), [(1000, np.nan), (2**25, np.inf)])
 def test_a_model_that_is_not_finite_is_named(method, batch, value, run, monkeypatch):
-    monkeypatch.setattr(_output, "BATCH", batch)
+    monkeypatch.setattr(_sources, "BATCH", batch)
     good = {"a": np.ones(9, np.float32), "layer.w": np.ones(500, np.float32)}
     for name in ("x0", "x1", "x2", *FILES):
         save(name, good)

@@ -3,6 +3,7 @@
 No more than the leaves that are asked for is in memory.
 """
 
+import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from optax_avg.cli._huggingface import (
     folder_of,
     open_huggingface,
 )
+from optax_avg.cli._orbax_parts import open_array, read_part
 from optax_avg.cli._safetensors import SUFFIX, open_safetensors
 from optax_avg.cli._sources import Checkpoint, Leaf, named, part_of
 from optax_avg.posthoc import _disk
@@ -87,10 +89,18 @@ def _orbax(path: str) -> Checkpoint:
             restored = structure.flatten_up_to(reader.restore(path, args=args))
         return [np.asarray(restored[i]) for i in indices]
 
-    def read_part(i, begin, end):
-        return read([i])[0].reshape(-1)[begin:end]
+    @functools.cache
+    def array(i):
+        return None if _disk.is_remote(path) else open_array(path, leaves[i])
 
-    return Checkpoint(leaves, read, read_part, by_parts=False, metadata={})
+    def part(i, begin, end):
+        store = array(i)
+        if store is None:
+            return read([i])[0].reshape(-1)[begin:end]
+        with named(path):
+            return read_part(store, begin, end)
+
+    return Checkpoint(leaves, read, part, lambda i: array(i) is not None, metadata={})
 
 
 def _item_of(path: str) -> str:

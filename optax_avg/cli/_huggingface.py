@@ -78,7 +78,7 @@ def _open_shards(index: str) -> Checkpoint:
         ]
 
     metadata = {k: v for shard in shards.values() for k, v in shard.metadata.items()}
-    return Checkpoint(leaves, read, read_part, True, metadata)
+    return Checkpoint(leaves, read, read_part, lambda i: True, metadata)
 
 
 def _check_index(

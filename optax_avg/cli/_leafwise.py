@@ -11,14 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg.cli import _output
+from optax_avg.cli import _output, _sources
 from optax_avg.cli._checkpoints import open_checkpoint
 from optax_avg.cli._sources import Checkpoint, Leaf
 from optax_avg.cli._targets import Format
 from optax_avg.merging._leaves import Rule, Slices, check, widened
 
 READERS = 2  # models that are read at the same time
-PARTS = 1  # batches that the parts of a leaf in all trees take together at most
+PARTS = 4  # a part of a large leaf, in all trees together, is this share of a batch
 WIDE = ("float64", "complex128", "int64", "uint64")
 # From a leaf and the slices of it in all trees to the merged ones.
 Method = Callable[[Leaf, Slices], Iterator[jax.Array]]
@@ -135,7 +135,7 @@ def merge_checkpoints(
 
 def _made(job: Job, columns: list[Column]) -> list[Iterable[np.ndarray]]:
     """The merged elements of some leaves; integers come from the first tree."""
-    if len(columns) == 1 and columns[0].leaf.nbytes > _output.BATCH:
+    if len(columns) == 1 and columns[0].leaf.nbytes > _sources.BATCH:
         return [_merged_by_parts(job, columns[0])]
     floats = [column for column in columns if _is_inexact(column.leaf)]
     kept = [column for column in columns if not _is_inexact(column.leaf)]
@@ -163,8 +163,8 @@ def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
     """The merged elements of a leaf that is never in memory as a whole."""
     is_float = _is_inexact(column.leaf)
     sources = job.sources if is_float else job.sources[:1]
-    share = PARTS / max(PARTS, len(sources))
-    step = max(1, int(_output.BATCH * share) // max(4, column.itemsize))
+    size = _sources.BATCH // PARTS // len(sources)
+    step = max(1, size // max(4, column.itemsize))
     with contextlib.ExitStack() as files:
         reads = [
             _reader(source, place, job.scratch, files)
@@ -187,7 +187,7 @@ def _reader(
     source: Checkpoint, place: int, scratch: str, files: contextlib.ExitStack
 ) -> Callable[[int, int], np.ndarray]:
     """Reads elements of a leaf, from a copy where only all can be read at once."""
-    if source.by_parts:
+    if source.by_parts(place):
         return lambda begin, end: source.read_part(place, begin, end)
     (whole,) = source.read([place])
     # Without a name from the start, so that nothing is left of it.

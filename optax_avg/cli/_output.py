@@ -14,14 +14,13 @@ import typer
 from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
+from optax_avg.cli import _sources
 from optax_avg.cli._commit import warn_of_leftovers
 from optax_avg.cli._huggingface import folder_of
 from optax_avg.cli._signals import check_signals
 from optax_avg.cli._sources import Leaf
 from optax_avg.cli._targets import Format, Target, check_room, room, target_of
 from optax_avg.cli._writing import format_of, write_checkpoint
-
-BATCH = 2**25  # bytes of leaves that are read and merged together
 
 Out = Annotated[
     str, typer.Option(help="The result: a directory for Orbax, or a .safetensors file.")
@@ -166,7 +165,7 @@ def _batches(leaves: list[Leaf], order: list[int]) -> dict[int, list[int]]:
     batch_of: dict[int, list[int]] = {}
     batch, total = [], 0
     for i in order:
-        if batch and total + leaves[i].nbytes > BATCH:
+        if batch and total + leaves[i].nbytes > _sources.BATCH:
             batch, total = [], 0
         batch.append(i)
         batch_of[i] = batch

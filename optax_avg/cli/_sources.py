@@ -10,6 +10,8 @@ import numpy as np
 
 from optax_avg.posthoc import _disk
 
+BATCH = 2**25  # bytes of leaves that are read, merged or written together
+
 
 class Leaf(NamedTuple):
     """An array in a checkpoint."""
@@ -41,14 +43,15 @@ class Checkpoint(NamedTuple):
       leaves: in the order of the tree.
       read: from indices of leaves to their arrays.
       read_part: from the index of a leaf and two places in it to the elements between.
-      by_parts: whether reading a part costs no more than the part.
+      by_parts: from the index of a leaf to whether reading a part of it costs no more
+        than the part.
       metadata: of a safetensors file.
     """
 
     leaves: list[Leaf]
     read: Callable[[list[int]], list[np.ndarray]]
     read_part: Callable[[int, int, int], np.ndarray]
-    by_parts: bool
+    by_parts: Callable[[int], bool]
     metadata: dict[str, str]
 
 
@@ -58,6 +61,7 @@ def part_of(source: Checkpoint, kept: list[int], leaves: list[Leaf]) -> Checkpoi
         leaves=leaves,
         read=lambda indices: source.read([kept[i] for i in indices]),
         read_part=lambda i, begin, end: source.read_part(kept[i], begin, end),
+        by_parts=lambda i: source.by_parts(kept[i]),
     )
 
 

@@ -15,10 +15,13 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 
+from optax_avg.cli import _sources
 from optax_avg.cli._checkpoints import open_checkpoint
 from optax_avg.cli._commit import commit, partial
+from optax_avg.cli._orbax_parts import WRITTEN, chunk_of, write_parts
 from optax_avg.cli._safetensors import METADATA, SUFFIX, TYPES
 from optax_avg.cli._sources import Leaf
 from optax_avg.cli._targets import Format, Load, Target
@@ -166,24 +169,58 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
         def __init__(self, i: int) -> None:
             self.i = i
 
+    class Opened:
+        """A large array in the making: Orbax creates it, and we write its parts."""
+
+        store: Any = None
+
+        def __init__(self, leaf: Leaf) -> None:
+            self.shape, self.dtype = leaf.shape, jnp.dtype(leaf.dtype)
+            self.size, self.nbytes = leaf.size, leaf.nbytes
+            most = min(WRITTEN, _sources.BATCH) // self.dtype.itemsize
+            self.chunk = chunk_of(leaf.shape, max(1, most))
+
+        def __deepcopy__(self, memo: Any) -> Any:
+            return self
+
     class OneByOne(ocp.type_handlers.NumpyHandler):
         async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
             args = args or [None] * len(values)
             written: Any = []
             try:
                 for value, info, arg in zip(values, infos, args, strict=True):
-                    array = [
-                        _whole(load(value.i), leaves[value.i])
-                    ]  # while the last one is written
-                    for done in written:
+                    leaf, parts = leaves[value.i], load(value.i)
+                    own = [info], arg and [arg]
+                    if leaf.nbytes <= _sources.BATCH:
+                        array = [_whole(parts, leaf)]  # while the last one is written
+                        for done in written:
+                            done.result()
+                        written = await super().serialize(array, *own)
+                        continue
+                    opened = Opened(leaf)
+                    for done in [*written, *await super().serialize([opened], *own)]:
                         done.result()
-                    written = await super().serialize(array, [info], arg and [arg])
+                    written = []
+                    write_parts(opened.store, opened.chunk, parts)
             except BaseException:
                 for done in written:  # or it would write to what is deleted
                     with contextlib.suppress(Exception):
                         done.result()
                 raise
             return written
+
+        async def _open_and_write(self, value: Any, tspec: Any, context: Any) -> None:
+            if not isinstance(value, Opened):
+                await super()._open_and_write(value, tspec, context)
+                return
+            import tensorstore
+
+            if "chunks" in tspec.get("metadata", {}):
+                tspec["metadata"]["chunks"] = value.chunk
+            spec = tensorstore.Spec(tspec)
+            value.store = await tensorstore.open(
+                spec, create=True, open=True, context=context
+            )
 
         def memory_size(self, values: Any) -> Any:
             return [(leaves[v.i].nbytes, leaves[v.i].nbytes) for v in values]
