@@ -53,17 +53,24 @@ Families of plain functions
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
-from optax_avg import (
-    landscape,
-    merging,
-    posthoc,
-    rules,
-    schedules,
-    surgery,
-    weights,
+from optax_avg import landscape, merging, posthoc, rules, schedules, weights
+from optax_avg.averages._running import AverageState
+from optax_avg.averages.links import (
+    average,
+    ema_params,
+    lr_weighted_average,
+    polyak_average,
+    power_ema,
+    swa,
+    tail_average,
 )
-from optax_avg._running import AverageState
-from optax_avg.aggregation import (
+from optax_avg.averages.migration import migrate_state
+from optax_avg.averages.readout import average_names, averaged_params
+from optax_avg.averages.windows import BemaState, WindowState, bema, window_average
+from optax_avg.averages.write_back import lookahead, switch_ema, write_back
+from optax_avg.chain_check import check_chain
+from optax_avg.robust import objectives as surgery
+from optax_avg.robust.aggregation import (
     AggregationState,
     centered_clip,
     coordinate_median,
@@ -74,17 +81,7 @@ from optax_avg.aggregation import (
     one_pass_location,
     trimmed_mean,
 )
-from optax_avg.averaging import (
-    average,
-    ema_params,
-    lr_weighted_average,
-    polyak_average,
-    power_ema,
-    swa,
-    tail_average,
-)
-from optax_avg.chain_check import check_chain
-from optax_avg.clipping import (
+from optax_avg.robust.clipping import (
     ClipState,
     clip_by_coordinate_quantile,
     clip_by_ema_norm,
@@ -95,7 +92,38 @@ from optax_avg.clipping import (
     scale_by_clipped_adagrad_norm,
     scale_by_induced_metric,
 )
-from optax_avg.links import (
+from optax_avg.robust.location import (
+    AdaptiveRadius,
+    LocationState,
+    adaptive_radius,
+    cclip,
+    clipped_ema,
+    track_location,
+    vclip,
+)
+from optax_avg.robust.objectives import (
+    BloopState,
+    bloop,
+    cagrad,
+    mgda,
+    pcgrad,
+    perp_grad,
+    upgrad,
+)
+from optax_avg.robust.tail_index import (
+    TailIndices,
+    TailState,
+    tail_indices,
+    track_tail_index,
+)
+from optax_avg.sharpness._rule import RuleState, SharpnessRule
+from optax_avg.sharpness.forms import (
+    SharpnessAware,
+    as_link,
+    sharpness_aware,
+    trajectory_loss,
+)
+from optax_avg.sharpness.links import (
     DecoupledState,
     amp,
     asam,
@@ -120,43 +148,7 @@ from optax_avg.links import (
     vasso,
     wsam,
 )
-from optax_avg.location import (
-    AdaptiveRadius,
-    LocationState,
-    adaptive_radius,
-    cclip,
-    clipped_ema,
-    track_location,
-    vclip,
-)
-from optax_avg.migration import migrate_state
-from optax_avg.multi_call import MultiCallState, eval_params, multi_call
-from optax_avg.readout import average_names, averaged_params
-from optax_avg.sharpness import (
-    RuleState,
-    SharpnessAware,
-    SharpnessRule,
-    as_link,
-    sharpness_aware,
-    trajectory_loss,
-)
-from optax_avg.surgery import (
-    BloopState,
-    bloop,
-    cagrad,
-    mgda,
-    pcgrad,
-    perp_grad,
-    upgrad,
-)
-from optax_avg.tail_index import (
-    TailIndices,
-    TailState,
-    tail_indices,
-    track_tail_index,
-)
-from optax_avg.windows import BemaState, WindowState, bema, window_average
-from optax_avg.write_back import lookahead, switch_ema, write_back
+from optax_avg.sharpness.multi_call import MultiCallState, eval_params, multi_call
 
 __version__ = "0.1.0"
 

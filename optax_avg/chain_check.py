@@ -12,12 +12,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 
-from optax_avg import _mixups, _sight, _tree
-from optax_avg._stack import NotStackedError
-from optax_avg.links import DecoupledState
-from optax_avg.multi_call import MultiCallState
-from optax_avg.readout import average_states, is_average_state
-from optax_avg.sharpness import RuleState
+from optax_avg import _leaves, _mixups, _sight
+from optax_avg.averages.readout import average_states, is_average_state
+from optax_avg.robust._stack import NotStackedError
+from optax_avg.sharpness._rule import RuleState
+from optax_avg.sharpness.links import DecoupledState
+from optax_avg.sharpness.multi_call import MultiCallState
 
 _PATIENCE = 128  # calls after which a link that has not been reached is given up
 _LARGE = 100.0  # size of gradients on which the usual clips act
@@ -204,17 +204,22 @@ def _differ(tree: Any, other: Any) -> bool:
         return not jnp.array_equal(tree, jnp.concatenate(flat), equal_nan=True)
 
     def one(x, y):
-        if _tree.is_absent(x) or not _tree.is_float(x):
+        if _leaves.is_absent(x) or not _leaves.is_float(x):
             return False
         return not jnp.array_equal(x, y, equal_nan=True)
 
-    return any(jax.tree.leaves(jax.tree.map(one, tree, other, is_leaf=_tree.is_absent)))
+    return any(
+        jax.tree.leaves(jax.tree.map(one, tree, other, is_leaf=_leaves.is_absent))
+    )
 
 
 def _meet(a: _sight.Sight, b: _sight.Sight) -> bool:
     """Whether two links see a leaf in common: those of a partition do not."""
     leaves = [
-        [not _tree.is_absent(x) for x in jax.tree.leaves(s, is_leaf=_tree.is_absent)]
+        [
+            not _leaves.is_absent(x)
+            for x in jax.tree.leaves(s, is_leaf=_leaves.is_absent)
+        ]
         for s in (a.emitted, b.emitted)
     ]
     return any(x and y for x, y in zip(*leaves))
@@ -226,7 +231,7 @@ def _filled(x: Any) -> Any:
 
 def _moved(x: Any, noise: Any) -> Any:
     """Away from zero, where weight decay does nothing."""
-    return x + noise if _tree.is_float(x) else x
+    return x + noise if _leaves.is_float(x) else x
 
 
 def _noise(params: Any, size: float, seed: int) -> Any:
@@ -235,7 +240,7 @@ def _noise(params: Any, size: float, seed: int) -> Any:
     keys = jax.random.split(jax.random.key(seed), max(len(leaves), 1))
 
     def one(key, x):
-        if not _tree.is_float(x):
+        if not _leaves.is_float(x):
             return x
         noise = size * jax.random.normal(key, jnp.shape(x))
         noise = noise.astype(jnp.result_type(x))
@@ -248,6 +253,6 @@ def _gradient(grads: Any, params: Any, x: Any) -> Any:
     """A gradient at ``x`` that is ``grads`` at ``params``."""
 
     def one(g, p, q):
-        return g + (q - p).astype(g.dtype) if _tree.is_float(p) else g
+        return g + (q - p).astype(g.dtype) if _leaves.is_float(p) else g
 
     return jax.tree.map(one, grads, params, x)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_avg import _tree
+from optax_avg import _checks
 
 # Shapes as functions of the share of a phase that is left.
 _ANNEALS: dict[str, Callable[[Any], Any]] = {
@@ -323,8 +323,8 @@ def refined(
     """
     norms = _check_norms(grad_norms)
     peak = _rate("peak_value", peak_value)
-    power = float(_tree.within("power", power, 0, math.inf, True, False))
-    smoothing = float(_tree.within("smoothing", smoothing, 0, 1))
+    power = float(_checks.within("power", power, 0, math.inf, True, False))
+    smoothing = float(_checks.within("smoothing", smoothing, 0, 1))
     N = norms.size if steps is None else _steps("steps", steps, low=2)
     W = _steps("warmup_steps", warmup_steps)
     if W >= N:
@@ -412,7 +412,7 @@ def _between(end: Any, begin: Any, left: Any) -> Any:
 
 def _rate(name: str, value: Any) -> Any:
     """A finite, non-negative learning rate; arrays are not checked."""
-    return _tree.within(name, value, 0, math.inf, closed_high=False)
+    return _checks.within(name, value, 0, math.inf, closed_high=False)
 
 
 def _steps(name: str, value: Any, low: int = 0) -> int:

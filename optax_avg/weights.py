@@ -21,13 +21,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg import _tree
+from optax_avg import _checks, _numerics
 
 # A float, a traced scalar, or a schedule of optimizer steps since the average began.
 ScalarOrSchedule = Any
 _LN2 = math.log(2.0)
 # Conversions between horizons take arrays of several numbers too.
-_each_within = functools.partial(_tree.within, elementwise=True)
+_each_within = functools.partial(_checks.within, elementwise=True)
 
 
 class Mass(NamedTuple):
@@ -96,7 +96,7 @@ def ema(decay: ScalarOrSchedule, debias: bool = True) -> Weight:
         if debias:
             return Mass(retain=d, add=lambda t, dt: 1 - d(t, dt))
         return lambda t, dt=1: 1 - d(t, dt)
-    d = _tree.within("decay", decay, 0, 1)
+    d = _checks.within("decay", decay, 0, 1)
     if not debias:
         return lambda t, dt=1: 1 - d + 0 * t
     log_d = _log(d)
@@ -150,7 +150,7 @@ def polynomial(eta: Any) -> Weight:
       Shamir and Zhang, "Stochastic Gradient Descent for Non-smooth Optimization:
       Convergence Results and Optimal Averaging Schemes", 2013, 1212.1824.
     """
-    eta = _tree.within("eta", eta, 0, math.inf, closed_high=False)
+    eta = _checks.within("eta", eta, 0, math.inf, closed_high=False)
     return lambda t, dt=1: (eta + 1) / (t + eta)
 
 
@@ -187,9 +187,9 @@ def power_function(gamma: Any = None, *, sigma_rel: Any = None) -> Weight:
             "power_function(sigma_rel=0.05)."
         )
     if gamma is None:
-        width = _tree.within("sigma_rel", sigma_rel, 0, 12**-0.5, open_low=True)
+        width = _checks.within("sigma_rel", sigma_rel, 0, 12**-0.5, open_low=True)
         gamma = gamma_from_sigma_rel(width)
-    g = _tree.within("gamma", gamma, -1, math.inf, open_low=True)
+    g = _checks.within("gamma", gamma, -1, math.inf, open_low=True)
     return functools.partial(_power, g)
 
 
@@ -242,9 +242,9 @@ def half_life(h: ScalarOrSchedule = math.inf, *, fraction: Any = None) -> Weight
     if fraction is None and isinstance(h, float) and math.isinf(h):
         raise ValueError("half_life needs h (steps), fraction (of the steps), or both.")
     if not callable(h):
-        h = _tree.within("h", h, 0, math.inf, open_low=True, closed_high=True)
+        h = _checks.within("h", h, 0, math.inf, open_low=True, closed_high=True)
     if fraction is not None:
-        fraction = _tree.within("fraction", fraction, 0, math.inf, open_low=True)
+        fraction = _checks.within("fraction", fraction, 0, math.inf, open_low=True)
     h_at = _schedule(h)
 
     def weight(t, dt=1):
@@ -276,7 +276,7 @@ def ramp(decay: ScalarOrSchedule) -> Weight:
     References:
       ``tf.train.ExponentialMovingAverage`` (its ``num_updates``), T5X and Praxis.
     """
-    d_at = _schedule(decay if callable(decay) else _tree.within("decay", decay, 0, 1))
+    d_at = _schedule(decay if callable(decay) else _checks.within("decay", decay, 0, 1))
     # The same number as in the summary, without its cancellation for large t.
     return lambda t, dt=1: jnp.maximum(1 - d_at(t, dt), 9 / (10 + t))
 
@@ -312,11 +312,11 @@ def inverse_gamma(
     References:
       The warm-up of timm's ``ModelEmaV3`` and of ema-pytorch.
     """
-    gamma = _tree.within("gamma", gamma, 0, math.inf, open_low=True)
-    power = _tree.within("power", power, 0, math.inf, open_low=True)
-    low = _tree.within("min_decay", min_decay, 0, 1)
+    gamma = _checks.within("gamma", gamma, 0, math.inf, open_low=True)
+    power = _checks.within("power", power, 0, math.inf, open_low=True)
+    low = _checks.within("min_decay", min_decay, 0, 1)
     if not callable(max_decay):
-        max_decay = _tree.within("max_decay", max_decay, 0, 1)
+        max_decay = _checks.within("max_decay", max_decay, 0, 1)
     if isinstance(low, float) and isinstance(max_decay, float) and low > max_decay:
         raise ValueError(
             f"min_decay = {low:g} must not exceed max_decay = {max_decay:g}."
@@ -353,7 +353,7 @@ def annealed(beta: Any) -> Weight:
       Bahrami and Pouriyan Zadeh, "Gravity Optimizer: a Kinematic Approach on
       Optimization in Deep Learning", 2021, 2101.09192.
     """
-    beta = _tree.within("beta", beta, 0, 1)
+    beta = _checks.within("beta", beta, 0, 1)
     return lambda t, dt=1: ((1 - beta) * t + 1) / (t + 2)
 
 
@@ -384,9 +384,9 @@ def half_life_linear(beta_start: Any, beta_end: Any, steps: Any) -> Weight:
       Pagliardini et al., "The AdEMAMix Optimizer: Better, Faster, Older", 2024,
       2409.03137.
     """
-    log_start = _log(_tree.within("beta_start", beta_start, 0, 1, True, False))
-    log_end = _log(_tree.within("beta_end", beta_end, 0, 1, True, False))
-    steps = _tree.within("steps", steps, 0, math.inf, open_low=True)
+    log_start = _log(_checks.within("beta_start", beta_start, 0, 1, True, False))
+    log_end = _log(_checks.within("beta_end", beta_end, 0, 1, True, False))
+    steps = _checks.within("steps", steps, 0, math.inf, open_low=True)
 
     def weight(t, dt=1):
         u = jnp.minimum(t * dt / steps, 1.0)
@@ -508,7 +508,7 @@ def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:
     near = r >= 0.5
     kept = jnp.where(near, high, r * high)
     change = jnp.where(near, low - (1 - r) * high, r * low) + m
-    high, low = _tree.sum_and_error(kept, change)
+    high, low = _numerics.sum_and_error(kept, change)
     positive = high > 0
     return jnp.where(positive, m / jnp.where(positive, high, 1), 1), (high, low)
 
@@ -532,8 +532,8 @@ def sequence(weight: Weight, steps: int, *, every: int = 1) -> np.ndarray:
       >>> oa.weights.sequence(oa.weights.uniform(), 4).round(4).tolist()
       [1.0, 0.5, 0.3333, 0.25]
     """
-    steps = _tree.static_integer("steps", steps, 1)
-    every = _tree.static_integer("every", every, 1)
+    steps = _checks.static_integer("steps", steps, 1)
+    every = _checks.static_integer("every", every, 1)
     weight = with_stride(weight)
     # Powers of two compile a few times only, however often this is asked for.
     t = np.arange(1, 1 + max(64, 2 ** (steps - 1).bit_length()), dtype=np.float64)
@@ -796,7 +796,7 @@ def _power(gamma: Any, t: Any, dt: Any = 1) -> Any:
 def _schedule(value: ScalarOrSchedule) -> Callable[[Any, Any], Any]:
     """``value`` as a function of ``(t, dt)``; a schedule counts steps from 0."""
     if callable(value):
-        return lambda t, dt: _called(value(_tree.step_of(t, dt)))
+        return lambda t, dt: _called(value(_numerics.step_of(t, dt)))
     return lambda t, dt: value
 
 

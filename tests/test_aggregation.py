@@ -18,8 +18,9 @@ from jax.sharding import PartitionSpec as P
 from optax.experimental import aggregating
 
 import optax_avg as oa
-from optax_avg import _stack, _tree
-from optax_avg.aggregation import krum_scores
+from optax_avg import _mesh
+from optax_avg.robust import _stack
+from optax_avg.robust.aggregation import krum_scores
 
 N = 8
 # A factory of the aggregator, and the same on the rows of a float64 matrix.
@@ -612,7 +613,7 @@ def summed_rows(tx, check_vma, varying):
         loss = lambda p: jnp.sum((p["w"] * row[0] + p["b"]) ** 2)
         at = params
         if varying:
-            at = jax.tree.map(lambda p: _tree.vary(p, ("d",)), params)
+            at = jax.tree.map(lambda p: _mesh.vary(p, ("d",)), params)
         return tx.update(jax.grad(loss)(at), tx.init(params), params)[0]
 
     found = jax.jit(

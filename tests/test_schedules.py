@@ -10,7 +10,8 @@ import numpy as np
 import optax
 import pytest
 
-from optax_avg import averaging, schedules
+from optax_avg import schedules
+from optax_avg.averages import links as averaging
 
 N = 160  # one shape of counts, so that every operation is compiled once
 COUNTS = np.arange(N)

@@ -14,7 +14,7 @@ from sharpness_cases import ALL, PRODUCTS, RADII, RULES, SGD, flat, loss_of, tre
 
 import optax_avg as oa
 from optax_avg import rules
-from optax_avg.rules.offsets import Radius, is_normalisation
+from optax_avg.sharpness.offsets import Radius, is_normalisation
 
 STEPS = 7
 every_rule = pytest.mark.parametrize("name", ALL)

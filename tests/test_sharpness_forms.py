@@ -17,7 +17,7 @@ from test_sharpness import start
 
 import optax_avg as oa
 from optax_avg import rules
-from optax_avg.sharpness import advanced
+from optax_avg.sharpness._rule import advanced
 
 every_rule = pytest.mark.parametrize("name", ALL)
 X = np.random.default_rng(0).normal(size=(8, 3)).astype(np.float32)

@@ -24,7 +24,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_avg as oa
-from optax_avg import _tree
+from optax_avg import _numerics
 from optax_avg.posthoc import SnapshotStore, _disk, _integrity, _writer
 
 WIDTHS = [0.05, 0.10]
@@ -161,7 +161,7 @@ def test_more_snapshots_come_closer(tmp_path, open_stores):
             warnings.simplefilter("ignore", UserWarning)  # of the residual
             found = store.reconstruct(params, sigma_rel=0.2, names=KEPT)
         difference = jax.tree.map(jnp.subtract, found, wanted)
-        errors.append(float(_tree.norm(difference)))
+        errors.append(float(_numerics.norm(difference)))
     assert errors[0] > 2 * errors[1] > 4 * errors[2] > 0
 
 
@@ -453,7 +453,7 @@ def test_broken_snapshots_are_named_and_left_out(item, harm, tmp_path, open_stor
     chex.assert_trees_all_equal(found, store.reconstruct(params, sigma_rel=0.08))
     wanted = oa.averaged_params(state, params, KEPT[1])
     difference = jax.tree.map(jnp.subtract, found, wanted)
-    assert float(_tree.norm(difference)) < 0.2 * float(_tree.norm(wanted))
+    assert float(_numerics.norm(difference)) < 0.2 * float(_numerics.norm(wanted))
 
 
 def test_numbers_of_another_step_are_noticed(tmp_path, open_stores):

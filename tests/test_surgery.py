@@ -14,7 +14,7 @@ import pytest
 import reference_surgery as reference
 
 import optax_avg as oa
-from optax_avg import surgery
+from optax_avg.robust import objectives as surgery
 
 RULES = {
     "mgda": (oa.mgda(), reference.mgda),

@@ -7,7 +7,7 @@ import optax
 import pytest
 
 import optax_avg as oa
-from optax_avg import tail_index
+from optax_avg.robust import tail_index
 
 
 def stable(alpha, shape, seed):

@@ -10,7 +10,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import optax_avg as oa
-from optax_avg import _tree, weights
+from optax_avg import _numerics, weights
 
 T = np.arange(1.0, 200.0)
 
@@ -330,12 +330,12 @@ def test_masses_that_are_forgotten():
 
 def test_steps_of_schedules_are_exact_integers():
     for t, dt in ((1, 1), (2**24, 100), (2**24 - 1, 127)):
-        step = _tree.step_of(jnp.float32(t), dt)
+        step = _numerics.step_of(jnp.float32(t), dt)
         assert step.dtype == jnp.int32
         assert int(step) == (t - 1) * dt
     last = 2**31 - 1
-    assert 0 < int(_tree.step_of(jnp.float32(last), 10, 3)) <= last
-    assert int(_tree.step_of(jnp.float32(last), 1)) > last - 256
+    assert 0 < int(_numerics.step_of(jnp.float32(last), 10, 3)) <= last
+    assert int(_numerics.step_of(jnp.float32(last), 1)) > last - 256
 
 
 def test_profiles_read_tables_and_integers_of_numpy():

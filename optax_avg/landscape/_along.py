@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _numerics
 
 Loss = Callable[[Any], jax.Array]
 Progress = Callable[[int, int], Any]
@@ -16,7 +16,7 @@ Progress = Callable[[int, int], Any]
 def moved(params: Any, factor: Any, direction: Any) -> Any:
     """``x + c d`` in the dtype of ``x``."""
     return jax.tree.map(
-        lambda x, d: (_tree.wide(x) + factor * d).astype(x.dtype), params, direction
+        lambda x, d: (_numerics.wide(x) + factor * d).astype(x.dtype), params, direction
     )
 
 

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from optax_avg import _tree
+from optax_avg import _checks, _numerics
 from optax_avg.landscape._along import Loss, Progress, mapped, moved, report
 
 
@@ -38,19 +38,19 @@ def hessian_product(loss: Loss, params: Any, v: Any) -> Any:
       >>> hv.tolist()
       [2.0, 2.0]
     """
-    _tree.refuse_complex("curvature", params)
-    return _tree.derivative_along(jax.grad(loss), params, v)
+    _checks.refuse_complex("curvature", params)
+    return _numerics.derivative_along(jax.grad(loss), params, v)
 
 
 def _flat_product(loss: Loss, params: Any) -> tuple[Any, jax.Array]:
     """``v -> H v`` on flat vectors in float32 or wider, and one of zeros."""
-    _tree.refuse_complex("curvature", params)
-    flat, unravel = ravel_pytree(jax.tree.map(_tree.wide, params))
+    _checks.refuse_complex("curvature", params)
+    flat, unravel = ravel_pytree(jax.tree.map(_numerics.wide, params))
 
     def product(v):
         tangent = jax.tree.map(lambda t, x: t.astype(x.dtype), unravel(v), params)
         hv = hessian_product(loss, params, tangent)
-        return ravel_pytree(jax.tree.map(_tree.wide, hv))[0]
+        return ravel_pytree(jax.tree.map(_numerics.wide, hv))[0]
 
     return product, jnp.zeros_like(flat)
 
@@ -116,20 +116,20 @@ def top_eigenvalues(
         basis = basis.at[i].set(q)
         w = product(q)
         alpha = w @ q
-        scale = jnp.maximum(scale, _tree.norm(w))
+        scale = jnp.maximum(scale, _numerics.norm(w))
         w = orthogonal(w, basis)
-        beta = _tree.norm(w)
+        beta = _numerics.norm(w)
         # What is left is rounding: the Krylov space is exhausted, go on from elsewhere.
         spent = beta <= 10 * eps * scale
         fresh = jax.random.normal(jax.random.fold_in(key, i + 1), q.shape, q.dtype)
-        q = _tree.unit(jnp.where(spent, orthogonal(fresh, basis), w))
-        q = _tree.unit(orthogonal(q, basis))
+        q = _numerics.unit(jnp.where(spent, orthogonal(fresh, basis), w))
+        q = _numerics.unit(orthogonal(q, basis))
         report(progress, i + 1, num_iters)
         return (basis, q, scale), (alpha, jnp.where(spent, 0, beta))
 
     q = jax.random.normal(key, zeros.shape, zeros.dtype)
     basis = jnp.zeros((num_iters, zeros.size), zeros.dtype)
-    start = basis, _tree.unit(q), jnp.zeros([], zeros.dtype)
+    start = basis, _numerics.unit(q), jnp.zeros([], zeros.dtype)
     _, (alphas, betas) = lax.scan(step, start, jnp.arange(num_iters))
     # A solver may lose what is far from 1.
     size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
@@ -232,9 +232,9 @@ def sharpness(loss: Loss, params: Any, rho: Any = 0.05) -> jax.Array:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
       Generalization", 2021, 2010.01412.
     """
-    _tree.refuse_complex("sharpness", params)
+    _checks.refuse_complex("sharpness", params)
     value, grads = jax.value_and_grad(loss)(params)
-    return loss(moved(params, rho, _tree.unit(grads))) - value
+    return loss(moved(params, rho, _numerics.unit(grads))) - value
 
 
 def m_sharpness(
@@ -311,18 +311,18 @@ def gradient_norm_in_ball(
       Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and
       Improves Generalization", 2023, 2303.03108.
     """
-    _tree.refuse_complex("gradient_norm_in_ball", params)
+    _checks.refuse_complex("gradient_norm_in_ball", params)
     gradient = jax.grad(loss)
-    d = jax.tree.map(lambda x: jnp.zeros_like(_tree.wide(x)), params)
+    d = jax.tree.map(lambda x: jnp.zeros_like(_numerics.wide(x)), params)
     g = gradient(params)
-    largest = _tree.norm(g)
+    largest = _numerics.norm(g)
     for _ in range(num_steps):
         at = moved(params, 1.0, d)
-        along = jax.tree.map(lambda u, x: u.astype(x.dtype), _tree.unit(g), params)
-        up = _tree.unit(hessian_product(loss, at, along))
+        along = jax.tree.map(lambda u, x: u.astype(x.dtype), _numerics.unit(g), params)
+        up = _numerics.unit(hessian_product(loss, at, along))
         d = jax.tree.map(lambda d, u: d + rho / num_steps * u, d, up)
-        n = _tree.norm(d)
-        d = _tree.scale(jnp.where(n > rho, rho / jnp.maximum(n, 1e-30), 1), d)
+        n = _numerics.norm(d)
+        d = _numerics.scale(jnp.where(n > rho, rho / jnp.maximum(n, 1e-30), 1), d)
         g = gradient(moved(params, 1.0, d))
-        largest = jnp.maximum(largest, _tree.norm(g))
+        largest = jnp.maximum(largest, _numerics.norm(g))
     return rho * largest

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _leaves, _numerics
 from optax_avg.landscape._along import Loss, Progress, mapped, moved
 
 
@@ -62,7 +62,7 @@ def barrier(
     a: Any,
     b: Any,
     num: int = 11,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     progress: Progress | None = None,
 ) -> Segment:
     """Losses on the segment from ``a`` to ``b`` and the barrier between them.
@@ -99,18 +99,18 @@ def barrier(
     if num < 3:
         raise ValueError(f"num must be at least 3, got {num}.")
     _check_alike(a, b)
-    moving = _tree.select(a, where)
+    moving = _leaves.select(a, where)
 
     def at(s):
-        between = lambda x, y: ((1 - s) * _tree.wide(x) + s * _tree.wide(y)).astype(
-            x.dtype
-        )
+        between = lambda x, y: (
+            (1 - s) * _numerics.wide(x) + s * _numerics.wide(y)
+        ).astype(x.dtype)
         return jax.tree.map(
-            lambda keep, x, y: x if _tree.is_masked(keep) else between(x, y),
+            lambda keep, x, y: x if _leaves.is_masked(keep) else between(x, y),
             moving,
             a,
             b,
-            is_leaf=_tree.is_masked,
+            is_leaf=_leaves.is_masked,
         )
 
     t = jnp.linspace(0, 1, num)
@@ -163,16 +163,18 @@ def plane(
     origin, second, third = models
     for other in (second, third):
         _check_alike(origin, other)
-    to = lambda x: jax.tree.map(lambda x, o: _tree.wide(x) - _tree.wide(o), x, origin)
+    to = lambda x: jax.tree.map(
+        lambda x, o: _numerics.wide(x) - _numerics.wide(o), x, origin
+    )
     first, other = to(second), to(third)
-    width = float(_tree.norm(first))
-    e1 = _tree.unit(first)
-    rest = _tree.project_out(other, first)
-    height = float(_tree.norm(rest))
-    if not width or height <= 1e-6 * float(_tree.norm(other)):
+    width = float(_numerics.norm(first))
+    e1 = _numerics.unit(first)
+    rest = _numerics.project_out(other, first)
+    height = float(_numerics.norm(rest))
+    if not width or height <= 1e-6 * float(_numerics.norm(other)):
         raise ValueError("the three models stand on one line; see landscape.barrier.")
-    e2 = _tree.unit(rest)
-    places = np.array([[0, 0], [width, 0], [float(_tree.dot(other, e1)), height]])
+    e2 = _numerics.unit(rest)
+    places = np.array([[0, 0], [width, 0], [float(_numerics.dot(other, e1)), height]])
     low, high = places.min(axis=0), places.max(axis=0)
     pad = margin * (high - low)
     u, v = np.linspace(low - pad, high + pad, num).T
@@ -291,9 +293,13 @@ def filter_normalised(key: jax.Array, params: Any) -> Any:
     def one(i, x):
         if x.ndim < 2:
             return jnp.zeros_like(x)
-        d = jax.random.normal(jax.random.fold_in(key, i), x.shape, _tree.wide(x).dtype)
+        d = jax.random.normal(
+            jax.random.fold_in(key, i), x.shape, _numerics.wide(x).dtype
+        )
         axes = tuple(range(x.ndim - 1))
-        size = lambda w: jnp.sqrt(jnp.sum(_tree.wide(w) ** 2, axis=axes, keepdims=True))
+        size = lambda w: jnp.sqrt(
+            jnp.sum(_numerics.wide(w) ** 2, axis=axes, keepdims=True)
+        )
         return (d / size(d) * size(x)).astype(x.dtype)
 
     return structure.unflatten([one(i, x) for i, x in enumerate(leaves)])
@@ -312,7 +318,7 @@ def _grid(
 
     @jax.jit
     def row(y):
-        start = moved(jax.tree.map(_tree.wide, origin), y, second)
+        start = moved(jax.tree.map(_numerics.wide, origin), y, second)
         to = lambda x: jax.tree.map(
             lambda s, d, o: (s + x * d).astype(o.dtype), start, first, origin
         )

@@ -12,7 +12,7 @@ import numpy as np
 from jax import lax
 from jax.core import Tracer
 
-from optax_avg import _tree
+from optax_avg import _numerics
 from optax_avg.merging._leaves import Slices
 
 DIGIT = 16  # bits of a magnitude that are counted in one pass
@@ -71,7 +71,7 @@ def largest_in(columns: list[list[Any]], density: float) -> list[list[Largest]]:
 @jax.jit
 def sizes(leaves: list[Any]) -> list[jax.Array]:
     """Magnitudes of what models add to the base, the last of the leaves."""
-    *xs, x0 = [_tree.wide(jnp.asarray(x)) for x in leaves]
+    *xs, x0 = [_numerics.wide(jnp.asarray(x)) for x in leaves]
     return [jnp.abs(x - x0) for x in xs]
 
 
@@ -149,7 +149,7 @@ def _counted(found: list[jax.Array], density: float) -> list[Largest]:
     if density == 1 or not n:
         return [Largest(-1.0, LAST)] * len(found)
     keep = max(1, round(density * n))
-    limit = _tree.order_statistic(found, n - keep)
+    limit = _numerics.order_statistic(found, n - keep)
     left = jnp.asarray(keep)
     for size in found:
         left -= jnp.sum(size > limit)

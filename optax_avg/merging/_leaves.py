@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from optax_avg import _tree
+from optax_avg import _leaves, _numerics
 
 # Slices of the leaves of all trees, from the first element to the last; anew each call.
 Slices = Callable[[], Iterator[list[Any]]]
@@ -97,7 +97,7 @@ def check_alike(models: Sequence[Any]) -> None:
                     f"tree {t} has shape {jnp.shape(b)} at {name}, the first "
                     f"{jnp.shape(a)}; the trees must be alike."
                 )
-            if jnp.iscomplexobj(b) and _tree.is_float(a) and not jnp.iscomplexobj(a):
+            if jnp.iscomplexobj(b) and _leaves.is_float(a) and not jnp.iscomplexobj(a):
                 raise ValueError(
                     f"tree {t} is complex at {name}, the first is not; cast one of "
                     "them."
@@ -120,7 +120,7 @@ def over(rule: Rule, trees: Sequence[Any], found: Any = None) -> Any:
     columns = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
     merged = []
     for i, ((path, first), leaves) in enumerate(zip(paths, columns, strict=True)):
-        if not _tree.is_float(first):
+        if not _leaves.is_float(first):
             merged.append(first)
             continue
         xs = widened(leaves)
@@ -144,7 +144,7 @@ def check(rule: Rule, fault: Any, name: str) -> None:
 
 def widened(leaves: Sequence[Any]) -> list[jax.Array]:
     """The leaves in float32 or wider."""
-    return [_tree.wide(jnp.asarray(x)) for x in leaves]
+    return [_numerics.wide(jnp.asarray(x)) for x in leaves]
 
 
 def total(

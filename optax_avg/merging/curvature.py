@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _checks, _leaves, _numerics
 from optax_avg.merging._leaves import Rule, checked_weights, over
 
 
@@ -133,7 +133,7 @@ def gradient_matching(
 
 def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:
     """Gradient matching of a leaf of ``n`` models, their Hessians, a base and its."""
-    damping = _tree.within("damping", damping, 0, float("inf"), closed_high=False)
+    damping = _checks.within("damping", damping, 0, float("inf"), closed_high=False)
 
     def sums(xs):
         hs, h0 = xs[n : 2 * n], xs[-1] + damping
@@ -201,7 +201,7 @@ def squared_gradients(
       Kunstner et al., "Limitations of the Empirical Fisher Approximation for Natural
       Gradient Descent", 2019, 1905.12558, on what it is not.
     """
-    _tree.check_integer("batch", batch, 1)
+    _checks.check_integer("batch", batch, 1)
     counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(examples)}
     n = next(iter(counts))[0] if len(counts) == 1 and () not in counts else 0
     if not n:
@@ -209,7 +209,7 @@ def squared_gradients(
             f"examples must be arrays of one length, got {sorted(counts)}."
         )
     leaves, structure = jax.tree.flatten(params)
-    floats = [i for i, x in enumerate(leaves) if _tree.is_float(x)]
+    floats = [i for i, x in enumerate(leaves) if _leaves.is_float(x)]
 
     def of_floats(some, example):
         whole = list(leaves)
@@ -219,7 +219,7 @@ def squared_gradients(
 
     def squares(example):
         grads = jax.grad(of_floats)([jnp.asarray(leaves[i]) for i in floats], example)
-        wide = [_tree.wide(g) for g in grads]
+        wide = [_numerics.wide(g) for g in grads]
         return [jnp.real(g * jnp.conj(g)) for g in wide]
 
     def advance(total, some):
@@ -239,7 +239,7 @@ def squared_gradients(
         ),
         examples,
     )
-    real = [jnp.real(_tree.wide(jnp.asarray(leaves[i]))) for i in floats]
+    real = [jnp.real(_numerics.wide(jnp.asarray(leaves[i]))) for i in floats]
     zeros = [jnp.zeros_like(x) for x in real]
     total, _ = lax.scan(advance, zeros, (spread, (place < n).reshape(rounds, batch)))
     out = [jnp.zeros(jnp.shape(x)) for x in leaves]

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _tree
+from optax_avg import _numerics
 from optax_avg.merging._leaves import (
     Rule,
     check_alike,
@@ -291,7 +291,7 @@ def dawin(logits: Sequence[Any]) -> jax.Array:
     shapes = {jnp.shape(x) for x in logits}
     if len(shapes) != 1 or not next(iter(shapes)):
         raise ValueError(f"logits must be arrays of one shape, got {sorted(shapes)}.")
-    logs = [jax.nn.log_softmax(_tree.wide(jnp.asarray(x)), axis=-1) for x in logits]
+    logs = [jax.nn.log_softmax(_numerics.wide(jnp.asarray(x)), axis=-1) for x in logits]
     # p log p is 0 where p is.
     entropies = [
         -jnp.sum(jnp.where(p > -1e9, jnp.exp(p) * p, 0), axis=-1) for p in logs

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _checks
 from optax_avg.merging._leaves import (
     Products,
     Rule,
@@ -120,7 +120,7 @@ def karcher(
     References:
       Karcher, "Riemannian Center of Mass and Mollifier Smoothing", 1977.
     """
-    _tree.check_integer("num_iters", num_iters, 1)
+    _checks.check_integer("num_iters", num_iters, 1)
     return over(karcher_rule(len(models), weights, num_iters), models)
 
 

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _tree
+from optax_avg import _checks, _leaves
 from optax_avg._keys import key_maker
 from optax_avg.merging._largest import (
     Largest,
@@ -113,7 +113,7 @@ def ties(
     trees = [*models, base]
     check_alike(trees)
     leaves = [jax.tree.leaves(tree) for tree in trees]
-    floats = [i for i, x in enumerate(leaves[0]) if _tree.is_float(x)]
+    floats = [i for i, x in enumerate(leaves[0]) if _leaves.is_float(x)]
     groups = [floats] if scope == "global" else [[i] for i in floats]
     found = {}
     for group in groups:
@@ -124,7 +124,7 @@ def ties(
 
 def ties_rule(n: int, density: Any, scale: Any) -> Rule:
     """TIES of a leaf of ``n`` models and their base."""
-    density = _tree.within("density", density, 0, 1, open_low=True)
+    density = _checks.within("density", density, 0, 1, open_low=True)
     return Rule(
         lambda found, leaves: _elect(leaves[:n], leaves[n], found, scale),
         lambda slices: largest_on_host(slices, n, density),
@@ -178,7 +178,7 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
       Yu et al., "Language Models are Super Mario: Absorbing Abilities from Homologous
       Models as a Free Lunch", 2024, 2311.03099.
     """
-    density = _tree.within("density", density, 0, 1, open_low=True)
+    density = _checks.within("density", density, 0, 1, open_low=True)
     check_alike([*models, base])
     key = key_maker(key, "dare(models, base, density, jax.random.key(0))")()
     share = jnp.float32(density)  # the same draws with 64-bit types on

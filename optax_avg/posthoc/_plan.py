@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg import _tree, weights
+from optax_avg import _checks, _numerics, weights
 from optax_avg.posthoc import _disk, _integrity
 from optax_avg.posthoc._clock import (
     Kind,
@@ -89,10 +89,10 @@ def target_of(
         power = Power(weights.gamma_from_sigma_rel(float(sigma_rel)))
         return lambda count, every: power
     if window is not None:
-        _tree.check_integer("window", window, 1)
+        _checks.check_integer("window", window, 1)
         return lambda count, every: Window(-(-window // every))
     if half_life is not None:
-        half_life = _tree.within("half_life", half_life, 0, math.inf, open_low=True)
+        half_life = _checks.within("half_life", half_life, 0, math.inf, open_low=True)
         decay = weights.decay_from_half_life(half_life)
         return lambda count, every: Recorded(
             weights.sequence(weights.ema(weights.scale_decay(decay, every)), count)
@@ -204,7 +204,7 @@ def _rounding(leaves: Sequence[_disk.Leaf]) -> float:
     """
     found = [jnp.dtype(leaf.dtype) for leaf in leaves]
     return max(
-        float(jnp.finfo(x).eps / 2 + jnp.finfo(_tree.float32_or_wider(x)).eps)
+        float(jnp.finfo(x).eps / 2 + jnp.finfo(_numerics.float32_or_wider(x)).eps)
         for x in found
     )
 

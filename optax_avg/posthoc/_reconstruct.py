@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _tree
+from optax_avg import _leaves, _numerics
 from optax_avg.posthoc import _disk
 from optax_avg.posthoc._plan import Part
 from optax_avg.posthoc._timeline import with_grids
@@ -158,14 +158,14 @@ def summed_leaves(
 
 @jax.jit
 def _scaled(x: float, leaves: list[jax.Array]) -> list[jax.Array]:
-    return [x * _tree.wide(leaf) for leaf in leaves]
+    return [x * _numerics.wide(leaf) for leaf in leaves]
 
 
 @functools.partial(jax.jit, donate_argnums=2)
 def _added(
     x: float, leaves: list[jax.Array], total: list[jax.Array]
 ) -> list[jax.Array]:
-    return [a + x * _tree.wide(leaf) for a, leaf in zip(total, leaves, strict=True)]
+    return [a + x * _numerics.wide(leaf) for a, leaf in zip(total, leaves, strict=True)]
 
 
 def _check_alike(
@@ -193,7 +193,7 @@ def _layout(
         )
     entries, structure = jax.tree.flatten_with_path(params)
     position = {_disk.path_of(keys): j for j, (keys, _) in enumerate(entries)}
-    floats = [j for j, (_, leaf) in enumerate(entries) if _tree.is_float(leaf)]
+    floats = [j for j, (_, leaf) in enumerate(entries) if _leaves.is_float(leaf)]
     if any(leaf.path not in position for leaf in leaves):
         # A wrapper renames all paths; leaves that match one to one keep their order.
         known = any(leaf.path in position for leaf in leaves)

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 
-from optax_avg import _tree
+from optax_avg import _checks
 
 
 def swad_window(
@@ -42,9 +42,9 @@ def swad_window(
       Cha et al., "SWAD: Domain Generalization by Seeking Flat Minima", 2021,
       2102.08604, algorithm 2.
     """
-    _tree.check_integer("n_converge", n_converge, 1)
-    _tree.check_integer("n_tolerance", n_tolerance, 1)
-    ratio = _tree.within("ratio", ratio, 1, float("inf"))
+    _checks.check_integer("n_converge", n_converge, 1)
+    _checks.check_integer("n_tolerance", n_tolerance, 1)
+    ratio = _checks.within("ratio", ratio, 1, float("inf"))
     loss = np.asarray(losses, np.float64)
     if loss.ndim != 1 or not loss.size:
         raise ValueError(f"losses must be a vector, got shape {loss.shape}.")

@@ -16,8 +16,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg import _tree, readout
+from optax_avg import _leaves
 from optax_avg import weights as weights_
+from optax_avg.averages import readout
+from optax_avg.averages.windows import BemaState, WindowState
 from optax_avg.posthoc import (
     _disk,
     _integrity,
@@ -28,7 +30,6 @@ from optax_avg.posthoc import (
 )
 from optax_avg.posthoc._plan import Part, Plan
 from optax_avg.posthoc._timeline import PARAMETERS
-from optax_avg.windows import BemaState, WindowState
 
 
 class SnapshotStore:
@@ -136,7 +137,7 @@ class SnapshotStore:
                 weight = self._weights[name]
                 sequences[name] = weights_.sequence(weight, count, every=grid.every)
         if params is not None:
-            kept[PARAMETERS] = _by_path(_tree.select(params, None), self._dtype)
+            kept[PARAMETERS] = _by_path(_leaves.select(params, None), self._dtype)
             now = max((grid.step for grid in grids.values()), default=max(step, 1))
             grids[PARAMETERS] = _disk.Grid(now, 0, 1)
             absorbed[PARAMETERS], kinds[PARAMETERS] = now, {"window": 1}

@@ -11,8 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _mixups, _sight, _tree
-from optax_avg.sharpness import (
+from optax_avg import _checks, _leaves, _mixups, _numerics, _sight
+from optax_avg.sharpness._rule import (
     RuleState,
     SharpnessRule,
     advanced,
@@ -107,7 +107,7 @@ def multi_call(
 
     def init(params: Any) -> MultiCallState:
         refuse_masked("multi_call", params)
-        zeros = _tree.over(_tree.zeros_like, params, params)
+        zeros = _leaves.over(_numerics.zeros_like, params, params)
         state = init_state(rule, params)
         probes = tuple(jax.tree.map(jnp.copy, zeros) for _ in range(last))
         for i in range(rule.num_evals):
@@ -129,7 +129,7 @@ def multi_call(
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        _tree.require_params("multi_call", params)
+        _checks.require_params("multi_call", params)
         refuse_masked("multi_call", updates)
         _mixups.refuse_no_gradient("the first argument of update", updates, params)
 
@@ -154,7 +154,7 @@ def multi_call(
                     at, state.inner_state, clean, **extra_args
                 )
                 return state._replace(
-                    clean_params=_tree.new_iterate(clean, steps),
+                    clean_params=_leaves.new_iterate(clean, steps),
                     rule_state=rule_state,
                     inner_state=inner_state,
                 )
@@ -228,7 +228,9 @@ def multi_call(
         _sight.report("multi_call", received=updates, emitted=steps, perturbs=True)
         return steps, state
 
-    return optax.GradientTransformationExtraArgs(_tree.shapes_for_shapes(init), update)
+    return optax.GradientTransformationExtraArgs(
+        _leaves.shapes_for_shapes(init), update
+    )
 
 
 def eval_params(state: Any, params: Any) -> Any:
@@ -257,7 +259,7 @@ def eval_params(state: Any, params: Any) -> Any:
             f"eval_params needs a state with one multi_call in it, found {len(found)}."
         )
     return jax.tree.map(
-        lambda x, clean: clean if _tree.is_float(x) else x,
+        lambda x, clean: clean if _leaves.is_float(x) else x,
         params,
         found[0].clean_params,
     )
@@ -277,12 +279,12 @@ def _step_to(x: Any, target: Any, u: Any) -> Any:
     """The update from ``x`` to ``target``, no narrower than either."""
     if not _trained(x, u):
         return u
-    step = _tree.wide(target) - _tree.wide(x)
+    step = _numerics.wide(target) - _numerics.wide(x)
     return step.astype(jnp.promote_types(u.dtype, x.dtype))
 
 
 def _trained(x: Any, u: Any) -> bool:
-    return u is not None and _tree.is_float(x)
+    return u is not None and _leaves.is_float(x)
 
 
 def _reached(clean: Any, offset: Any) -> tuple[Any, Any]:
@@ -302,4 +304,6 @@ def _choose(condition: Any, new: Any, old: Any) -> Any:
 
 def _finite(*trees: Any) -> Any:
     """Whether all floats of trees are finite."""
-    return _tree.all_finite([x for x in jax.tree.leaves(trees) if _tree.is_float(x)])
+    return _numerics.all_finite(
+        [x for x in jax.tree.leaves(trees) if _leaves.is_float(x)]
+    )

@@ -10,70 +10,27 @@ are in :mod:`optax_avg.rules`.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import jax
 import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _mixups, _sight, _tree
-
-Grads = Sequence[Any]
-
-
-class RuleState(NamedTuple):
-    """What a rule carries from step to step.
-
-    Attributes:
-      rule_step: int32, optimizer steps seen, on which radii are scheduled; at the
-        largest integer it goes back by the rule's ``period``.
-      rule_memory: the rule's own trees, ``()`` for most.
-    """
-
-    rule_step: jax.Array
-    rule_memory: Any
-
-
-class SharpnessRule(NamedTuple):
-    """A method, written once.
-
-    Gradients are in float32 or wider, structured like the parameters, None where there
-    is no gradient.
-
-    Attributes:
-      num_evals: evaluations per step, static.
-      probe: ``(i, params, grads[:i], state) -> offset`` of evaluation ``i``, None for
-        the parameters themselves.
-      combine: ``(params, grads, state) -> (gradient, memory)``.
-      init_memory: ``params -> memory``.
-      direction: ``(i, params, grads[:i], state) -> tree`` or None; where it is a tree,
-        evaluation ``i`` is the Hessian-vector product along it.
-      num_ascents: leading evaluations that make offsets and directions. An
-        ``ascent_fn`` of :func:`sharpness_aware` takes them.
-      in_result: which of these leading evaluations ``combine`` needs of the loss, None
-        for all. With an ``ascent_fn`` each of them is taken twice: ``probe`` and
-        ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
-      due: ``state -> bool``, whether this step takes all evaluations; None for always.
-      skip: ``(params, g_0, state) -> (gradient, memory)`` of a step that is not due.
-      period: steps after which what is due at some of them comes round again.
-    """
-
-    num_evals: int
-    probe: Callable[[int, Any, Grads, RuleState], Any]
-    combine: Callable[[Any, Grads, RuleState], tuple[Any, Any]]
-    init_memory: Callable[[Any], Any] = lambda params: ()
-    direction: Callable[[int, Any, Grads, RuleState], Any] = lambda *_: None
-    num_ascents: int = 1
-    in_result: tuple[int, ...] | None = None
-    due: Callable[[RuleState], Any] | None = None
-    skip: Callable[[Any, Any, RuleState], tuple[Any, Any]] | None = None
-    period: Any = 1
-
-    @property
-    def init(self) -> Any:
-        """Raises: Optax asks for it where a rule stands in place of a link."""
-        raise AttributeError(_mixups.RULE_FOR_LINK)
+from optax_avg import _checks, _leaves, _mesh, _mixups, _numerics, _sight
+from optax_avg.sharpness._rule import (
+    RuleState,
+    SharpnessRule,
+    _in_result,
+    advanced,
+    displaced,
+    evaluate,
+    init_state,
+    like,
+    refuse_masked,
+    skipping,
+    widened,
+)
 
 
 class SharpnessAware(Protocol):
@@ -86,121 +43,6 @@ class SharpnessAware(Protocol):
     ) -> tuple[Any, Any, RuleState]:
         """Returns the value (with aux), the gradient and the next state."""
         ...
-
-
-def init_state(rule: SharpnessRule, params: Any) -> RuleState:
-    """The state of a rule before the first step.
-
-    Raises:
-      ValueError: If a leaf is complex.
-    """
-    _tree.refuse_complex("a sharpness rule", params)
-    init = lambda params: RuleState(jnp.zeros([], jnp.int32), rule.init_memory(params))
-    state: Any = _tree.shapes_for_shapes(init)(params)
-    return state
-
-
-def displaced(params: Any, offset: Any) -> Any:
-    """``x + d`` in the dtype of ``x``; ``x`` itself where there is no offset."""
-    if offset is None:
-        return params
-
-    def one(x, d):
-        if d is None:
-            return x
-        return (_tree.wide(x) + lax.stop_gradient(d)).astype(x.dtype)
-
-    return jax.tree.map(one, params, offset)
-
-
-def widened(grads: Any, params: Any) -> Any:
-    """Gradients in float32 or wider, None where a leaf has none."""
-    return _tree.over(lambda g: _tree.wide(g), params, grads)
-
-
-def evaluate(
-    rule: SharpnessRule,
-    grad_at: Callable[[Any], Any],
-    params: Any,
-    state: RuleState,
-    grads: Grads = (),
-    ascents: Grads = (),
-    ascent_at: Callable[[Any], Any] | None = None,
-) -> list[Any]:
-    """All gradients of a step that ``combine`` gets.
-
-    Args:
-      rule: whose step.
-      grad_at: from parameters to the loss's gradient.
-      params: ``x``.
-      state: of the rule.
-      grads: the first ones, for ``combine``.
-      ascents: the first ones, for ``probe`` and ``direction``.
-      ascent_at: from parameters to the gradient of the ascent, if it is another.
-
-    Returns:
-      As many gradients as the rule has evaluations.
-    """
-    grads, ascents = list(grads), list(ascents)
-    for i in range(len(grads), rule.num_evals):
-        x = displaced(params, rule.probe(i, params, ascents, state))
-        along = rule.direction(i, params, ascents, state)
-
-        def taken(at, x=x, along=along):
-            g = at(x) if along is None else _hessian_product(at, x, along)
-            return widened(g, params)
-
-        if ascent_at is None or i >= rule.num_ascents:
-            ascents.append(taken(grad_at))
-            grads.append(ascents[-1])
-        else:
-            ascents.append(taken(ascent_at))
-            grads.append(taken(grad_at) if _in_result(rule, i) else ascents[-1])
-    return grads
-
-
-def _in_result(rule: SharpnessRule, i: int) -> bool:
-    return rule.in_result is None or i in rule.in_result
-
-
-def advanced(
-    rule: SharpnessRule, state: RuleState, memory: Any, grads: Grads
-) -> RuleState:
-    """The next state; memory keeps its value where a gradient is not finite."""
-    step = _tree.advance_clock(state.rule_step, rule.period)
-    if jax.tree.leaves(memory):
-        finite = _tree.all_finite(list(grads))
-        memory = jax.tree.map(
-            lambda new, old: jnp.where(finite, new, old), memory, state.rule_memory
-        )
-    return RuleState(step, memory)
-
-
-WITHOUT_PRODUCTS = (
-    "rules of gradients alone, such as gam() in place of gam_hvp() and "
-    "gradient_regularisation(scheme='central') in place of 'exact'"
-)
-
-
-def _hessian_product(grad_at: Callable[[Any], Any], x: Any, along: Any) -> Any:
-    """``H(x) v``, forward over reverse."""
-    leaves, structure = jax.tree.flatten(x)
-    tangents = structure.flatten_up_to(along)
-    moving = [i for i, v in enumerate(tangents) if v is not None]
-
-    def of(values):
-        changed = list(leaves)
-        for i, value in zip(moving, values, strict=True):
-            changed[i] = value
-        return grad_at(structure.unflatten(changed))
-
-    tangent = [tangents[i].astype(leaves[i].dtype) for i in moving]
-    # Inside shard_map a local direction makes the point local too.
-    primal = [
-        _tree.vary(leaves[i], _tree.varying_axes(v))
-        for i, v in zip(moving, tangent, strict=True)
-    ]
-    return _tree.derivative_along(of, primal, tangent, WITHOUT_PRODUCTS)
 
 
 def sharpness_aware(
@@ -273,7 +115,7 @@ def sharpness_aware(
         def taken(name, fn):
             def out_and_grads(x):
                 # Of replicated parameters shard_map would sum the gradients itself.
-                x = jax.tree.map(lambda leaf: _tree.vary(leaf, axes), x)
+                x = jax.tree.map(lambda leaf: _mesh.vary(leaf, axes), x)
                 found = fn(x, *args, **kwargs)
                 _mixups.refuse_no_pair(name, found, params, has_aux)
                 return found[0], _mean(found[1], ascent_axes)
@@ -370,7 +212,7 @@ def as_link(
         **extra_args: Any,
     ) -> tuple[Any, Any]:
         del extra_args
-        _tree.require_params(name, params)
+        _checks.require_params(name, params)
         _sight.report(name, received=updates)
         refuse_masked(name, updates)
         _mixups.refuse_no_grad_fn(name, grad_fn)
@@ -429,11 +271,11 @@ def trajectory_loss(
             f"logits differ in shape: {jnp.shape(student_logits)} of the student, "
             f"{jnp.shape(teacher_logits)} of the teacher."
         )
-    t = _tree.within(
+    t = _checks.within(
         "temperature", temperature, 0, float("inf"), open_low=True, closed_high=False
     )
-    student = jax.nn.log_softmax(_tree.wide(student_logits) / t)
-    teacher = jax.nn.log_softmax(_tree.wide(lax.stop_gradient(teacher_logits)) / t)
+    student = jax.nn.log_softmax(_numerics.wide(student_logits) / t)
+    teacher = jax.nn.log_softmax(_numerics.wide(lax.stop_gradient(teacher_logits)) / t)
     # A class of probability 0 counts nothing, though its logit is infinite.
     apart = jnp.where(teacher > -jnp.inf, teacher - student, 0)
     kl = jnp.sum(jnp.exp(teacher) * apart, axis=-1)
@@ -451,21 +293,6 @@ def _when_due(
     if rule.due is None:
         return full(g)
     return lax.cond(rule.due(state), full, skip, g)
-
-
-def skipping(rule: SharpnessRule) -> Callable[[Any, Any, RuleState], tuple[Any, Any]]:
-    """What a step does that is not due: the plain gradient unless the rule says."""
-    return rule.skip or (lambda params, g, state: (g, state.rule_memory))
-
-
-def like(gradient: Any, g: Any) -> Any:
-    """The gradient in the structure and dtypes in which gradients come."""
-    return jax.tree.map(
-        lambda g, new: g if new is None else new.astype(g.dtype),
-        g,
-        gradient,
-        is_leaf=lambda leaf: leaf is None,
-    )
 
 
 def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
@@ -501,14 +328,6 @@ def _mean(tree: Any, axes: tuple[str, ...]) -> Any:
     """The mean over mapped axes."""
     if not axes:
         return tree
-    return jax.tree.map(lambda g: lax.pmean(g, axes) if _tree.is_float(g) else g, tree)
-
-
-def refuse_masked(name: str, tree: Any) -> None:
-    """The loss cannot be called on a masked tree."""
-    leaves = jax.tree.leaves(tree, is_leaf=_tree.is_masked)
-    if any(_tree.is_masked(leaf) for leaf in leaves):
-        raise ValueError(
-            f"{name} cannot stand inside optax.masked or optax.partition; pass mask= "
-            "to the rule, or use sharpness_aware before the chain."
-        )
+    return jax.tree.map(
+        lambda g: lax.pmean(g, axes) if _leaves.is_float(g) else g, tree
+    )

@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _accumulate, _tree
-from optax_avg._absorb import absorbing
-from optax_avg._running import check_rounding
+from optax_avg import _checks, _leaves, _numerics
+from optax_avg.averages import _rounding
+from optax_avg.averages._absorb import absorbing
+from optax_avg.averages._running import check_rounding
 
 
 class WindowState(NamedTuple):
@@ -65,7 +66,7 @@ def window_average(
     *,
     start: int = 0,
     name: str = "window",
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -99,8 +100,8 @@ def window_average(
       Latest Weight Averaging", 2022, 2209.14981.
     """
     hint = "; inside optax.inject_hyperparams name it in static_args"
-    k = _tree.static_integer("k", k, 1, hint)
-    every, start = _tree.check_every(every, start)
+    k = _checks.static_integer("k", k, 1, hint)
+    every, start = _checks.check_every(every, start)
 
     def empty(x):
         return WindowState(
@@ -146,7 +147,7 @@ def bema(
     start: int = 0,
     name: str = "bema",
     accumulator_dtype: Any = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -185,16 +186,16 @@ def bema(
       Block and Zhang, "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes",
       2025, 2508.00180.
     """
-    kappa = _tree.within("kappa", kappa, 0, 1)
-    eta = _tree.within("eta", eta, 0, float("inf"), closed_high=False)
-    rho = _tree.within("rho", rho, 0, float("inf"), closed_high=False)
+    kappa = _checks.within("kappa", kappa, 0, 1)
+    eta = _checks.within("eta", eta, 0, float("inf"), closed_high=False)
+    rho = _checks.within("rho", rho, 0, float("inf"), closed_high=False)
     at_random = check_rounding(None, accumulator_dtype) == "stochastic"
-    gamma = _tree.within("gamma", gamma, 0, float("inf"), open_low=True)
-    every, start = _tree.check_every(every, start)
+    gamma = _checks.within("gamma", gamma, 0, float("inf"), open_low=True)
+    every, start = _checks.check_every(every, start)
 
     def empty(x):
         copies = lambda: jax.tree.map(
-            lambda leaf: _tree.copy_as(leaf, accumulator_dtype), x
+            lambda leaf: _numerics.copy_as(leaf, accumulator_dtype), x
         )
         return BemaState(
             step=jnp.zeros([], jnp.int32),
@@ -216,10 +217,12 @@ def bema(
         )
         old, first = state.uncorrected, t == 1
         if at_random:
-            ema = _accumulate.stochastic(b, x, old, first, name, state.step)
+            ema = _rounding.stochastic(b, x, old, first, name, state.step)
         else:
-            ema = _accumulate.nearest(b, x, old, first)
-        correct = lambda ema, x, x0: (ema + a * (_tree.widen(x) - x0)).astype(x0.dtype)
+            ema = _rounding.nearest(b, x, old, first)
+        correct = lambda ema, x, x0: (ema + a * (_numerics.widen(x) - x0)).astype(
+            x0.dtype
+        )
         return state._replace(
             corrected={name: jax.tree.map(correct, ema, x, base)},
             uncorrected=ema,

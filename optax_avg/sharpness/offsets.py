@@ -12,9 +12,9 @@ import jax.numpy as jnp
 from jax import lax
 from jax.tree_util import keystr, tree_leaves_with_path
 
-from optax_avg import _tree
+from optax_avg import _checks, _leaves, _mesh, _numerics
 from optax_avg._keys import key_maker
-from optax_avg.sharpness import Grads, RuleState, SharpnessRule
+from optax_avg.sharpness._rule import Grads, RuleState, SharpnessRule
 
 Radius = Any  # a float, a schedule, or a tree of them like (a prefix of) params
 Metric = Callable[[Any, Any], Any]
@@ -25,7 +25,7 @@ def ascent(
     grads: Any,
     radius: Any,
     *,
-    mask: _tree.Where | None = None,
+    mask: _leaves.Where | None = None,
     metric: Metric | None = None,
     scope: str = "global",
 ) -> Any:
@@ -45,15 +45,17 @@ def ascent(
     """
     g = masked(mask, params, grads)
     t = None if metric is None else metric(params, grads)
-    tg = g if t is None else _tree.over(lambda g, t: t * g, params, g, t)
-    direction = tg if t is None else _tree.over(lambda g, t: t * g, params, tg, t)
+    tg = g if t is None else _leaves.over(lambda g, t: t * g, params, g, t)
+    direction = tg if t is None else _leaves.over(lambda g, t: t * g, params, tg, t)
     if scope == "global":
-        n = _tree.norm(tg)
-        norms = _tree.over(lambda _: n, params, g)
+        n = _numerics.norm(tg)
+        norms = _leaves.over(lambda _: n, params, g)
     else:
-        norms = _tree.over(_row_norm if scope == "row" else _tree.norm, params, tg)
+        norms = _leaves.over(
+            _row_norm if scope == "row" else _numerics.norm, params, tg
+        )
     radii = _spread(radius, params)
-    return _tree.over(
+    return _leaves.over(
         lambda v, n, r: jnp.where(n > 0, r, 0) * (v / jnp.where(n > 0, n, 1)),
         params,
         direction,
@@ -62,7 +64,7 @@ def ascent(
     )
 
 
-def masked(mask: _tree.Where | None, params: Any, grads: Any) -> Any:
+def masked(mask: _leaves.Where | None, params: Any, grads: Any) -> Any:
     """Gradients, None outside the mask."""
     if mask is None:
         return grads
@@ -74,18 +76,18 @@ def masked(mask: _tree.Where | None, params: Any, grads: Any) -> Any:
     )
 
 
-def inside_of(mask: _tree.Where | None, params: Any) -> Any:
+def inside_of(mask: _leaves.Where | None, params: Any) -> Any:
     """A tree of bools like ``params``."""
-    selected = _tree.select(params, mask)
+    selected = _leaves.select(params, mask)
     return jax.tree.map(
-        lambda leaf: not _tree.is_masked(leaf), selected, is_leaf=_tree.is_masked
+        lambda leaf: not _leaves.is_masked(leaf), selected, is_leaf=_leaves.is_masked
     )
 
 
 def _row_norm(v: jax.Array) -> jax.Array:
     if v.ndim < 2:
-        return _tree.norm(v)
-    return jax.vmap(_tree.norm)(v).reshape(-1, *[1] * (v.ndim - 1))
+        return _numerics.norm(v)
+    return jax.vmap(_numerics.norm)(v).reshape(-1, *[1] * (v.ndim - 1))
 
 
 def _spread(radius: Any, params: Any) -> Any:
@@ -96,7 +98,9 @@ def _spread(radius: Any, params: Any) -> Any:
     """
     try:
         return jax.tree.map(
-            lambda r, part: jax.tree.map(lambda _: _tree.wide(jnp.asarray(r)), part),
+            lambda r, part: jax.tree.map(
+                lambda _: _numerics.wide(jnp.asarray(r)), part
+            ),
             radius,
             params,
         )
@@ -118,7 +122,7 @@ def finite(name: str, value: Any, open_low: bool = False) -> Any:
     Raises:
       ValueError: If it is negative, infinite or no number.
     """
-    return _tree.within(
+    return _checks.within(
         name, value, 0, float("inf"), open_low=open_low, closed_high=False
     )
 
@@ -151,7 +155,7 @@ def check_one_radius(name: str, radius: Any, rule: str, open_low: bool = False) 
     return radius if callable(radius) else finite(name, radius, open_low)
 
 
-def check_some(mask: _tree.Where | None, otherwise: str) -> Callable[[Any], Any]:
+def check_some(mask: _leaves.Where | None, otherwise: str) -> Callable[[Any], Any]:
     """An ``init_memory`` that remembers nothing and raises if a mask keeps no leaf."""
 
     def init_memory(params):
@@ -200,7 +204,7 @@ def _descending(
 def sam(
     rho: Radius = 0.05,
     *,
-    mask: _tree.Where | None = None,
+    mask: _leaves.Where | None = None,
     metric: Metric | None = None,
     scope: str = "global",
 ) -> SharpnessRule:
@@ -238,7 +242,7 @@ def sam(
     return _descending(offset, check_some(mask, f"mask {UNPERTURBED}"))
 
 
-def usam(rho: Radius = 0.05, *, mask: _tree.Where | None = None) -> SharpnessRule:
+def usam(rho: Radius = 0.05, *, mask: _leaves.Where | None = None) -> SharpnessRule:
     """Unnormalised SAM: ``d = rho g0``, result ``gd``.
 
     Args:
@@ -263,7 +267,7 @@ def usam(rho: Radius = 0.05, *, mask: _tree.Where | None = None) -> SharpnessRul
 
 
 def dnsam(
-    rho: Radius = 0.05, norm: Any = 1.0, *, mask: _tree.Where | None = None
+    rho: Radius = 0.05, norm: Any = 1.0, *, mask: _leaves.Where | None = None
 ) -> SharpnessRule:
     """Deterministically normalised SAM: ``d = rho g0/norm``, result ``gd``.
 
@@ -291,7 +295,7 @@ def dnsam(
     def offset(params, g0, state):
         radii = _spread(radius_at(rho, state), params)
         n = radius_at(norm, state)
-        return _tree.over(
+        return _leaves.over(
             lambda g, r: r / n * g, params, masked(mask, params, g0), radii
         )
 
@@ -299,7 +303,7 @@ def dnsam(
 
 
 def asam(
-    rho: Radius = 0.5, eta: float = 0.01, *, where: _tree.Where | None = None
+    rho: Radius = 0.5, eta: float = 0.01, *, where: _leaves.Where | None = None
 ) -> SharpnessRule:
     """Adaptive SAM: ``d = rho T^2 g0/|T g0|`` with ``T = |x| + eta``, result ``gd``.
 
@@ -332,7 +336,7 @@ def asam(
             lambda x, keep, g: (
                 None
                 if g is None
-                else jnp.abs(_tree.wide(x)) + eta
+                else jnp.abs(_numerics.wide(x)) + eta
                 if keep
                 else jnp.ones_like(g)
             ),
@@ -404,17 +408,17 @@ def fsam(
       Approach", 2022, 2210.05497.
     """
     rho = check_radius("rho", rho)
-    sparsity = _tree.within("sparsity", sparsity, 0, 1, closed_high=False)
-    _tree.check_integer("refresh", refresh, 1)
+    sparsity = _checks.within("sparsity", sparsity, 0, 1, closed_high=False)
+    _checks.check_integer("refresh", refresh, 1)
 
     def init(params):
         if sum(jnp.size(x) for x in jax.tree.leaves(params)) >= 2**31:
             raise ValueError("fsam counts up to 2**31 - 1 parameters; use sam(mask=).")
-        mask = _tree.over(lambda x: ~_tree.zeros_like(x, bool), params, params)
+        mask = _leaves.over(lambda x: ~_numerics.zeros_like(x, bool), params, params)
         return mask, jnp.array(-refresh, jnp.int32)
 
     def offset(params, g0, state):
-        sparse = _tree.over(
+        sparse = _leaves.over(
             lambda g, m: m * g, params, g0, _as_float(state.rule_memory[0])
         )
         return ascent(params, sparse, radius_at(rho, state))
@@ -429,13 +433,13 @@ def fsam(
             share: Any = sparsity * count
             exact = int(share) if isinstance(share, float) else share.astype(jnp.int32)
             dropped = jnp.minimum(exact, count - 1)
-            return structure.unflatten(_tree.ranked_after(sizes, dropped))
+            return structure.unflatten(_numerics.ranked_after(sizes, dropped))
 
         mask, renewed = state.rule_memory
         passed = state.rule_step - renewed
         due = (passed >= refresh) | (passed < 0)  # the clock has gone back
         keep = lambda mask: jax.tree.map(
-            lambda m, g: _tree.vary(m, _tree.varying_axes(g)), mask, g0
+            lambda m, g: _mesh.vary(m, _mesh.varying_axes(g)), mask, g0
         )
         mask = lax.cond(due, renew, keep, mask)
         return grads[-1], (mask, jnp.where(due, state.rule_step, renewed))
@@ -449,7 +453,7 @@ def _as_float(mask: Any) -> Any:
 
 def sam_on(
     rho: Radius = 0.05,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     *,
     metric: Metric | None = None,
 ) -> SharpnessRule:
@@ -545,7 +549,7 @@ def awp(gamma: Radius = 0.01) -> SharpnessRule:
 
     def offset(params, g0, state):
         radii = jax.tree.map(
-            lambda r, x: r * _tree.norm(x) if _tree.is_float(x) else r,
+            lambda r, x: r * _numerics.norm(x) if _leaves.is_float(x) else r,
             _spread(radius_at(gamma, state), params),
             params,
         )
@@ -589,7 +593,7 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
     epsilon = check_one_radius("epsilon", epsilon, "amp")
     eta = check_one_radius("eta", eta, "amp")
     hint = "; inside optax.inject_hyperparams name it in static_args"
-    steps = _tree.static_integer("steps", steps, 1, hint)
+    steps = _checks.static_integer("steps", steps, 1, hint)
 
     def probe(i, params, grads, state):
         if i == 0:
@@ -598,8 +602,8 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
         d = jax.tree.map(jnp.zeros_like, grads[0])
         for g in grads:
             d = jax.tree.map(lambda d, g: d + step * g, d, g)
-            n = _tree.norm(d)
-            d = _tree.scale(jnp.where(n > ball, ball / jnp.maximum(n, ball), 1), d)
+            n = _numerics.norm(d)
+            d = _numerics.scale(jnp.where(n > ball, ball / jnp.maximum(n, ball), 1), d)
         return d
 
     return SharpnessRule(1 + steps, probe, descend, num_ascents=steps, in_result=())
@@ -630,7 +634,7 @@ def esam(rho: Radius = 0.05, beta: float = 0.5, key: Any = 0) -> SharpnessRule:
       Networks", 2022, 2110.03141.
     """
     rho = check_radius("rho", rho)
-    beta = _tree.within("beta", beta, 0, 1, open_low=True)
+    beta = _checks.within("beta", beta, 0, 1, open_low=True)
     make_key = key_maker(key, "esam(key=jax.random.key(0))")
 
     def offset(params, g0, state):

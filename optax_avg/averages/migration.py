@@ -12,8 +12,8 @@ import numpy as np
 import optax
 from jax.core import Tracer
 
-from optax_avg import _tree
-from optax_avg.readout import is_average_state, trees_of
+from optax_avg import _leaves
+from optax_avg.averages.readout import is_average_state, trees_of
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 # Fields that the averages of one link have in common.
@@ -218,7 +218,7 @@ def _put_together(new: Any, sources: dict[str, Any]) -> Any:
             return {name: held[name] for name, held in by_name.items() if name in held}
         value = getattr(first, field)
         # Two new links may come from one old one, and both be donated.
-        shared = field in SHARED and not _tree.is_abstract(value)
+        shared = field in SHARED and not _leaves.is_abstract(value)
         return jnp.array(value, copy=True) if shared else value
 
     return type(new)(**{field: moved(field) for field in new._fields})
@@ -294,7 +294,7 @@ def _type(leaf: Any) -> str:
 
 def _equal(a: Any, b: Any) -> bool:
     """Whether two arrays are the same; shapes without values are taken to be."""
-    if _tree.is_abstract([a, b]):
+    if _leaves.is_abstract([a, b]):
         return True
     return np.array_equal(np.asarray(a), np.asarray(b))
 

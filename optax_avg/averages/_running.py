@@ -11,8 +11,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _accumulate, _tree, weights
-from optax_avg._absorb import absorbing
+from optax_avg import _checks, _leaves, _numerics, weights
+from optax_avg.averages import _rounding
+from optax_avg.averages._absorb import absorbing
 
 
 class AverageState(NamedTuple):
@@ -55,7 +56,7 @@ def running_average(
     name: str,
     accumulator_dtype: Any,
     rounding: str | None,
-    where: _tree.Where | None,
+    where: _leaves.Where | None,
     skip_nonfinite: bool,
     memory_kind: str | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -80,13 +81,15 @@ def running_average(
     if not by_name:
         raise ValueError(f"{caller} needs a weight; write average(weights.ema(0.999)).")
     by_name = {str(key): weights.with_stride(value) for key, value in by_name.items()}
-    every, start = _tree.check_every(every, start)
+    every, start = _checks.check_every(every, start)
     rounding = check_rounding(rounding, accumulator_dtype)
     compensated = rounding == "compensated"
 
     def empty(x):
         accumulators = {
-            key: jax.tree.map(lambda leaf: _tree.copy_as(leaf, accumulator_dtype), x)
+            key: jax.tree.map(
+                lambda leaf: _numerics.copy_as(leaf, accumulator_dtype), x
+            )
             for key in by_name
         }
         return AverageState(
@@ -97,7 +100,7 @@ def running_average(
             every=jnp.array(every, jnp.int32),
             averages=accumulators,
             compensations=jax.tree.map(
-                lambda a: _tree.zeros_like(a, a.dtype), accumulators
+                lambda a: _numerics.zeros_like(a, a.dtype), accumulators
             )
             if compensated
             else {},
@@ -123,15 +126,13 @@ def running_average(
             w = lax.optimization_barrier(jnp.where(is_base, 1, w))
             avg = state.averages[key]
             if compensated:
-                averages[key], compensations[key] = _accumulate.compensated(
+                averages[key], compensations[key] = _rounding.compensated(
                     w, x, avg, state.compensations[key], t == 1
                 )
             elif rounding == "stochastic":
-                averages[key] = _accumulate.stochastic(
-                    w, x, avg, t == 1, key, state.step
-                )
+                averages[key] = _rounding.stochastic(w, x, avg, t == 1, key, state.step)
             else:
-                averages[key] = _accumulate.nearest(w, x, avg, t == 1)
+                averages[key] = _rounding.nearest(w, x, avg, t == 1)
         keep_if_base = lambda old, new: jnp.where(is_base, old, new)
         masses, remainders = (
             {key: keep_if_base(old, totals[key][part]) for key, old in sums.items()}

@@ -5,9 +5,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _tree
-from optax_avg._running import AverageState
-from optax_avg.windows import BemaState, WindowState
+from optax_avg import _leaves, _numerics
+from optax_avg.averages._running import AverageState
+from optax_avg.averages.windows import BemaState, WindowState
 
 
 def averaged_params(state: Any, params: Any, name: str | None = None) -> Any:
@@ -103,7 +103,7 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
         if name not in trees_of(node):
             continue
         begun = jax.tree.leaves(node.absorbed)[0] > 0
-        aligned = _tree.align(read_average(node, name), params)
+        aligned = _leaves.align(read_average(node, name), params)
         for i, (value, (path, leaf)) in enumerate(zip(aligned, paths, strict=True)):
             if value is None:
                 continue
@@ -149,7 +149,9 @@ def read_average(node: Any, name: str) -> Any:
     tree = jax.tree.map(_on_device, trees_of(node)[name])
     if isinstance(node, AverageState) and name in node.compensations:
         rest = jax.tree.map(_on_device, node.compensations[name])
-        return jax.tree.map(lambda a, c: _tree.wide(a) + _tree.wide(c), tree, rest)
+        return jax.tree.map(
+            lambda a, c: _numerics.wide(a) + _numerics.wide(c), tree, rest
+        )
     if isinstance(node, WindowState):
         return jax.tree.map(lambda ring: _window_mean(ring, absorbed), tree)
     return tree
@@ -165,7 +167,7 @@ def _over(begun: jax.Array, value: jax.Array) -> jax.Array:
 def _window_mean(ring: jax.Array, absorbed: jax.Array) -> jax.Array:
     """Mean of the rows that have been written."""
     row = jnp.arange(ring.shape[0]).reshape(-1, *[1] * (ring.ndim - 1))
-    written = jnp.where(row < absorbed, _tree.wide(ring), 0)
+    written = jnp.where(row < absorbed, _numerics.wide(ring), 0)
     return written.sum(axis=0) / jnp.clip(absorbed, 1, ring.shape[0])
 
 

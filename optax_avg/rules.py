@@ -1,12 +1,12 @@
 """The sharpness family as rules: where to take gradients, how to combine them.
 
 ``g0`` is the gradient at ``x``, ``gd`` at ``x + d``, ``u(v)`` is ``v/|v|`` and 0 at 0.
-Rules of :mod:`optax_avg.rules.offsets` differ from SAM in ``d``, rules of
-:mod:`optax_avg.rules.combinations` in what becomes of the gradients. Every radius takes
-a float or a schedule of the optimizer step.
+Rules of :mod:`optax_avg.sharpness.offsets` differ from SAM in ``d``, rules of
+:mod:`optax_avg.sharpness.combinations` in what becomes of the gradients. Every radius
+takes a float or a schedule of the optimizer step.
 """
 
-from optax_avg.rules.combinations import (
+from optax_avg.sharpness.combinations import (
     cr_sam,
     every_k,
     friendly_sam,
@@ -20,7 +20,7 @@ from optax_avg.rules.combinations import (
     vasso,
     wsam,
 )
-from optax_avg.rules.offsets import (
+from optax_avg.sharpness.offsets import (
     amp,
     asam,
     awp,

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _sight, _tree
+from optax_avg import _checks, _leaves, _numerics, _sight
 
 
 def absorbing(
@@ -19,7 +19,7 @@ def absorbing(
     period: int = 1,
     every: int,
     start: int,
-    where: _tree.Where | None,
+    where: _leaves.Where | None,
     skip_nonfinite: bool,
     memory_kind: str | None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -42,7 +42,7 @@ def absorbing(
     Returns:
       A transformation that leaves the updates alone.
     """
-    every, start = _tree.check_every(every, start)
+    every, start = _checks.check_every(every, start)
     if memory_kind not in (None, "device", "pinned_host"):
         raise ValueError(
             f"memory_kind must be None, 'device' or 'pinned_host', got {memory_kind!r}."
@@ -56,22 +56,22 @@ def absorbing(
         )
 
     def init(params):
-        return put(empty(_tree.select(params, where)), jax.memory.Space.Host)
+        return put(empty(_leaves.select(params, where)), jax.memory.Space.Host)
 
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del extra_args
-        _tree.require_params(name, params)
+        _checks.require_params(name, params)
         _sight.report(name, emitted=updates)
-        step: Any = _tree.advance_clock(state.step, every)
-        x = _tree.select(_tree.new_iterate(params, updates), where)
+        step: Any = _numerics.advance_clock(state.step, every)
+        x = _leaves.select(_leaves.new_iterate(params, updates), where)
         state = put(state._replace(step=step), jax.memory.Space.Host)
         is_base = step == start
 
         def take(state):
             t = jnp.asarray(optax.safe_increment(state.absorbed), jnp.float32)
-            count = _tree.advance_clock(state.absorbed, period)
+            count = _numerics.advance_clock(state.absorbed, period)
             new = absorb(state, x, t, is_base)
             return new._replace(absorbed=jnp.where(is_base, state.absorbed, count))
 
@@ -81,7 +81,7 @@ def absorbing(
         def offer(state):
             state = put(state, jax.memory.Space.Device)
             if skip_nonfinite:
-                state = lax.cond(_tree.all_finite(x) | is_base, take, reject, state)
+                state = lax.cond(_numerics.all_finite(x) | is_base, take, reject, state)
             else:
                 state = take(state)
             return put(state, jax.memory.Space.Host)
@@ -92,4 +92,6 @@ def absorbing(
         due = (step >= start) & ((step - start) % every == 0)
         return updates, lax.cond(due, offer, lambda state: state, state)
 
-    return optax.GradientTransformationExtraArgs(_tree.shapes_for_shapes(init), update)
+    return optax.GradientTransformationExtraArgs(
+        _leaves.shapes_for_shapes(init), update
+    )

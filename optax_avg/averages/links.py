@@ -3,9 +3,9 @@
     avg += w(t) * (x_t - avg),    x_t = params + updates
 
 Every average of this module is :func:`average` with a weight of
-:mod:`optax_avg.weights`; :mod:`optax_avg.windows` has the two that need other memory,
-and :func:`optax_avg.averaged_params` reads all of them. An average must stand last in
-the chain: it averages what ``optax.apply_updates`` will make of the updates it sees.
+:mod:`optax_avg.weights`; :mod:`optax_avg.averages.windows` has the two that need other
+memory, and :func:`optax_avg.averaged_params` reads all of them. An average must stand
+last in the chain: it averages what ``optax.apply_updates`` will make of the updates.
 Inside ``optax.MultiSteps`` it moves once per real step; around it, once per call.
 """
 
@@ -16,8 +16,8 @@ import jax
 import numpy as np
 import optax
 
-from optax_avg import _tree, weights
-from optax_avg._running import running_average
+from optax_avg import _checks, _leaves, _numerics, weights
+from optax_avg.averages._running import running_average
 
 
 def average(
@@ -28,7 +28,7 @@ def average(
     name: str = "average",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -102,7 +102,7 @@ def ema_params(
     name: str = "ema",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -157,7 +157,7 @@ def polyak_average(
     name: str = "polyak",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -207,7 +207,7 @@ def swa(
     name: str = "swa",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -262,7 +262,7 @@ def tail_average(
     name: str = "tail_average",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -313,7 +313,7 @@ def power_ema(
     name: str = "power_ema",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -371,7 +371,7 @@ def lr_weighted_average(
     name: str = "lr_weighted",
     accumulator_dtype: Any = None,
     rounding: str | None = None,
-    where: _tree.Where | None = None,
+    where: _leaves.Where | None = None,
     skip_nonfinite: bool = True,
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
@@ -410,8 +410,8 @@ def lr_weighted_average(
             "polyak_average(), inside optax.inject_hyperparams write "
             'static_args=("learning_rate",).'
         )
-    every, start = _tree.check_every(every, start)
-    count = lambda t: _tree.step_of(t, every, start + every - 1)
+    every, start = _checks.check_every(every, start)
+    count = lambda t: _numerics.step_of(t, every, start + every - 1)
     return running_average(
         "lr_weighted_average",
         weights.mass(lambda t: learning_rate(count(t)) ** power),
@@ -444,7 +444,9 @@ def _widths(name: str, sigma_rel: Any) -> dict[str, Any]:
             "power_ema names its averages by their widths, which must be known; inside "
             'optax.inject_hyperparams write static_args=("sigma_rel",).'
         ) from None
-    listed = [float(_tree.within("sigma_rel", width, 0, 12**-0.5)) for width in listed]
+    listed = [
+        float(_checks.within("sigma_rel", width, 0, 12**-0.5)) for width in listed
+    ]
     widths = {f"{name}_{width:g}": width for width in listed}
     if not listed or len(widths) != len(listed):
         raise ValueError(f"power_ema needs distinct widths, got {sigma_rel!r}.")

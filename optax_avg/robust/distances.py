@@ -1,4 +1,4 @@
-"""Closed forms of the proximal step that :mod:`optax_avg.location` is made of.
+"""Closed forms of the proximal step that :mod:`optax_avg.robust.location` is made of.
 
     step = argmin_s D(s - delta) + |s|^2 / (2 tau),    delta = g - m
 
@@ -14,7 +14,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_avg import _tree
+from optax_avg import _mesh, _numerics
 
 Leaves = list[jax.Array]
 
@@ -40,12 +40,12 @@ def share(tau: Any) -> Any:
 
 def mean(delta: Leaves, tau: Any) -> Step:
     """Half the squared l2 norm: ``tau/(1 + tau) delta``."""
-    return Step([share(tau) * d for d in delta], jnp.ones([]), _tree.norm(delta))
+    return Step([share(tau) * d for d in delta], jnp.ones([]), _numerics.norm(delta))
 
 
 def l2(delta: Leaves, tau: Any) -> Step:
     """``min(1, tau/|delta|) delta``."""
-    n = _tree.norm(delta)
+    n = _numerics.norm(delta)
     inside = n <= tau
     factor = jnp.where(inside, 1, tau / jnp.where(n > 0, n, 1))
     return Step([factor * d for d in delta], inside.astype(n.dtype), n)
@@ -90,7 +90,7 @@ def linf(delta: Leaves, tau: Any) -> Step:
         return pair[1], jnp.maximum(pair[1], newton(pair[1]))
 
     first = jnp.broadcast_to(jnp.asarray(-tau, top.dtype), top.shape)
-    first = _tree.vary(first, _tree.varying_axes(top))
+    first = _mesh.vary(first, _mesh.varying_axes(top))
     start = first, jnp.maximum(first, newton(first))
     theta = lax.while_loop(lambda pair: pair[1] > pair[0], ascend, start)[1]
     shrunk = [jnp.sign(d) * jnp.maximum(a - theta, 0) for d, a in zip(delta, depths)]

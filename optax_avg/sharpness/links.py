@@ -13,9 +13,10 @@ from typing import Any, NamedTuple, ParamSpec
 import jax
 import optax
 
-from optax_avg import _mixups, _sight, _tree, rules
-from optax_avg.rules.offsets import Radius, finite, radius_at
-from optax_avg.sharpness import RuleState, SharpnessRule, as_link
+from optax_avg import _checks, _leaves, _mixups, _numerics, _sight, rules
+from optax_avg.sharpness._rule import RuleState, SharpnessRule
+from optax_avg.sharpness.forms import as_link
+from optax_avg.sharpness.offsets import Radius, finite, radius_at
 
 P = ParamSpec("P")
 RETURNS = """Returns:
@@ -123,7 +124,7 @@ def decoupled_wsam(
       Regularization Term", 2023, 2305.15817, algorithm 1.
     """
     _mixups.refuse_no_optimizer("decoupled_wsam", optimizer)
-    gamma = _tree.within("gamma", gamma, 0, 1, closed_high=False)
+    gamma = _checks.within("gamma", gamma, 0, 1, closed_high=False)
     if not callable(learning_rate):
         learning_rate = finite("learning_rate", learning_rate)
     inner = optax.with_extra_args_support(optimizer)
@@ -147,10 +148,10 @@ def decoupled_wsam(
         )
 
         def add(step, g0, gd):
-            if step is None or not _tree.is_float(step):
+            if step is None or not _leaves.is_float(step):
                 return step
-            sharpness = _tree.wide(gd) - _tree.wide(g0)
-            return (_tree.wide(step) - lr * gamma / (1 - gamma) * sharpness).astype(
+            sharpness = _numerics.wide(gd) - _numerics.wide(g0)
+            return (_numerics.wide(step) - lr * gamma / (1 - gamma) * sharpness).astype(
                 step.dtype
             )
 
@@ -158,4 +159,6 @@ def decoupled_wsam(
         _sight.report("decoupled_wsam", received=updates, emitted=steps)
         return steps, DecoupledState(rule_state, inner_state)
 
-    return optax.GradientTransformationExtraArgs(_tree.shapes_for_shapes(init), update)
+    return optax.GradientTransformationExtraArgs(
+        _leaves.shapes_for_shapes(init), update
+    )

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _mixups, _sight, _tree
-from optax_avg.averaging import ema_params
-from optax_avg.readout import average_names, is_average_state, read_leaves
+from optax_avg import _checks, _mixups, _numerics, _sight
+from optax_avg.averages.links import ema_params
+from optax_avg.averages.readout import average_names, is_average_state, read_leaves
 
 
 def write_back(
@@ -42,7 +42,7 @@ def write_back(
       >>> import optax, optax_avg as oa
       >>> tx = optax.chain(optax.adam(1e-3), oa.write_back(oa.window_average(6), 100))
     """
-    return _write_back("write_back", average, _tree.check_integer("every", every, 1))
+    return _write_back("write_back", average, _checks.check_integer("every", every, 1))
 
 
 def switch_ema(
@@ -69,7 +69,7 @@ def switch_ema(
       Li et al., "Switch EMA: A Free Lunch for Better Flatness and Sharpness", 2024,
       2402.09240.
     """
-    every = _tree.check_integer("every", every, 1)
+    every = _checks.check_integer("every", every, 1)
     return _write_back("switch_ema", ema_params(decay, debias=debias), every)
 
 
@@ -101,8 +101,8 @@ def lookahead(
       Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", 2019,
       1907.08610.
     """
-    sync_period = _tree.check_integer("sync_period", sync_period, 1)
-    alpha = _tree.within("slow_step_size", slow_step_size, 0, 1)
+    sync_period = _checks.check_integer("sync_period", sync_period, 1)
+    alpha = _checks.within("slow_step_size", slow_step_size, 0, 1)
     slow = ema_params(1 - alpha, debias=False, every=sync_period, name="lookahead")
     return _write_back("lookahead", slow, sync_period)
 
@@ -133,7 +133,7 @@ def _write_back(
     def update(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
-        _tree.require_params(caller, params)
+        _checks.require_params(caller, params)
         before = state
         with _sight.collected(None):  # it reports for both
             averaged: tuple[Any, Any] = inner.update(
@@ -141,8 +141,8 @@ def _write_back(
             )
         updates, state = averaged
         # The average's own clock goes back by its stride alone.
-        stride = _tree.common_multiple(state.every, every)
-        step = _tree.advance_clock(before.step, stride)
+        stride = _numerics.common_multiple(state.every, every)
+        step = _numerics.advance_clock(before.step, stride)
         state = state._replace(step=step)
 
         def replace(updates):
@@ -166,5 +166,5 @@ def _write_back(
 def _step_to(found: tuple[jax.Array, jax.Array], x: jax.Array, u: Any) -> jax.Array:
     """The update from ``x`` to the average, or ``u`` while there is none."""
     is_there, average = found
-    step = _tree.wide(average) - _tree.wide(jnp.asarray(x))
+    step = _numerics.wide(average) - _numerics.wide(jnp.asarray(x))
     return jnp.where(is_there, step.astype(u.dtype), u)

@@ -1,8 +1,9 @@
 """How heavy are the tails of gradient noise: ``P(|x| > s) ~ s^-alpha``.
 
 Below 2 the variance is infinite, at 1 the mean goes: there a mean of gradients does not
-get better with their number, and locations of :mod:`optax_avg.location` do. Noise is
-the difference of two gradients in a row: what they share cancels, the index stays.
+get better with their number, and locations of :mod:`optax_avg.robust.location` do.
+Noise is the difference of two gradients in a row: what they share cancels, the index
+stays.
 """
 
 import math
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _tree
+from optax_avg import _checks, _leaves, _numerics
 
 
 class TailState(NamedTuple):
@@ -167,16 +168,16 @@ def track_tail_index(
     References:
       Simsekli et al., 2019, 1901.06053.
     """
-    _tree.check_integer("num_largest", num_largest, 4)
-    _tree.check_integer("block", block, 2)
+    _checks.check_integer("num_largest", num_largest, 4)
+    _checks.check_integer("block", block, 2)
 
     def init_fn(params: Any) -> TailState:
         count = lambda: jnp.zeros([], jnp.int32)
         mean = lambda: jnp.zeros([], jnp.float32)
         return TailState(
             count(),
-            _tree.zeros_like_wide(params),
-            _tree.zeros_like_wide(params),
+            _leaves.zeros_like_wide(params),
+            _leaves.zeros_like_wide(params),
             count(),
             count(),
             jnp.asarray(block, jnp.int32),
@@ -191,27 +192,27 @@ def track_tail_index(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
-        leaves = jax.tree.leaves(updates, is_leaf=_tree.is_absent)
-        old, structure = jax.tree.flatten(state.waiting, is_leaf=_tree.is_absent)
-        sums = jax.tree.leaves(state.block_sum, is_leaf=_tree.is_absent)
+        leaves = jax.tree.leaves(updates, is_leaf=_leaves.is_absent)
+        old, structure = jax.tree.flatten(state.waiting, is_leaf=_leaves.is_absent)
+        sums = jax.tree.leaves(state.block_sum, is_leaf=_leaves.is_absent)
         floats = [
             i
             for i, (u, w) in enumerate(zip(leaves, old, strict=True))
-            if not (_tree.is_absent(u) or _tree.is_absent(w))
+            if not (_leaves.is_absent(u) or _leaves.is_absent(w))
         ]
-        finite = _tree.all_finite([leaves[i] for i in floats])
-        x = {i: _tree.wide(leaves[i]) - old[i] for i in floats}
-        size = _tree.norm(x).astype(jnp.float32)
+        finite = _numerics.all_finite([leaves[i] for i in floats])
+        x = {i: _numerics.wide(leaves[i]) - old[i] for i in floats}
+        size = _numerics.norm(x).astype(jnp.float32)
         counts = finite & (state.tail_step % 2 == 1) & (size > 0) & jnp.isfinite(size)
         # Beyond the largest integer blocks and pairs go on as they were.
         samples = jnp.where(
-            counts, _tree.advance_clock(state.samples, block), state.samples
+            counts, _numerics.advance_clock(state.samples, block), state.samples
         )
         total = {i: jnp.where(counts, sums[i] + x[i], sums[i]) for i in floats}
-        length = _tree.norm(total).astype(jnp.float32)
+        length = _numerics.norm(total).astype(jnp.float32)
         full = counts & (samples % block == 0)
         told = full & (length > 0) & jnp.isfinite(length)
-        blocks = _tree.count_if(told, state.blocks)
+        blocks = _numerics.count_if(told, state.blocks)
         for i in floats:
             old[i] = jnp.where(finite, leaves[i], old[i]).astype(old[i].dtype)
             sums[i] = jnp.where(full, 0, total[i]).astype(sums[i].dtype)
@@ -223,7 +224,7 @@ def track_tail_index(
         largest = jnp.append(state.largest, jnp.where(counts, size, 0))
         return updates, TailState(
             tail_step=jnp.where(
-                finite, _tree.advance_clock(state.tail_step, 2), state.tail_step
+                finite, _numerics.advance_clock(state.tail_step, 2), state.tail_step
             ),
             waiting=structure.unflatten(old),
             block_sum=structure.unflatten(sums),
@@ -233,12 +234,12 @@ def track_tail_index(
             mean_log=log,
             mean_log_block=log_block,
             largest=lax.top_k(largest, len(state.largest))[0],
-            left_out=_tree.count_if(~finite, state.left_out),
+            left_out=_numerics.count_if(~finite, state.left_out),
             remainders=(rest, rest_block),
         )
 
     return optax.GradientTransformationExtraArgs(
-        _tree.shapes_for_shapes(init_fn), update_fn
+        _leaves.shapes_for_shapes(init_fn), update_fn
     )
 
 
@@ -252,7 +253,7 @@ def _mean_of_logs(
     """The mean with one more, the ``count``-th, where it counts, and its remainder."""
     log = jnp.log(jnp.where(counts, size, 1))
     change = ((log - mean) - rest) / jnp.maximum(count, 1)
-    new, left = _tree.sum_and_error(mean, rest + change)
+    new, left = _numerics.sum_and_error(mean, rest + change)
     return jnp.where(counts, new, mean), jnp.where(counts, left, rest)
 
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from optax_avg import _tree
-from optax_avg._stack import NotStackedError, axis_names
+from optax_avg import _leaves, _mesh
+from optax_avg.robust._stack import NotStackedError, axis_names
 
 
 def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> None:
@@ -23,14 +23,14 @@ def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> N
     """
     leaves = [
         (f"updates{jax.tree_util.keystr(path)}", x)
-        for path, x in jax.tree.flatten_with_path(updates, is_leaf=_tree.is_absent)[0]
+        for path, x in jax.tree.flatten_with_path(updates, is_leaf=_leaves.is_absent)[0]
     ]
-    gradients = [(name, x) for name, x in leaves if _tree.is_gradient(x)]
+    gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
     if axis_name is not None:
         _check_varying(gradients, axis_names(axis_name))
     if params is None:
         return
-    parts = _tree.parts_like(updates, params)
+    parts = _leaves.parts_like(updates, params)
     if len(parts) != len(leaves):
         raise ValueError(
             f"updates has {len(leaves)} leaves and params {len(parts)}; pass gradients "
@@ -43,7 +43,7 @@ def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> N
         "grad(loss), (None, 0)) or the like."
     )
     for (name, x), part in zip(leaves, parts, strict=True):
-        if not (_tree.is_gradient(x) and _tree.is_gradient(part)):
+        if not (_leaves.is_gradient(x) and _leaves.is_gradient(part)):
             continue
         shape = list(jnp.shape(x))
         if axis is not None and -len(shape) <= axis < len(shape):
@@ -64,9 +64,9 @@ def _check_varying(gradients: list[tuple[str, Any]], names: tuple[Any, ...]) -> 
     Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``: then the
     index of the device does not vary either.
     """
-    typed = [a for a in names if a in _tree.varying_axes(lax.axis_index(a))]
+    typed = [a for a in names if a in _mesh.varying_axes(lax.axis_index(a))]
     for name, x in gradients:
-        same = [a for a in typed if a not in _tree.varying_axes(jnp.asarray(x))]
+        same = [a for a in typed if a not in _mesh.varying_axes(jnp.asarray(x))]
         if same:
             over = repr(same[0] if len(same) == 1 else tuple(same))
             raise ValueError(

@@ -13,8 +13,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_avg import _tree
-from optax_avg.location import adaptive_radius, track_location
+from optax_avg import _checks, _leaves, _numerics
+from optax_avg.robust.location import adaptive_radius, track_location
 
 INFINITY = float("inf")
 UNUSUAL = 100.0  # a norm, in units of the median, that says nothing of the others
@@ -80,10 +80,10 @@ def clip_by_zscore(
       Kumar et al., "ZClip: Adaptive Spike Mitigation for LLM Pre-Training", 2025,
       2504.02507.
     """
-    z_max = _tree.within("z_max", z_max, 0, INFINITY, open_low=True)
-    decay = _tree.within("decay", decay, 0, 1, closed_high=False)
+    z_max = _checks.within("z_max", z_max, 0, INFINITY, open_low=True)
+    decay = _checks.within("decay", decay, 0, 1, closed_high=False)
     hint = "; inside optax.inject_hyperparams name it in static_args"
-    warmup_steps = _tree.static_integer("warmup_steps", warmup_steps, 1, hint)
+    warmup_steps = _checks.static_integer("warmup_steps", warmup_steps, 1, hint)
 
     def limit(n, step, statistics):
         mu, var, first = statistics
@@ -135,8 +135,8 @@ def clip_by_percentile(
       Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation
       Networks", 2020, 2007.14469.
     """
-    percentile = _tree.within("percentile", percentile, 0, 100)
-    _tree.check_integer("window", window, 1)
+    percentile = _checks.within("percentile", percentile, 0, 100)
+    _checks.check_integer("window", window, 1)
 
     def limit(n, step, norms):
         del step
@@ -238,13 +238,13 @@ def clip_by_ema_norm(
       Wang et al., "AdaGC: Improving Training Stability for Large Language Model
       Pretraining", 2025, 2502.11034.
     """
-    lambda_rel = _tree.within("lambda_rel", lambda_rel, 1, INFINITY)
-    decay = _tree.within("decay", decay, 0, 1)
-    lambda_abs = _tree.within("lambda_abs", lambda_abs, 0, INFINITY, open_low=True)
-    _tree.check_integer("warmup_steps", warmup_steps, 1)
+    lambda_rel = _checks.within("lambda_rel", lambda_rel, 1, INFINITY)
+    decay = _checks.within("decay", decay, 0, 1)
+    lambda_abs = _checks.within("lambda_abs", lambda_abs, 0, INFINITY, open_low=True)
+    _checks.check_integer("warmup_steps", warmup_steps, 1)
 
     def limit(n, step, gamma):
-        total = _tree.norm(n)
+        total = _numerics.norm(n)
         share = jnp.minimum(1, lambda_abs / jnp.where(total > 0, total, 1))
         known = gamma > 0
         relative = jnp.where(known, lambda_rel * gamma, INFINITY)
@@ -290,7 +290,7 @@ def clip_redescending(
       Optimization in Deep Learning", 2021, 2101.09192.
     """
     if scale is not None:
-        scale = _tree.within("scale", scale, 0, INFINITY, open_low=True)
+        scale = _checks.within("scale", scale, 0, INFINITY, open_low=True)
 
     def soften(g, norms, step, statistics):
         del norms, step
@@ -330,8 +330,8 @@ def scale_by_clipped_adagrad_norm(
       Chezhegov et al., "Gradient Clipping Improves AdaGrad when the Noise Is
       Heavy-Tailed", 2024, 2406.04443.
     """
-    max_norm = _tree.within("max_norm", max_norm, 0, INFINITY, open_low=True)
-    b0 = _tree.within("b0", b0, 0, INFINITY, open_low=True)
+    max_norm = _checks.within("max_norm", max_norm, 0, INFINITY, open_low=True)
+    b0 = _checks.within("b0", b0, 0, INFINITY, open_low=True)
 
     def divide(g, norms, step, statistics):
         del step
@@ -339,7 +339,7 @@ def scale_by_clipped_adagrad_norm(
         kept = jnp.minimum(n, max_norm)
         # sqrt(b^2 + n^2) - b, which b alone would soon round away.
         risen = kept * (kept / 2 / (b / 2 + jnp.hypot(b, kept) / 2))
-        after, left = _tree.sum_and_error(b, rest + risen)
+        after, left = _numerics.sum_and_error(b, rest + risen)
         factor = jnp.where(n > 0, kept / jnp.where(n > 0, n, 1), 1)
         factor = factor / (b if delay else after)
         out = {i: factor * x for i, x in g.items()}
@@ -375,8 +375,8 @@ def scale_by_induced_metric(
       Harvey, "The Optimiser Hidden in Plain Sight: Training with the Loss Landscape's
       Induced Metric", 2025, 2509.03594.
     """
-    xi = _tree.within("xi", xi, 0, INFINITY, closed_high=False)
-    decay = _tree.within("decay", decay, 0, 1, closed_high=False)
+    xi = _checks.within("xi", xi, 0, INFINITY, closed_high=False)
+    decay = _checks.within("decay", decay, 0, 1, closed_high=False)
 
     def precondition(g, norms, step, statistics):
         del step
@@ -421,10 +421,10 @@ def _with_statistics(
     """
 
     def init_fn(params: Any) -> ClipState:
-        leaves = jax.tree.leaves(params, is_leaf=_tree.is_absent)
+        leaves = jax.tree.leaves(params, is_leaf=_leaves.is_absent)
         count = lambda: jnp.zeros([], jnp.int32)
         groups = len(leaves) if scope == "leaf" else 1
-        dtype = _tree.dtype_of_norms(_tree.select(params, None))
+        dtype = _numerics.dtype_of_norms(_leaves.select(params, None))
         statistics = jax.tree.map(lambda s: s.astype(dtype), init(groups))
         return ClipState(count(), statistics, count(), count())
 
@@ -432,17 +432,17 @@ def _with_statistics(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
+        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
         g = {
-            i: _tree.wide(leaf)
+            i: _numerics.wide(leaf)
             for i, leaf in enumerate(leaves)
-            if not _tree.is_absent(leaf) and _tree.is_float(leaf)
+            if not _leaves.is_absent(leaf) and _leaves.is_float(leaf)
         }
         if scope == "leaf":
             members = [[g[i]] if i in g else [] for i in range(len(leaves))]
         else:
             members = [list(g.values())]
-        norms = _tree.norms(members)
+        norms = _numerics.norms(members)
         if kept := jax.tree.leaves(state.clip_statistics):
             # A norm that they cannot hold counts as not finite.
             norms = norms.astype(kept[0].dtype)
@@ -453,16 +453,16 @@ def _with_statistics(
         for i, x in out.items():
             leaves[i] = jnp.where(finite, x, 0).astype(leaves[i].dtype)
         return structure.unflatten(leaves), ClipState(
-            clip_step=_tree.count_if(counted, state.clip_step),
+            clip_step=_numerics.count_if(counted, state.clip_step),
             clip_statistics=jax.tree.map(
                 lambda new, old: jnp.where(counted, new, old).astype(old.dtype),
                 statistics,
                 state.clip_statistics,
             ),
-            clipped=_tree.count_if(finite & cut, state.clipped),
-            rejected=_tree.count_if(~finite, state.rejected),
+            clipped=_numerics.count_if(finite & cut, state.clipped),
+            rejected=_numerics.count_if(~finite, state.rejected),
         )
 
     return optax.GradientTransformationExtraArgs(
-        _tree.shapes_for_shapes(init_fn), update_fn
+        _leaves.shapes_for_shapes(init_fn), update_fn
     )

@@ -3,7 +3,7 @@
     d = sum_i w_i g_i,    w from the Gram matrix G_ij = <g_i, g_j>
 
 :func:`mgda`, :func:`cagrad`, :func:`upgrad` and :func:`pcgrad` are aggregators over the
-axis of the objectives, see :mod:`optax_avg.aggregation`. :func:`bloop` and
+axis of the objectives, see :mod:`optax_avg.robust.aggregation`. :func:`bloop` and
 :func:`perp_grad` are links of a chain; all projections are :func:`project_out`.
 """
 
@@ -16,9 +16,10 @@ import optax
 from jax import lax
 from optax.experimental import aggregating
 
-from optax_avg import _stack, _tree
+from optax_avg import _checks, _leaves, _numerics
 from optax_avg._keys import key_maker
-from optax_avg.aggregation import aggregator
+from optax_avg.robust import _stack
+from optax_avg.robust.aggregation import aggregator
 
 INFINITY = float("inf")
 
@@ -39,7 +40,9 @@ def project_out(v: Any, w: Any) -> Any:
       >>> surgery.project_out(jnp.array([3.0, 4.0]), jnp.array([0.0, 2.0])).tolist()
       [3.0, 0.0]
     """
-    return _tree.project_out(jax.tree.map(_tree.wide, v), jax.tree.map(_tree.wide, w))
+    return _numerics.project_out(
+        jax.tree.map(_numerics.wide, v), jax.tree.map(_numerics.wide, w)
+    )
 
 
 def perp_grad(
@@ -75,7 +78,7 @@ def perp_grad(
         perpendicular = project_out(g, x)
         if not rescale:
             return perpendicular
-        size, left = _tree.norm(g), _tree.norm(perpendicular)
+        size, left = _numerics.norm(g), _numerics.norm(perpendicular)
         factor = jnp.where(left > 0, size / jnp.where(left > 0, left, 1), 1)
         return [factor * p for p in perpendicular]
 
@@ -83,10 +86,10 @@ def perp_grad(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del extra_args
-        _tree.require_params("perp_grad", params)
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
-        xs = jax.tree.leaves(params, is_leaf=_tree.is_absent)
-        floats = [i for i, g in enumerate(leaves) if _tree.is_gradient(g)]
+        _checks.require_params("perp_grad", params)
+        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
+        xs = jax.tree.leaves(params, is_leaf=_leaves.is_absent)
+        floats = [i for i, g in enumerate(leaves) if _leaves.is_gradient(g)]
         for group in [floats] if scope == "global" else [[i] for i in floats]:
             found = one([leaves[i] for i in group], [jnp.asarray(xs[i]) for i in group])
             for i, p in zip(group, found, strict=True):
@@ -156,9 +159,9 @@ def bloop(
       2024, 2402.02998.
     """
     if not callable(lam):
-        lam = _tree.within("lam", lam, 0, INFINITY, closed_high=False)
+        lam = _checks.within("lam", lam, 0, INFINITY, closed_high=False)
     if not callable(ema_rate):
-        ema_rate = _tree.within("ema_rate", ema_rate, 0, 1)
+        ema_rate = _checks.within("ema_rate", ema_rate, 0, 1)
     if project_on not in ("previous", "updated"):
         raise ValueError(
             f"project_on must be 'previous' or 'updated', got {project_on!r}."
@@ -168,7 +171,7 @@ def bloop(
 
     def init_fn(params: Any) -> BloopState:
         count = lambda: jnp.zeros([], jnp.int32)
-        return BloopState(count(), _tree.zeros_like_wide(params), count())
+        return BloopState(count(), _leaves.zeros_like_wide(params), count())
 
     def update_fn(
         updates: Any,
@@ -189,29 +192,33 @@ def bloop(
             return value(state.bloop_step) if callable(value) else value
 
         first = (state.bloop_step == 0) & (init == "first")
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
-        old, layout = jax.tree.flatten(state.main_ema, is_leaf=_tree.is_absent)
-        floats = [i for i, g in enumerate(leaves) if _tree.is_gradient(g)]
-        g = {i: _tree.wide(leaves[i]) for i in floats}
+        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
+        old, layout = jax.tree.flatten(state.main_ema, is_leaf=_leaves.is_absent)
+        floats = [i for i, g in enumerate(leaves) if _leaves.is_gradient(g)]
+        g = {i: _numerics.wide(leaves[i]) for i in floats}
         m = {i: old[i] for i in floats}
         rate = jnp.where(first, 1, at(ema_rate))
         new = {i: m[i] + rate * (g[i] - m[i]) for i in floats}
         reference = m if project_on == "previous" else new
         # Zero has no direction: nothing is projected.
         reference = {i: jnp.where(first, 0, r) for i, r in reference.items()}
-        finite = _tree.all_finite(list(g.values()))
-        direction, left_out = g, _tree.count_if(~finite, state.left_out)
+        finite = _numerics.all_finite(list(g.values()))
+        direction, left_out = g, _numerics.count_if(~finite, state.left_out)
         for aux in aux_grads:
-            parts = jax.tree.leaves(aux, is_leaf=_tree.is_absent)
+            parts = jax.tree.leaves(aux, is_leaf=_leaves.is_absent)
             if len(parts) != len(leaves):
                 raise ValueError(
                     f"an auxiliary gradient has {len(parts)} leaves, the main one "
                     f"{len(leaves)}."
                 )
-            a = {i: _tree.wide(parts[i]) for i in floats if _tree.is_gradient(parts[i])}
+            a = {
+                i: _numerics.wide(parts[i])
+                for i in floats
+                if _leaves.is_gradient(parts[i])
+            }
             a = {i: a.get(i, jnp.zeros_like(g[i])) for i in floats}
-            good = _tree.all_finite(list(a.values()))
-            left_out = _tree.count_if(~good, left_out)
+            good = _numerics.all_finite(list(a.values()))
+            left_out = _numerics.count_if(~good, left_out)
             added = project_out(a, reference)
             direction = {
                 i: d + jnp.where(good, at(lam) * added[i], 0)
@@ -222,11 +229,13 @@ def bloop(
             leaves[i] = emitted.astype(leaves[i].dtype)
             old[i] = jnp.where(finite, new[i], m[i]).astype(old[i].dtype)
         return structure.unflatten(leaves), BloopState(
-            _tree.count_if(finite, state.bloop_step), layout.unflatten(old), left_out
+            _numerics.count_if(finite, state.bloop_step),
+            layout.unflatten(old),
+            left_out,
         )
 
     return optax.GradientTransformationExtraArgs(
-        _tree.shapes_for_shapes(init_fn), update_fn
+        _leaves.shapes_for_shapes(init_fn), update_fn
     )
 
 
@@ -332,7 +341,7 @@ def cagrad(
       Liu et al., "Conflict-Averse Gradient Descent for Multi-task Learning", 2021,
       2110.14048.
     """
-    c = _tree.within("c", c, 0, INFINITY, closed_high=False)
+    c = _checks.within("c", c, 0, INFINITY, closed_high=False)
 
     def weights(matrix, valid):
         """Those of ``g_0`` and those of what is added to it."""

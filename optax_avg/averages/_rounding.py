@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _tree
+from optax_avg import _numerics
 
 
 def nearest(w: jax.Array, x: Any, a: Any, first: jax.Array) -> Any:
@@ -82,8 +82,8 @@ def _is_replaced(w: jax.Array, a: jax.Array, first: jax.Array) -> jax.Array:
 
 
 def _wide(a: jax.Array, x: jax.Array) -> tuple[Any, jax.Array]:
-    x = _tree.widen(x)
-    wide = jnp.promote_types(_tree.float32_or_wider(a.dtype), x.dtype)
+    x = _numerics.widen(x)
+    wide = jnp.promote_types(_numerics.float32_or_wider(a.dtype), x.dtype)
     return wide, x.astype(wide)
 
 

@@ -15,7 +15,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_avg import _proximal, _tree
+from optax_avg import _checks, _leaves, _mesh, _numerics
+from optax_avg.robust import distances
 
 INFINITY = float("inf")
 
@@ -82,10 +83,10 @@ def adaptive_radius(
       Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021,
       1905.03871.
     """
-    quantile = _tree.within("quantile", quantile, 0, 1)
-    rate = _tree.within("rate", rate, 0, INFINITY, open_low=True)
+    quantile = _checks.within("quantile", quantile, 0, 1)
+    rate = _checks.within("rate", rate, 0, INFINITY, open_low=True)
     if init is not None:
-        init = _tree.within("init", init, 0, INFINITY, open_low=True)
+        init = _checks.within("init", init, 0, INFINITY, open_low=True)
     return AdaptiveRadius(quantile, rate, init)
 
 
@@ -148,19 +149,21 @@ def track_location(
       Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
       2024, 2402.12828.
     """
-    mu = _tree.within("mu", mu, 0, INFINITY, open_low=True)
-    quantile = _tree.within(
+    mu = _checks.within("mu", mu, 0, INFINITY, open_low=True)
+    quantile = _checks.within(
         "quantile", quantile, 0, 1, open_low=True, closed_high=False
     )
     tau = _checked_radius(distance, tau)
     _check_choices(scope, init, reset)
-    proximal = _proximal.step_of(distance, mu, quantile)
+    proximal = distances.step_of(distance, mu, quantile)
 
     def init_fn(params: Any) -> LocationState:
-        m, radius = _tree.zeros_like_wide(params), ()
+        m, radius = _leaves.zeros_like_wide(params), ()
         if isinstance(tau, AdaptiveRadius):
             first = tau.init or 0.0
-            radius = jnp.full(len(_groups(scope, m)), first, _tree.dtype_of_norms(m))
+            radius = jnp.full(
+                len(_groups(scope, m)), first, _numerics.dtype_of_norms(m)
+            )
         count = lambda: jnp.zeros([], jnp.int32)
         return LocationState(
             count(), () if reset else m, radius, count(), count(), count()
@@ -170,18 +173,18 @@ def track_location(
         updates: Any, state: Any, params: Any = None, **extra_args: Any
     ) -> tuple[Any, Any]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
-        tree = _tree.zeros_like_wide(updates) if reset else state.location
-        old, _ = jax.tree.flatten(tree, is_leaf=_tree.is_absent)
+        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
+        tree = _leaves.zeros_like_wide(updates) if reset else state.location
+        old, _ = jax.tree.flatten(tree, is_leaf=_leaves.is_absent)
         if len(old) != len(leaves):
             raise ValueError(
                 f"{len(leaves)} gradients for a location of {len(old)} leaves; pass "
                 "gradients like the parameters of init."
             )
         delta = {
-            i: _tree.wide(g) - m
+            i: _numerics.wide(g) - m
             for i, (g, m) in enumerate(zip(leaves, old, strict=True))
-            if not (_tree.is_absent(g) or _tree.is_absent(m))
+            if not (_leaves.is_absent(g) or _leaves.is_absent(m))
         }
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
@@ -189,7 +192,7 @@ def track_location(
         by_shape = distance == "spectral"
         step, inside, sizes = _by_group(proximal, groups, delta, radii, by_shape)
         # Sizes are norms or means: finite if and only if all differences are.
-        finite = _tree.agreed(jnp.all(jnp.isfinite(sizes)))
+        finite = _mesh.agreed(jnp.all(jnp.isfinite(sizes)))
         cut = jnp.any(inside < 1) & ~first
         new = list(old)
         for i, d in delta.items():
@@ -205,18 +208,18 @@ def track_location(
             # A first gradient, a repeated or a missing one say nothing about distances.
             telling = finite & ~first & (sizes > 0)
             radius = jnp.where(telling, followed, radius)
-        located = jax.tree.structure(tree, is_leaf=_tree.is_absent).unflatten(new)
+        located = jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
         return structure.unflatten(leaves), LocationState(
-            location_step=_tree.count_if(finite, state.location_step),
+            location_step=_numerics.count_if(finite, state.location_step),
             location=() if reset else located,
             location_radius=radius,
-            accepted=_tree.count_if(finite & ~cut, state.accepted),
-            clipped=_tree.count_if(finite & cut, state.clipped),
-            rejected=_tree.count_if(~finite, state.rejected),
+            accepted=_numerics.count_if(finite & ~cut, state.accepted),
+            clipped=_numerics.count_if(finite & cut, state.clipped),
+            rejected=_numerics.count_if(~finite, state.rejected),
         )
 
     return optax.GradientTransformationExtraArgs(
-        _tree.shapes_for_shapes(init_fn), update_fn
+        _leaves.shapes_for_shapes(init_fn), update_fn
     )
 
 
@@ -229,7 +232,7 @@ def _checked_radius(distance: str, tau: Any) -> Any:
                 "schedule."
             )
         return tau
-    return tau if callable(tau) else _tree.within("tau", tau, 0, INFINITY)
+    return tau if callable(tau) else _checks.within("tau", tau, 0, INFINITY)
 
 
 def _check_choices(scope: Any, init: str, reset: bool) -> None:
@@ -320,8 +323,8 @@ def clipped_ema(
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    decay = _tree.within("decay", decay, 0, 1, open_low=True, closed_high=False)
-    max_norm = _tree.within("max_norm", max_norm, 0, INFINITY, open_low=True)
+    decay = _checks.within("decay", decay, 0, 1, open_low=True, closed_high=False)
+    max_norm = _checks.within("max_norm", max_norm, 0, INFINITY, open_low=True)
     return track_location(
         "huber", (1 - decay) / decay, mu=decay * max_norm, scope=scope, init=init
     )
@@ -329,14 +332,14 @@ def clipped_ema(
 
 def _groups(scope: Any, tree: Any) -> list[list[int]]:
     """Positions of the leaves of each group among all, absent ones counted."""
-    leaves = jax.tree.leaves(tree, is_leaf=_tree.is_absent)
+    leaves = jax.tree.leaves(tree, is_leaf=_leaves.is_absent)
     labels: list[Any] = [0] * len(leaves)
     if scope == "leaf":
         labels = list(range(len(leaves)))
     elif not isinstance(scope, str):
         spread = jax.tree.map(
             lambda label, part: jax.tree.map(
-                lambda _: label, part, is_leaf=_tree.is_absent
+                lambda _: label, part, is_leaf=_leaves.is_absent
             ),
             scope,
             tree,
@@ -358,7 +361,7 @@ def _radii(tau: Any, state: LocationState, count: int) -> jax.Array:
 
 
 def _by_group(
-    proximal: Callable[[Any, Any], _proximal.Step],
+    proximal: Callable[[Any, Any], distances.Step],
     groups: list[list[int]],
     delta: dict[int, jax.Array],
     radii: jax.Array,
@@ -374,7 +377,7 @@ def _by_group(
             continue
         leaves, split = [delta[i] for i in members], lambda parts: parts
         if not by_shape:
-            leaves, split = _tree.join_small(leaves)
+            leaves, split = _numerics.join_small(leaves)
         found = proximal(leaves, radius)
         step |= dict(zip(members, split(found.leaves), strict=True))
         inside.append(found.inside[None])

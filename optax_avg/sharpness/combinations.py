@@ -9,8 +9,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _mixups, _tree
-from optax_avg.rules.offsets import (
+from optax_avg import _checks, _leaves, _mixups, _numerics
+from optax_avg.sharpness._rule import Grads, RuleState, SharpnessRule
+from optax_avg.sharpness.offsets import (
     Radius,
     after_clean,
     ascent,
@@ -20,7 +21,6 @@ from optax_avg.rules.offsets import (
     radius_at,
     sam,
 )
-from optax_avg.sharpness import Grads, RuleState, SharpnessRule
 
 
 def _linear(*pairs: tuple[Any, Any]) -> Any:
@@ -60,7 +60,7 @@ def gsam(rho: Radius = 0.05, alpha: float = 0.4) -> SharpnessRule:
       2022, 2203.08065.
     """
     alpha = finite("alpha", alpha)
-    combine = lambda g0, gd: _linear((1, gd), (-alpha, _tree.project_out(g0, gd)))
+    combine = lambda g0, gd: _linear((1, gd), (-alpha, _numerics.project_out(g0, gd)))
     return sam(rho)._replace(combine=_combining(combine), in_result=None)
 
 
@@ -117,7 +117,7 @@ def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
       Regularization Term", 2023, 2305.15817.
     """
     rho = check_radius("rho", rho)
-    gamma = _tree.within("gamma", gamma, 0, 1, closed_high=False)
+    gamma = _checks.within("gamma", gamma, 0, 1, closed_high=False)
     return gnp(rho, gamma / (1 - gamma))
 
 
@@ -170,7 +170,9 @@ def gradient_regularisation(
     def probe(i, params, grads, state):
         if i == 0:
             return None
-        return _tree.scale(signs[scheme][i - 1] * radius_at(epsilon, state), grads[0])
+        return _numerics.scale(
+            signs[scheme][i - 1] * radius_at(epsilon, state), grads[0]
+        )
 
     def combine(params, grads, state):
         g0, r = grads[0], gamma / radius_at(epsilon, state)
@@ -216,7 +218,7 @@ def cr_sam(rho: Radius = 0.05, gamma: float = 0.1, beta: float = 0.01) -> Sharpn
         if i == 0:
             return None
         d = ascent(params, grads[0], radius_at(rho, state))
-        return d if i == 1 else _tree.scale(-1, d)
+        return d if i == 1 else _numerics.scale(-1, d)
 
     combine = lambda g0, gw, gb: _linear(
         (1 + gamma + beta, gw), (gamma - beta, gb), (-2 * gamma, g0)
@@ -226,7 +228,7 @@ def cr_sam(rho: Radius = 0.05, gamma: float = 0.1, beta: float = 0.01) -> Sharpn
 
 def _ema_of_gradients(params: Any) -> tuple[jax.Array, Any]:
     """No gradient yet, and zeros."""
-    return jnp.asarray(False), _tree.over(_tree.zeros_like, params, params)
+    return jnp.asarray(False), _leaves.over(_numerics.zeros_like, params, params)
 
 
 def _ema(memory: Any, decay: Any, g: Any) -> tuple[jax.Array, Any]:
@@ -262,7 +264,7 @@ def vasso(rho: Radius = 0.05, theta: float = 0.4) -> SharpnessRule:
       Suppression", 2023, 2309.15639.
     """
     rho = check_radius("rho", rho)
-    theta = _tree.within("theta", theta, 0, 1)
+    theta = _checks.within("theta", theta, 0, 1)
 
     def offset(params, g0, state):
         _, m = _ema(state.rule_memory, 1 - theta, g0)
@@ -303,7 +305,7 @@ def friendly_sam(
     """
     rho = check_radius("rho", rho)
     sigma = finite("sigma", sigma)
-    decay = _tree.within("decay", decay, 0, 1)
+    decay = _checks.within("decay", decay, 0, 1)
 
     def offset(params, g0, state):
         # m is zero before the first step.
@@ -339,14 +341,14 @@ def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
       >>> rule = oa.rules.every_k(oa.rules.sam(0.05), 5)
     """
     _mixups.refuse_no_rule("every_k", rule)
-    _tree.check_integer("k", k, 1)
+    _checks.check_integer("k", k, 1)
     if rule.num_evals < 2:
         raise ValueError("every_k needs a rule of two evaluations or more.")
     inner = rule.due
     due = lambda state: (
         (state.rule_step % k == 0) & (True if inner is None else inner(state))
     )
-    return rule._replace(due=due, period=_tree.common_multiple(rule.period, k))
+    return rule._replace(due=due, period=_numerics.common_multiple(rule.period, k))
 
 
 def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRule:
@@ -377,11 +379,11 @@ def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRul
     alpha = finite("alpha", alpha)
 
     def combine(params, grads, state):
-        return grads[-1], _tree.project_out(grads[-1], grads[0])
+        return grads[-1], _numerics.project_out(grads[-1], grads[0])
 
     def skip(params, g0, state):
         gv = state.rule_memory
-        return _linear((1, g0), (alpha * _tree.norm(g0), _tree.unit(gv))), gv
+        return _linear((1, g0), (alpha * _numerics.norm(g0), _numerics.unit(gv))), gv
 
     rule = SharpnessRule(
         2,
@@ -418,11 +420,11 @@ def momentum_sam(rho: Radius = 0.05, mu: float = 0.9) -> SharpnessRule:
       Overhead", 2024, 2401.12033.
     """
     rho = check_radius("rho", rho)
-    mu = _tree.within("mu", mu, 0, 1, closed_high=False)
+    mu = _checks.within("mu", mu, 0, 1, closed_high=False)
 
     def probe(i, params, grads, state):
         v = state.rule_memory
-        return _tree.scale(-1, ascent(params, v, radius_at(rho, state)))
+        return _numerics.scale(-1, ascent(params, v, radius_at(rho, state)))
 
     def combine(params, grads, state):
         return grads[0], _linear((mu, state.rule_memory), (1, grads[0]))
@@ -475,7 +477,7 @@ def gam(
       Improves Generalization", 2023, 2303.03108; code: github.com/xxgege/GAM.
     """
     rho, rho_prime = check_radius("rho", rho), check_radius("rho_prime", rho_prime)
-    alpha = _tree.within("alpha", alpha, 0, 1)
+    alpha = _checks.within("alpha", alpha, 0, 1)
     beta = finite("beta", beta)
     gamma = finite("gamma", gamma)
     if decomposition not in ("paper", "reference"):
@@ -490,7 +492,7 @@ def gam(
         if i == 1:
             return ascent(params, grads[0], r_prime)
         e2 = ascent(params, _linear((1, grads[1]), (-1, grads[0])), r)
-        return e2 if i == 2 else _tree.add(e2, ascent(params, grads[2], r_prime))
+        return e2 if i == 2 else _numerics.add(e2, ascent(params, grads[2], r_prime))
 
     def combine(g0, g1, g2, g3):
         plus = _linear((alpha, g1), (1 - alpha, g3))
@@ -498,7 +500,7 @@ def gam(
             minus = _linear((beta, g0), (1 - beta, g2))
         else:
             minus = _linear((1, g0), (abs(1 - beta), g2))
-        return _linear((1, plus), (-gamma, _tree.project_out(minus, plus)))
+        return _linear((1, plus), (-gamma, _numerics.project_out(minus, plus)))
 
     return SharpnessRule(4, probe, _combining(combine), num_ascents=3)
 
@@ -535,7 +537,7 @@ def gam_hvp(rho: Radius = 0.2, alpha: float = 1.0) -> SharpnessRule:
         return None if i < 2 else ascent(params, grads[1], radius_at(rho, state))
 
     def direction(i, params, grads, state):
-        return _tree.unit(grads[i - 1]) if i in (1, 3) else None
+        return _numerics.unit(grads[i - 1]) if i in (1, 3) else None
 
     def combine(params, grads, state):
         r = radius_at(rho, state)

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_avg import _tree
+from optax_avg import _leaves, _mesh, _numerics
 
 CHUNK = 2**18  # elements that fit into a cache
 SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
@@ -56,11 +56,11 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
     Raises:
       ValueError: If a leaf has no such axis, or another length along it.
     """
-    leaves, structure = jax.tree.flatten(updates, is_leaf=_tree.is_absent)
-    paths = jax.tree.flatten_with_path(updates, is_leaf=_tree.is_absent)[0]
+    leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
+    paths = jax.tree.flatten_with_path(updates, is_leaf=_leaves.is_absent)[0]
     found: dict[int, jax.Array] = {}
     for i, (path, x) in enumerate(paths):
-        if not _tree.is_gradient(x):
+        if not _leaves.is_gradient(x):
             continue
         if axis is not None and not -jnp.ndim(x) <= axis < jnp.ndim(x):
             raise NotStackedError(
@@ -79,7 +79,7 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
     devices = 1 if axis_name is None else lax.axis_size(axis_name)
 
     def parts_of(tree: Any) -> list[Any]:
-        parts = jax.tree.leaves(tree, is_leaf=_tree.is_absent)
+        parts = jax.tree.leaves(tree, is_leaf=_leaves.is_absent)
         if len(parts) != len(leaves):
             raise ValueError(
                 f"{len(leaves)} gradients for a location of {len(parts)} leaves; pass "
@@ -111,10 +111,10 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
                     part = part.reshape(found[i].shape[1:])
                 new[i] = part.astype(new[i].dtype)
                 begin += size
-        return jax.tree.structure(tree, is_leaf=_tree.is_absent).unflatten(new)
+        return jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
 
     blank = structure.unflatten(
-        x if _tree.is_absent(x) or i in found else jnp.take(x, 0, axis=axis or 0)
+        x if _leaves.is_absent(x) or i in found else jnp.take(x, 0, axis=axis or 0)
         for i, x in enumerate(leaves)
     )
     rows = [_join([found[i] for i in group]) for group in groups]
@@ -129,14 +129,14 @@ def _groups(found: dict[int, jax.Array]) -> list[list[int]]:
     """Leaves that are laid side by side: the small ones."""
     groups: dict[Any, list[int]] = {}
     for i, x in found.items():
-        small = _tree.is_local(x) and x[0].size < SMALL
+        small = _mesh.is_local(x) and x[0].size < SMALL
         groups.setdefault(str(x.dtype) if small else i, []).append(i)
     return list(groups.values())
 
 
 def _join(leaves: list[jax.Array]) -> jax.Array:
     """Leaves (rows, ...) side by side, shape (rows, d); a sharded one as it is."""
-    if len(leaves) == 1 and not _tree.is_local(leaves[0]):
+    if len(leaves) == 1 and not _mesh.is_local(leaves[0]):
         return leaves[0]
     flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in leaves]
     return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
@@ -152,16 +152,16 @@ def _padded(x: jax.Array, parts: int) -> jax.Array:
 
 def _exchanged(x: jax.Array, axis_name: Any) -> jax.Array:
     """Own rows of all coordinates for all rows of own coordinates, (n, width)."""
-    x = _tree.vary(x, axis_names(axis_name))
+    x = _mesh.vary(x, axis_names(axis_name))
     received = lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
     return received.reshape(-1, x.shape[-1])
 
 
 def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
     """``x`` of every device on every device, alike on all: shape (devices, ...)."""
-    x = _tree.vary(x, axis_names(axis_name))
+    x = _mesh.vary(x, axis_names(axis_name))
     namespace: Any = lax
-    if not _tree.varying_axes(x):
+    if not _mesh.varying_axes(x):
         return lax.all_gather(x, axis_name)
     if hasattr(lax, "all_gather_invariant"):  # before jax 0.10
         return namespace.all_gather_invariant(x, axis_name)
@@ -185,7 +185,7 @@ def row_norms(
 
     def squares(factors):
         def one(x, z):
-            x = _tree.wide(x) if z is None else _tree.wide(x) - z[None]
+            x = _numerics.wide(x) if z is None else _numerics.wide(x) - z[None]
             x = x if factors is None else x * like(factors, x)
             axes = tuple(range(1, x.ndim))
             return jnp.sum(jnp.real(x * jnp.conj(x)), axis=axes)
@@ -199,11 +199,11 @@ def row_norms(
         sums = [lax.optimization_barrier(s) for s in sums]
         return functools.reduce(jnp.add, sums)
 
-    norms = _tree.square_roots(squares)
+    norms = _numerics.square_roots(squares)
     if axis_name is None:
         return norms
     shares = everywhere(norms, axis_name).T
-    return _tree.square_roots(
+    return _numerics.square_roots(
         lambda factors: jnp.sum(
             (shares if factors is None else shares * factors[:, None]) ** 2, axis=1
         )
@@ -228,12 +228,12 @@ def combine(
         plain &= jnp.all(factors == 1)
 
     def product(x):
-        x = _tree.wide(x)
+        x = _numerics.wide(x)
         return jnp.tensordot(weights.astype(x.dtype), x, axes=1, precision="highest")
 
     def without(x):
         if factors is not None:
-            x = _tree.wide(x)
+            x = _numerics.wide(x)
             x = x * like(factors.astype(x.dtype), x)
         return product(jnp.where(like(stack.valid, x), x, 0))
 
@@ -258,7 +258,7 @@ def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
     """
 
     def product(x, z):
-        x = _tree.wide(x) if z is None else _tree.wide(x) - z[None]
+        x = _numerics.wide(x) if z is None else _numerics.wide(x) - z[None]
         part = like(scale.astype(x.dtype), x) * x
         return _inner(jnp.where(like(stack.valid, x), part, 0))
 
@@ -271,7 +271,7 @@ def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
 
 def _chunks(x: jax.Array) -> tuple[int, int]:
     """Number and width of chunks of columns (n, width) that stay in a cache."""
-    if not _tree.is_local(x) or x.size <= CHUNK:
+    if not _mesh.is_local(x) or x.size <= CHUNK:
         return 1, 0
     count = -(-x.size // CHUNK)
     return count, -(-x.shape[1] // count)
@@ -304,7 +304,7 @@ def _sum_over_chunks(
 
     like_sum = jax.eval_shape(part, jnp.asarray(0))
     zeros = jnp.zeros(like_sum.shape, like_sum.dtype)
-    zeros = _tree.vary(zeros, _tree.varying_axes(x))
+    zeros = _mesh.vary(zeros, _mesh.varying_axes(x))
     return lax.fori_loop(0, count, lambda i, total: total + part(i), zeros)
 
 
@@ -320,7 +320,7 @@ def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
 
     like_part = jax.eval_shape(part, jnp.asarray(0))
     shape = (*like_part.shape[:-1], x.shape[1])
-    zeros = _tree.vary(jnp.zeros(shape, like_part.dtype), _tree.varying_axes(x))
+    zeros = _mesh.vary(jnp.zeros(shape, like_part.dtype), _mesh.varying_axes(x))
 
     def write(i, whole):
         begin = jnp.minimum(i * width, x.shape[1] - width)
@@ -330,7 +330,7 @@ def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
 
 
 def _row(x: jax.Array, i: jax.Array) -> jax.Array:
-    return _tree.wide(lax.dynamic_index_in_dim(x, i, keepdims=False))
+    return _numerics.wide(lax.dynamic_index_in_dim(x, i, keepdims=False))
 
 
 def _inner(x: jax.Array) -> jax.Array:
@@ -373,7 +373,7 @@ def rank_weighted(stack: Stack, weights: jax.Array) -> list[jax.Array]:
             raise ValueError("complex numbers have no order; use geometric_median.")
         rows = [jnp.where(ok, x[i], jnp.inf) for i, ok in enumerate(stack.valid)]
         kept = [
-            jnp.where(w > 0, w * _tree.wide(v), 0)
+            jnp.where(w > 0, w * _numerics.wide(v), 0)
             for w, v in zip(weights, _sorted(rows), strict=True)
         ]
         return sum(kept[1:], kept[0])

@@ -12,8 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _stack
-from optax_avg._stack import Stack
+from optax_avg.robust import _stack
+from optax_avg.robust._stack import Stack
 
 FAR = 2.0**50  # in units of a typical distance; its square does not overflow
 NEAR = 2.0**40  # FAR/NEAR over the largest number is one of full precision

@@ -18,11 +18,19 @@ import jax.numpy as jnp
 from jax import lax
 from optax.experimental import aggregating
 
-from optax_avg import _stack, _tree
-from optax_avg._centred import FAR, centred, distances, factored, invertible, scales
-from optax_avg._row_checks import check_rows
-from optax_avg._stack import Stack
-from optax_avg.location import track_location
+from optax_avg import _checks, _leaves, _numerics
+from optax_avg.robust import _stack
+from optax_avg.robust._centred import (
+    FAR,
+    centred,
+    distances,
+    factored,
+    invertible,
+    scales,
+)
+from optax_avg.robust._row_checks import check_rows
+from optax_avg.robust._stack import Stack
+from optax_avg.robust.location import track_location
 
 INFINITY = float("inf")
 # From a stack, what the rule remembers and the step to leaves, and what it remembers.
@@ -72,12 +80,12 @@ def aggregator(
         bad = jnp.sum(~stack.valid).astype(jnp.int32)
         top = jnp.iinfo(jnp.int32).max
         return stack.place(leaves, stack.blank), AggregationState(
-            _tree.count_if(jnp.asarray(True), step),
+            _numerics.count_if(jnp.asarray(True), step),
             jnp.where(state.left_out > top - bad, top, state.left_out + bad),
             memory,
         )
 
-    return aggregating.Aggregator(_tree.shapes_for_shapes(init_fn), update_fn)
+    return aggregating.Aggregator(_leaves.shapes_for_shapes(init_fn), update_fn)
 
 
 def coordinate_median(
@@ -151,7 +159,7 @@ def trimmed_mean(
     References:
       Yin et al., 2018, 1803.01498.
     """
-    _tree.check_integer("trim", trim, 0)
+    _checks.check_integer("trim", trim, 0)
 
     def rule(stack, memory, step):
         del step
@@ -259,15 +267,15 @@ def median_of_means(
       Minsker, "Geometric Median and Robust Estimation in Banach Spaces", 2015,
       1308.1334.
     """
-    _tree.check_integer("groups", groups, 1)
+    _checks.check_integer("groups", groups, 1)
     return _geometric_median(groups, nu, num_iters, per_elt_axis, axis_name)
 
 
 def _geometric_median(
     groups: int | None, nu: Any, num_iters: int, axis: int | None, axis_name: Any
 ) -> aggregating.Aggregator:
-    nu = _tree.within("nu", nu, 0, INFINITY, open_low=True, closed_high=False)
-    _tree.check_integer("num_iters", num_iters, 1)
+    nu = _checks.within("nu", nu, 0, INFINITY, open_low=True, closed_high=False)
+    _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack, memory, step):
         del step
@@ -352,8 +360,8 @@ def centered_clip(
       2021, 2012.10333.
     """
     if not callable(tau):
-        tau = _tree.within("tau", tau, 0, INFINITY)
-    _tree.check_integer("num_iters", num_iters, 1)
+        tau = _checks.within("tau", tau, 0, INFINITY)
+    _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack, memory, step):
         radius = jnp.asarray(tau(step) if callable(tau) else tau, jnp.float32)
@@ -379,7 +387,7 @@ def centered_clip(
         leaves = [(1 - total) * a + b for a, b in zip(m, pulled, strict=True)]
         return leaves, stack.place(leaves, memory)
 
-    return aggregator(rule, per_elt_axis, axis_name, _tree.zeros_like_wide)
+    return aggregator(rule, per_elt_axis, axis_name, _leaves.zeros_like_wide)
 
 
 def clip_factor(tau: jax.Array, size: jax.Array) -> jax.Array:
@@ -424,8 +432,8 @@ def krum(
       Blanchard et al., "Machine Learning with Adversaries: Byzantine Tolerant Gradient
       Descent", 2017, 1703.02757.
     """
-    _tree.check_integer("num_byzantine", num_byzantine, 0)
-    _tree.check_integer("num_selected", num_selected, 1)
+    _checks.check_integer("num_byzantine", num_byzantine, 0)
+    _checks.check_integer("num_selected", num_selected, 1)
 
     def rule(stack, memory, step):
         del step
@@ -494,8 +502,8 @@ def flag(
       Almasi et al., "Flag Aggregator: Scalable Distributed Training under Failures and
       Augmented Losses using Convex Optimization", 2023, 2302.05865.
     """
-    _tree.check_integer("rank", rank, 1)
-    _tree.check_integer("num_iters", num_iters, 1)
+    _checks.check_integer("rank", rank, 1)
+    _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack, memory, step):
         del step

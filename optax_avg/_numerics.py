@@ -1,42 +1,16 @@
-"""The pytree helpers that more than one module needs."""
+"""Norms, sums and counters that neither overflow nor lose digits."""
 
 import functools
 import math
-import operator
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 from jax import core, lax
 
-# A tree of bools like (a prefix of) params, or a predicate on (key_path, leaf).
-Where = Callable[[Any, Any], Any] | Any
-
-
-def is_masked(node: Any) -> bool:
-    """Whether a node is Optax's placeholder for a leaf that is left out."""
-    return isinstance(node, optax.MaskedNode)
-
-
-def is_absent(node: Any) -> bool:
-    """Whether there is no array: None, or left out."""
-    return node is None or is_masked(node)
-
-
-def is_float(leaf: Any) -> bool:
-    """Whether a leaf can be averaged: real or complex floating point."""
-    dtype = getattr(leaf, "dtype", None)
-    return jnp.issubdtype(
-        jnp.result_type(leaf) if dtype is None else dtype, jnp.inexact
-    )
-
-
-def is_gradient(leaf: Any) -> bool:
-    """Whether a leaf is there and floating."""
-    return not is_absent(leaf) and is_float(leaf)
+from optax_avg import _mesh
 
 
 def float32_or_wider(dtype: Any) -> Any:
@@ -58,58 +32,6 @@ def copy_as(x: Any, dtype: Any = None) -> jax.Array:
     return jnp.array(x, dtype=dtype, copy=True)
 
 
-def is_abstract(tree: Any) -> bool:
-    """Whether a leaf is a ``jax.ShapeDtypeStruct``, a shape without values."""
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
-
-
-def shapes_for_shapes(init: optax.TransformInitFn) -> optax.TransformInitFn:
-    """``init``, which for ``jax.ShapeDtypeStruct`` leaves gives a state of the same."""
-
-    def either(params: Any) -> Any:
-        return jax.eval_shape(init, params) if is_abstract(params) else init(params)
-
-    return either
-
-
-def require_params(name: str, params: Any) -> None:
-    """Raises if ``update`` was called without the parameters."""
-    if params is None:
-        raise ValueError(
-            f"{name} needs the parameters; call tx.update(updates, state, params)."
-        )
-
-
-def select(tree: Any, where: Where | None) -> Any:
-    """Keeps the float leaves inside ``where``; the others become ``MaskedNode``."""
-    if isinstance(where, str):
-        raise ValueError(
-            f"leaves are chosen by a tree of bools or a function of path and leaf, got "
-            f"{where!r}; write lambda path, leaf: {where!r} in "
-            "jax.tree_util.keystr(path)."
-        )
-    if not jax.tree.leaves(tree):
-        return tree
-
-    def keep(leaf):
-        return leaf if is_float(leaf) else optax.MaskedNode()
-
-    if where is None:
-        return jax.tree.map(keep, tree)
-    if callable(where):
-        return jax.tree_util.tree_map_with_path(
-            lambda path, leaf: keep(leaf) if where(path, leaf) else optax.MaskedNode(),
-            tree,
-        )
-    return jax.tree.map(
-        lambda inside, part: jax.tree.map(
-            keep if inside else lambda _: optax.MaskedNode(), part
-        ),
-        where,
-        tree,
-    )
-
-
 def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
     """Zeros (by default float32 or wider) that lie on the devices where ``x`` lies."""
     dtype = float32_or_wider(jnp.result_type(x)) if dtype is None else dtype
@@ -118,24 +40,6 @@ def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
     # Under jit a constant lies whole on every device; what depends on x lies as x does.
     never = jnp.isfinite(x) & jnp.isnan(x)
     return never.astype(dtype)
-
-
-def refuse_complex(name: str, params: Any) -> None:
-    """Raises if a leaf is complex.
-
-    JAX's gradient of a complex leaf is the conjugate of the direction of ascent, and
-    Optax expects the direction itself: which one it is cannot be seen.
-
-    Raises:
-      ValueError: If a leaf is complex, naming it.
-    """
-    for path, leaf in jax.tree.flatten_with_path(params)[0]:
-        if is_float(leaf) and jnp.iscomplexobj(leaf):
-            raise ValueError(
-                f"{name} takes real parameters, and params{jax.tree_util.keystr(path)} "
-                "is complex. Train its real and imaginary part as two leaves and join "
-                "them in the loss with jax.lax.complex(real, imag)."
-            )
 
 
 def derivative_along(
@@ -170,75 +74,9 @@ def derivative_along(
         ) from error
 
 
-def zeros_like_wide(tree: Any) -> Any:
-    """Zeros in float32 or wider for float leaves, ``MaskedNode`` for the others."""
-    return jax.tree.map(zeros_like, select(tree, None))
-
-
-def align(tree: Any, params: Any) -> list[Any]:
-    """Leaves of ``tree`` in the order of those of ``params``, None at ``MaskedNode``.
-
-    A ``MaskedNode`` may stand for a whole subtree, and containers may differ (Flax nnx
-    wraps the leaves in another variable type) where the leaves match one to one.
-
-    Raises:
-      ValueError: If leaves do not match, naming the first offending one.
-    """
-    values, structure = jax.tree.flatten(tree, is_leaf=is_masked)
-    try:
-        parts = structure.flatten_up_to(params)
-    except (ValueError, TypeError):
-        parts = jax.tree.leaves(params)
-    sizes = [len(jax.tree.leaves(part)) for part in parts]
-    aligned = []
-    for value, size in zip(values, sizes, strict=False):
-        aligned += [None] * size if is_masked(value) else [value]
-    paths = jax.tree.flatten_with_path(params)[0]
-    if len(values) != len(parts) or len(aligned) != len(paths):
-        raise ValueError(
-            f"params has {len(paths)} leaves and the average {len(values)}; pass the "
-            "parameters that are trained."
-        )
-    for value, (path, leaf) in zip(aligned, paths, strict=True):
-        if value is not None and value.shape != jnp.shape(leaf):
-            raise ValueError(
-                f"params{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)} and "
-                f"its average {value.shape}; pass the parameters that are trained."
-            )
-    return aligned
-
-
-def parts_like(tree: Any, other: Any) -> list[Any]:
-    """What of ``other`` stands where ``tree`` has its leaves, absent ones counted.
-
-    Its own leaves in their order where the containers differ.
-    """
-    structure = jax.tree.structure(tree, is_leaf=is_absent)
-    try:
-        return structure.flatten_up_to(other)
-    except (ValueError, TypeError):
-        return jax.tree.leaves(other, is_leaf=is_absent)
-
-
-def new_iterate(params: Any, updates: Any) -> Any:
-    """``x_t = params + updates`` as training will hold it, rounding included."""
-
-    def one(x, u):
-        return x if u is None or not is_float(x) else optax.apply_updates(x, u)
-
-    return jax.tree.map(one, params, updates)
-
-
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in float32 or wider."""
     return x.astype(float32_or_wider(x.dtype))
-
-
-def is_local(x: jax.Array) -> bool:
-    """Whether reshaping moves nothing between devices."""
-    return bool(jax.typeof(x).sharding.mesh.empty) or bool(
-        jax.sharding.get_abstract_mesh().manual_axes
-    )
 
 
 def join_small(
@@ -250,7 +88,7 @@ def join_small(
     """
     groups: dict[Any, list[int]] = {}
     for i, x in enumerate(leaves):
-        small = x.size < 2**12 and is_local(x)
+        small = x.size < 2**12 and _mesh.is_local(x)
         groups.setdefault(x.dtype if small else i, []).append(i)
 
     def joined(group):
@@ -340,13 +178,7 @@ def all_finite(tree: Any) -> jax.Array:
         )
     else:
         finite = _all_finite(*leaves)
-    return agreed(finite)
-
-
-def agreed(condition: jax.Array) -> jax.Array:
-    """Whether it holds on all devices of ``shard_map`` over which it differs."""
-    axes = varying_axes(condition)
-    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
+    return _mesh.agreed(finite)
 
 
 def _all_finite(*leaves: jax.Array) -> jax.Array:
@@ -381,37 +213,6 @@ def _all_finite_on_cpu(*leaves: jax.Array) -> jax.Array:
 def _all_zero(sums: list[jax.Array]) -> jax.Array:
     # Without the barrier XLA fuses a thousand reductions into one kernel.
     return jnp.all(jnp.stack([lax.optimization_barrier(s) == 0 for s in sums]))
-
-
-def varying_axes(x: jax.Array) -> tuple[str, ...]:
-    """Mesh axes over which ``x`` differs inside ``shard_map(check_vma=True)``."""
-    kind: Any = jax.typeof(x)
-    if hasattr(kind, "manual_axis_type"):
-        return tuple(kind.manual_axis_type.varying)
-    return tuple(getattr(kind, "vma", ()))  # before jax 0.10
-
-
-def vary(x: Any, axes: tuple[str, ...]) -> Any:
-    """A value that is replicated over axes of ``shard_map`` as each device's own."""
-    manual = jax.sharding.get_abstract_mesh().manual_axes
-    have = varying_axes(x)
-    missing = tuple(name for name in axes if name in manual and name not in have)
-    if not missing:
-        return x
-    namespace: Any = lax
-    if hasattr(lax, "pcast"):
-        return namespace.pcast(x, missing, to="varying")
-    return namespace.pvary(x, missing)  # before jax 0.9
-
-
-def over(f: Callable[..., Any], params: Any, *trees: Any) -> Any:
-    """Maps leaves that have a float gradient in all ``trees``; None elsewhere."""
-
-    def one(_, *leaves):
-        missing = any(leaf is None or not is_float(leaf) for leaf in leaves)
-        return None if missing else f(*leaves)
-
-    return jax.tree.map(one, params, *trees, is_leaf=lambda leaf: leaf is None)
 
 
 def norm(tree: Any) -> jax.Array:
@@ -499,8 +300,8 @@ def _largest(holds: Callable[[Any], Any], integer: Any, like: Any) -> jax.Array:
         higher = found | (jnp.ones([], integer) << (bits - 1 - i))
         return jnp.where(holds(higher), higher, found)
 
-    axes = tuple({name for leaf in like for name in varying_axes(leaf)})
-    return lax.fori_loop(0, bits, lower_bit, vary(jnp.zeros([], integer), axes))
+    axes = tuple({name for leaf in like for name in _mesh.varying_axes(leaf)})
+    return lax.fori_loop(0, bits, lower_bit, _mesh.vary(jnp.zeros([], integer), axes))
 
 
 def _place(shape: tuple[int, ...]) -> jax.Array:
@@ -542,79 +343,3 @@ def project_out(v: Any, w: Any) -> Any:
     u = unit(w)
     along = dot(v, u)
     return jax.tree.map(lambda v, u: (v - along * u).astype(v.dtype), v, u)
-
-
-def check_every(every: Any, start: Any) -> tuple[Any, Any]:
-    """Both as Python integers, ``every >= 1`` and ``start >= 0``; arrays as they are.
-
-    Raises:
-      ValueError: If one is not an integer in its range.
-    """
-    return check_integer("every", every, 1), check_integer("start", start, 0)
-
-
-def check_integer(name: str, value: Any, low: int) -> Any:
-    """``value`` as a Python integer from ``low`` on; a ``jax.Array`` as it is.
-
-    Raises:
-      ValueError: If it is not an integer, or below ``low``.
-    """
-    if isinstance(value, jax.Array):  # traced ones too
-        return value
-    return static_integer(name, value, low)
-
-
-def static_integer(name: str, value: Any, low: int, hint: str = "") -> int:
-    """``value``, an integer of Python or NumPy, as a Python integer from ``low`` on.
-
-    Raises:
-      ValueError: If it is not an integer, or below ``low``; the message ends in
-        ``hint``.
-    """
-    refused = ValueError(f"{name} must be an integer >= {low}, got {value!r}{hint}.")
-    if isinstance(value, (bool, np.bool_, jax.Array)):
-        raise refused
-    try:
-        number = operator.index(value)
-    except TypeError:
-        raise refused from None
-    if number < low:
-        raise refused
-    return number
-
-
-def within(
-    name: str,
-    value: Any,
-    low: float,
-    high: float,
-    open_low: bool = False,
-    closed_high: bool = True,
-    elementwise: bool = False,
-) -> Any:
-    """A number as a float after the range check; a ``jax.Array`` as float32.
-
-    Raises:
-      ValueError: If the value is not a number, is out of range, or is an array of
-        several numbers, unless ``elementwise``.
-    """
-    is_array = isinstance(value, (jax.Array, np.ndarray))
-    if is_array and value.ndim and not elementwise:
-        raise ValueError(
-            f"{name} must be one number, got an array of shape {value.shape}."
-        )
-    if isinstance(value, np.ndarray) and not value.ndim:
-        value, is_array = value.item(), False
-    if is_array:
-        return value.astype(float32_or_wider(value.dtype))
-    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
-        raise ValueError(f"{name} must be a number, got {value!r}.")
-    value = float(value)
-    above = value > low if open_low else value >= low
-    below = value <= high if closed_high else value < high
-    if not (above and below):
-        left, right = "(" if open_low else "[", "]" if closed_high else ")"
-        raise ValueError(
-            f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value:g}."
-        )
-    return value

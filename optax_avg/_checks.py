@@ -1,0 +1,112 @@
+"""Checks of arguments, with errors that say what to write instead."""
+
+import operator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_avg import _leaves, _numerics
+
+
+def require_params(name: str, params: Any) -> None:
+    """Raises if ``update`` was called without the parameters."""
+    if params is None:
+        raise ValueError(
+            f"{name} needs the parameters; call tx.update(updates, state, params)."
+        )
+
+
+def refuse_complex(name: str, params: Any) -> None:
+    """Raises if a leaf is complex.
+
+    JAX's gradient of a complex leaf is the conjugate of the direction of ascent, and
+    Optax expects the direction itself: which one it is cannot be seen.
+
+    Raises:
+      ValueError: If a leaf is complex, naming it.
+    """
+    for path, leaf in jax.tree.flatten_with_path(params)[0]:
+        if _leaves.is_float(leaf) and jnp.iscomplexobj(leaf):
+            raise ValueError(
+                f"{name} takes real parameters, and params{jax.tree_util.keystr(path)} "
+                "is complex. Train its real and imaginary part as two leaves and join "
+                "them in the loss with jax.lax.complex(real, imag)."
+            )
+
+
+def check_every(every: Any, start: Any) -> tuple[Any, Any]:
+    """Both as Python integers, ``every >= 1`` and ``start >= 0``; arrays as they are.
+
+    Raises:
+      ValueError: If one is not an integer in its range.
+    """
+    return check_integer("every", every, 1), check_integer("start", start, 0)
+
+
+def check_integer(name: str, value: Any, low: int) -> Any:
+    """``value`` as a Python integer from ``low`` on; a ``jax.Array`` as it is.
+
+    Raises:
+      ValueError: If it is not an integer, or below ``low``.
+    """
+    if isinstance(value, jax.Array):  # traced ones too
+        return value
+    return static_integer(name, value, low)
+
+
+def static_integer(name: str, value: Any, low: int, hint: str = "") -> int:
+    """``value``, an integer of Python or NumPy, as a Python integer from ``low`` on.
+
+    Raises:
+      ValueError: If it is not an integer, or below ``low``; the message ends in
+        ``hint``.
+    """
+    refused = ValueError(f"{name} must be an integer >= {low}, got {value!r}{hint}.")
+    if isinstance(value, (bool, np.bool_, jax.Array)):
+        raise refused
+    try:
+        number = operator.index(value)
+    except TypeError:
+        raise refused from None
+    if number < low:
+        raise refused
+    return number
+
+
+def within(
+    name: str,
+    value: Any,
+    low: float,
+    high: float,
+    open_low: bool = False,
+    closed_high: bool = True,
+    elementwise: bool = False,
+) -> Any:
+    """A number as a float after the range check; a ``jax.Array`` as float32.
+
+    Raises:
+      ValueError: If the value is not a number, is out of range, or is an array of
+        several numbers, unless ``elementwise``.
+    """
+    is_array = isinstance(value, (jax.Array, np.ndarray))
+    if is_array and value.ndim and not elementwise:
+        raise ValueError(
+            f"{name} must be one number, got an array of shape {value.shape}."
+        )
+    if isinstance(value, np.ndarray) and not value.ndim:
+        value, is_array = value.item(), False
+    if is_array:
+        return value.astype(_numerics.float32_or_wider(value.dtype))
+    if not isinstance(value, (int, float, np.number)) or isinstance(value, bool):
+        raise ValueError(f"{name} must be a number, got {value!r}.")
+    value = float(value)
+    above = value > low if open_low else value >= low
+    below = value <= high if closed_high else value < high
+    if not (above and below):
+        left, right = "(" if open_low else "[", "]" if closed_high else ")"
+        raise ValueError(
+            f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value:g}."
+        )
+    return value

@@ -1,0 +1,41 @@
+"""Where arrays lie: meshes, ``shard_map``, axes over which values differ."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+
+def is_local(x: jax.Array) -> bool:
+    """Whether reshaping moves nothing between devices."""
+    return bool(jax.typeof(x).sharding.mesh.empty) or bool(
+        jax.sharding.get_abstract_mesh().manual_axes
+    )
+
+
+def agreed(condition: jax.Array) -> jax.Array:
+    """Whether it holds on all devices of ``shard_map`` over which it differs."""
+    axes = varying_axes(condition)
+    return lax.pmin(condition.astype(jnp.int32), axes) > 0 if axes else condition
+
+
+def varying_axes(x: jax.Array) -> tuple[str, ...]:
+    """Mesh axes over which ``x`` differs inside ``shard_map(check_vma=True)``."""
+    kind: Any = jax.typeof(x)
+    if hasattr(kind, "manual_axis_type"):
+        return tuple(kind.manual_axis_type.varying)
+    return tuple(getattr(kind, "vma", ()))  # before jax 0.10
+
+
+def vary(x: Any, axes: tuple[str, ...]) -> Any:
+    """A value that is replicated over axes of ``shard_map`` as each device's own."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    have = varying_axes(x)
+    missing = tuple(name for name in axes if name in manual and name not in have)
+    if not missing:
+        return x
+    namespace: Any = lax
+    if hasattr(lax, "pcast"):
+        return namespace.pcast(x, missing, to="varying")
+    return namespace.pvary(x, missing)  # before jax 0.9

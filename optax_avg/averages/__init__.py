@@ -1,0 +1,1 @@
+"""Averages of the parameters, ``avg += w(t) (x_t - avg)``."""

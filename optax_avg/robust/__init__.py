@@ -1,0 +1,1 @@
+"""Robust locations of gradients over iterations, examples, workers and objectives."""

@@ -1,0 +1,1 @@
+"""Gradients at perturbed parameters: a rule, and three forms to use it."""
