@@ -4,7 +4,8 @@ Links of an Optax chain
     averages        average, ema_params, polyak_average, swa, tail_average, power_ema,
                     lr_weighted_average, window_average, bema
     write-back      write_back, switch_ema, lookahead
-    their states    AverageState, WindowState, BemaState
+    their state     AverageState
+    their options   AverageOptions
 
 Reading and moving averages
     averaged_params, average_names, migrate_state
@@ -48,25 +49,29 @@ Families of plain functions
     posthoc         averages chosen after training, from snapshots of others
     surgery         project_out, the one orthogonal projection
     rules           the sharpness family: where to take gradients, how to combine them
+    memories        what an average keeps of the iterates: running, window, corrected
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
 from optax_avg import landscape, merging, posthoc, rules, schedules, weights
-from optax_avg.averages._running import AverageState
+from optax_avg.averages import memories
+from optax_avg.averages._options import AverageOptions
+from optax_avg.averages._rule import AverageState
 from optax_avg.averages.links import (
     average,
+    bema,
     ema_params,
     lr_weighted_average,
     polyak_average,
     power_ema,
     swa,
     tail_average,
+    window_average,
 )
 from optax_avg.averages.migration import migrate_state
 from optax_avg.averages.readout import average_names, averaged_params
-from optax_avg.averages.windows import BemaState, WindowState, bema, window_average
 from optax_avg.averages.write_back import lookahead, switch_ema, write_back
 from optax_avg.chain_check import check_chain
 from optax_avg.robust import objectives as surgery
@@ -155,8 +160,8 @@ __version__ = "0.1.0"
 __all__ = [
     "AdaptiveRadius",
     "AggregationState",
+    "AverageOptions",
     "AverageState",
-    "BemaState",
     "BloopState",
     "ClipState",
     "DecoupledState",
@@ -167,7 +172,6 @@ __all__ = [
     "SharpnessRule",
     "TailIndices",
     "TailState",
-    "WindowState",
     "adaptive_radius",
     "amp",
     "as_link",
@@ -212,6 +216,7 @@ __all__ = [
     "lookahead",
     "lr_weighted_average",
     "median_of_means",
+    "memories",
     "merging",
     "mgda",
     "migrate_state",

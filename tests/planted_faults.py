@@ -79,19 +79,19 @@ FAULTS = {
         f"{AVERAGING} -k polynomial_average",
     ),
     "the debiased weight starts one late": Fault(
-        "optax_avg/averages/_absorb.py",
+        "optax_avg/averages/_rule.py",
         "optax.safe_increment(state.absorbed), jnp.float32)",
         "state.absorbed + 2, jnp.float32)",
         f"{AVERAGING} -k uniform_averages",
     ),
     "every micro-step counts": Fault(
-        "optax_avg/averages/_absorb.py",
+        "optax_avg/averages/_rule.py",
         "(step - start) % every == 0",
         "(step - start) % every >= 0",
         f"{AVERAGING} -k window_is",
     ),
     "start is absorbed": Fault(
-        "optax_avg/averages/_absorb.py",
+        "optax_avg/averages/_rule.py",
         "jnp.where(is_base, state.absorbed, count)",
         "count",
         f"{AVERAGING} -k normalised_sum",
@@ -139,19 +139,19 @@ FAULTS = {
         f"{AVERAGING} -k 'compensation or moves'",
     ),
     "the window forgets to wrap": Fault(
-        "optax_avg/averages/windows.py",
-        "row = state.absorbed % k",
-        "row = state.absorbed",
+        "optax_avg/averages/memories.py",
+        "row = turn.absorbed % k",
+        "row = turn.absorbed",
         f"{AVERAGING} -k window_is",
     ),
     "an unfilled window is averaged whole": Fault(
-        "optax_avg/averages/readout.py",
+        "optax_avg/averages/memories.py",
         "jnp.clip(absorbed, 1, ring.shape[0])",
         "ring.shape[0]",
         f"{AVERAGING} -k window_is",
     ),
     "bema corrects with the wrong power": Fault(
-        "optax_avg/averages/windows.py",
+        "optax_avg/averages/memories.py",
         "s**-eta",
         "s**-kappa",
         f"{AVERAGING} -k test_bema",
@@ -205,7 +205,7 @@ FAULTS = {
         f"{CHAIN_CHECK} -k some_micro",
     ),
     "bema is rounded to nearest": Fault(
-        "optax_avg/averages/windows.py",
+        "optax_avg/averages/memories.py",
         "        if at_random:",
         "        if not at_random:",
         f"{AVERAGING} -k 'bema_moves'",
@@ -242,7 +242,7 @@ FAULTS = {
     ),
     "two links share one array after migration": Fault(
         "optax_avg/averages/migration.py",
-        "return jnp.array(value, copy=True) if shared else value",
+        "return value if _leaves.is_abstract(value) else jnp.array(value, copy=True)",
         "return value",
         f"{READOUT} -k migration_splits",
     ),
@@ -271,15 +271,15 @@ FAULTS = {
         f"{AVERAGING} -k keeps_its_stride",
     ),
     "the number of iterates wraps": Fault(
-        "optax_avg/averages/_absorb.py",
+        "optax_avg/averages/_rule.py",
         "jnp.asarray(optax.safe_increment(state.absorbed), jnp.float32)",
         "jnp.asarray(state.absorbed + 1, jnp.float32)",
         f"{AVERAGING} -k do_not_wrap",
     ),
     "a window forgets its row at the largest integer": Fault(
-        "optax_avg/averages/windows.py",
-        "period=k,",
-        "period=1,",
+        "optax_avg/averages/memories.py",
+        "period=k)",
+        "period=1)",
         f"{AVERAGING} -k goes_round",
     ),
     "schedules get a float": Fault(
@@ -319,7 +319,7 @@ FAULTS = {
         f"{AVERAGING} -k 'non_finite_parameters_of_8_bits'",
     ),
     "shapes are taken for arrays": Fault(
-        "optax_avg/averages/_absorb.py",
+        "optax_avg/averages/_rule.py",
         ("_leaves.shapes_for_shapes(init), update\n    )"),
         "init, update)",
         f"{AVERAGING} -k 'shapes_without_values and ema_params'",
@@ -1084,7 +1084,7 @@ FAULTS = {
         f"{CLI} -k few_leaves",
     ),
     "a window's box does not learn of the new axis": Fault(
-        "optax_avg/averages/windows.py",
+        "optax_avg/averages/memories.py",
         'node.add_axis(0, {"partition_name": None})',
         "node",
         f"{LAYOUT} -k logical_partitioning",

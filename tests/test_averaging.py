@@ -238,7 +238,7 @@ def test_average_is_of_the_parameters_that_training_holds():
     state = tx.init(x)
     for _ in range(3):
         _, state = jax.jit(tx.update)(jnp.full(3, 0.9, jnp.bfloat16), state, x)
-    np.testing.assert_array_equal(state.averages["polyak"], np.full(3, 256.0))
+    np.testing.assert_array_equal(state.averages["polyak"].average, np.full(3, 256.0))
 
 
 def test_first_iterate_is_taken_exactly():
@@ -246,7 +246,7 @@ def test_first_iterate_is_taken_exactly():
     state = tx.init(jnp.array([1e8, -3.0]))
     x = jnp.array([0.1, 0.7])
     _, state = jax.jit(tx.update)(jnp.zeros(2), state, x)
-    np.testing.assert_array_equal(state.averages["ema"], x)
+    np.testing.assert_array_equal(state.averages["ema"].average, x)
 
 
 @pytest.mark.parametrize("rounding", ["stochastic", "compensated"])
@@ -261,7 +261,7 @@ def test_bf16_average_moves(rounding):
         return tx.update(jnp.zeros_like(ones), state, 2 * ones)[1], None
 
     state, _ = jax.lax.scan(body, tx.init(ones), length=700)
-    assert state.averages["ema"].dtype == jnp.bfloat16
+    assert state.averages["ema"].average.dtype == jnp.bfloat16
     wanted = 2 - 0.999**700  # 1.5036
     average = np.asarray(oa.averaged_params(state, ones))
     assert abs(average.mean() - wanted) < 0.004
@@ -278,7 +278,9 @@ def test_narrow_accumulators_round_stochastically_by_default():
             0.9, debias=False, accumulator_dtype=jnp.float16, rounding=rounding
         )
         states.append(feed(tx, [ones, 1.1 * ones, 1.2 * ones]))
-    np.testing.assert_array_equal(states[0].averages["ema"], states[1].averages["ema"])
+    np.testing.assert_array_equal(
+        states[0].averages["ema"].average, states[1].averages["ema"].average
+    )
 
 
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
@@ -288,7 +290,7 @@ def test_stochastic_rounding_is_unbiased_between_neighbours(dtype, value):
     tx = oa.ema_params(0.5, accumulator_dtype=dtype, rounding="stochastic")
     x = jnp.full(n, value, jnp.float32)
     _, state = tx.update(jnp.zeros(n), tx.init(x), x)
-    rounded = np.asarray(state.averages["ema"], np.float64)
+    rounded = np.asarray(state.averages["ema"].average, np.float64)
     value = np.float64(np.float32(value))
     neighbours = np.unique(rounded)
     assert len(neighbours) <= 2
@@ -310,9 +312,11 @@ def test_compensation_extends_float32():
             return tx.update(jnp.zeros(8), state, x)[1], None
 
         state, _ = jax.lax.scan(body, tx.init(jnp.zeros(8)), jnp.asarray(xs))
-        exact = np.asarray(state.averages["polyak"], np.float64)
+        exact = np.asarray(state.averages["polyak"].average, np.float64)
         if rounding:
-            exact = exact + np.asarray(state.compensations["polyak"], np.float64)
+            exact = exact + np.asarray(
+                state.averages["polyak"].compensation, np.float64
+            )
         errors[rounding] = np.abs(exact - xs.mean(0, dtype=np.float64)).max()
     assert errors["compensated"] < 1e-9 < errors[None]
 
@@ -321,7 +325,7 @@ def test_wider_leaves_keep_their_width():
     with jax.enable_x64(True):
         x = jnp.asarray([1.0 + 1e-12], jnp.float64)
         state = feed(oa.ema_params(0.9), [x, x, x])
-        assert state.averages["ema"].dtype == jnp.float64
+        assert state.averages["ema"].average.dtype == jnp.float64
         np.testing.assert_allclose(oa.averaged_params(state, x), x, rtol=1e-15)
 
 
@@ -347,7 +351,7 @@ def test_counters_of_absorbed_and_rejected(bad):
 def test_non_finite_iterates_can_be_let_through():
     tx = oa.ema_params(0.9, skip_nonfinite=False)
     _, state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.ones(1)), jnp.ones(1))
-    assert bool(jnp.isnan(state.averages["ema"]).all())
+    assert bool(jnp.isnan(state.averages["ema"].average).all())
 
 
 @given(st.integers(1, 7), st.sampled_from([2.0, 50.0]))
@@ -487,11 +491,13 @@ def test_widths_of_power_emas_may_come_in_any_container():
         state = feed(oa.power_ema(widths), xs)
         assert oa.average_names(state) == ["power_ema_0.05", "power_ema_0.1"]
         for name, average in several.averages.items():
-            np.testing.assert_allclose(state.averages[name], average, rtol=1e-5)
+            np.testing.assert_allclose(
+                state.averages[name].average, average.average, rtol=1e-5
+            )
     one = result(oa.power_ema(0.1), xs)
     for width in (np.array(0.1), np.float64(0.1), jnp.array(0.1)):
         state = feed(oa.power_ema(width), xs)
-        np.testing.assert_allclose(state.averages["power_ema"], one, rtol=1e-5)
+        np.testing.assert_allclose(state.averages["power_ema"].average, one, rtol=1e-5)
     injected = optax.inject_hyperparams(oa.power_ema)(sigma_rel=np.array([0.05, 0.1]))
     with pytest.raises(ValueError, match=r'write static_args=\("sigma_rel",\)'):
         jax.jit(injected.init)(xs[0])
@@ -598,11 +604,11 @@ def test_complex_leaves_with_narrow_accumulators(rounding):
     x = jnp.asarray([1 + 2j, 3 - 1j], jnp.complex64)
     tx = oa.polyak_average(accumulator_dtype=jnp.bfloat16, rounding=rounding)
     state = feed(tx, [x, 2 * x, 4 * x])
-    assert state.averages["polyak"].dtype == jnp.complex64
+    assert state.averages["polyak"].average.dtype == jnp.complex64
     np.testing.assert_allclose(oa.averaged_params(state, x), 3 * x, rtol=1e-6)
     with jax.enable_x64(True):
         wide = oa.polyak_average(accumulator_dtype=jnp.float64).init(x)
-        assert wide.averages["polyak"].dtype == jnp.complex128
+        assert wide.averages["polyak"].average.dtype == jnp.complex128
 
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
@@ -671,7 +677,7 @@ def test_nan_on_request_stays_after_the_first_iterate():
     state = tx.init(xs[0])
     for x in [*xs[1:], jnp.ones(1)]:
         _, state = tx.update(x, state, jnp.zeros(1))
-    assert bool(jnp.isnan(state.averages["ema"]).all())
+    assert bool(jnp.isnan(state.averages["ema"].average).all())
 
 
 def late(tx, x, **counters):
@@ -711,7 +717,7 @@ def test_counters_of_iterates_do_not_wrap():
     tx = oa.lr_weighted_average(lambda count: jnp.where(count >= 0, 1.0, jnp.nan))
     state = late(tx, x, step=LAST, absorbed=LAST)
     _, state = jax.jit(tx.update)(jnp.ones(1), state, x)
-    assert bool(jnp.isfinite(state.averages["lr_weighted"]).all())
+    assert bool(jnp.isfinite(state.averages["lr_weighted"].average).all())
 
 
 def test_a_window_goes_round_at_the_largest_integer():
@@ -743,7 +749,12 @@ def test_averages_draw_random_bits_of_their_own():
     parts = optax.partition(
         {key: oa.ema_params(0.9, **narrow) for key in "uv"}, {"u": "u", "v": "v"}
     )
-    held = lambda state: [s.averages for s in oa.readout.average_states(state)]
+    is_average = lambda node: isinstance(node, oa.AverageState)
+    held = lambda state: [
+        node.averages
+        for node in jax.tree.leaves(state, is_leaf=is_average)
+        if is_average(node)
+    ]
     drawn += bits(parts, {"u": x, "v": x}, held)
     for i, first in enumerate(drawn):
         assert 0.45 < first.mean() < 0.55
@@ -760,15 +771,14 @@ def test_sums_of_masses_do_not_stop_growing():
     begun = 2**24
     tx = oa.average(oa.weights.mass(lambda t: 1.0))
     state = tx.init(jnp.zeros(1))
-    state = state._replace(
-        absorbed=jnp.int32(begun), masses={"average": jnp.float32(begun)}
-    )
+    kept = state.averages["average"]._replace(mass=(jnp.float32(begun), jnp.zeros([])))
+    state = state._replace(absorbed=jnp.int32(begun), averages={"average": kept})
     state, _ = jax.lax.scan(
         lambda state, _: (tx.update(jnp.ones(1), state, jnp.zeros(1))[1], None),
         state,
         length=2001,
     )
-    total = float(state.masses["average"]) + float(state.remainders["average"])
+    total = sum(map(float, state.averages["average"].mass))
     assert total == begun + 2001
 
 

@@ -284,7 +284,7 @@ def test_inspect_an_optimizer_state(tmp_path, run):
     assert rows["window"][3] == "7"
     assert rows["window"][7] == "2"  # ages 0 to 4
     assert rows["ema"][3:] == ["7", *"││││"]  # its weights are not in the state
-    assert "opt_state.1.averages.power_ema_0.05.w" in rows
+    assert "opt_state.1.averages.power_ema_0.05.average.w" in rows
 
 
 # --- nothing is lost, nothing is half written ---

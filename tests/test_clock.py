@@ -343,7 +343,7 @@ def test_what_is_not_known_does_not_stop_the_training(store_of):
         trained(tx, 40, save=save, stride=20)
     messages = sorted(str(w.message) for w in seen if w.category is UserWarning)
     assert len(messages) == 2
-    assert "'bema' are kept: the correction of bema" in messages[0]
+    assert "'bema' are kept: it is not a mean" in messages[0]
     assert "weights={'ema': optax_avg.weights.ema(" in messages[1]
     names = {part.name for part in store.plan(sigma_rel=0.1).parts}
     assert names == {"power_ema_0.05", "power_ema_0.1", "window"}

@@ -204,23 +204,30 @@ def test_scan_keeps_state_and_updates(case, dtype):
     check_close(seen, observe(loop_state, loop_params), **tolerance(dtype))
 
 
+RunningMemory, WindowMemory = oa.memories.RunningMemory, oa.memories.WindowMemory
+
+
+def split(kept):
+    """The scalars that a memory keeps beside its trees, and the leaves of these."""
+    scalars = jax.tree.leaves(
+        (kept.mass, kept.gamma) if isinstance(kept, RunningMemory) else ()
+    )
+    ids = {id(x) for x in scalars}
+    return scalars, [x for x in jax.tree.leaves(kept) if id(x) not in ids]
+
+
 @every_average
 def test_counters_and_accumulators_keep_their_own_dtypes(case):
     state = case.make().init(params_of(jnp.bfloat16))
     for name in ("step", "absorbed", "rejected"):
         assert getattr(state, name).dtype == jnp.int32
     wants = case.kwargs.get("accumulator_dtype", jnp.float32)
-    if isinstance(state, oa.AverageState):
-        assert {x.dtype for x in jax.tree.leaves(state.averages)} == {jnp.dtype(wants)}
-        assert {x.dtype for x in state.masses.values()} == {jnp.dtype(jnp.float32)}
-    else:
-        floats = {
-            x.dtype
-            for x in jax.tree.leaves(state)
-            if jnp.issubdtype(x.dtype, jnp.floating)
-        }
-        exact = jnp.bfloat16 if isinstance(state, oa.WindowState) else wants
-        assert floats == {jnp.dtype(exact)}
+    for kept in state.averages.values():
+        is_window = isinstance(kept, WindowMemory)
+        scalars, trees = split(kept)
+        exact = jnp.bfloat16 if is_window else wants
+        assert {x.dtype for x in trees} == {jnp.dtype(exact)}
+        assert {x.dtype for x in scalars} <= {jnp.dtype(jnp.float32)}
 
 
 @every_average
@@ -470,15 +477,14 @@ def test_map_params_finds_the_averages(case):
     tx = chain(case)
     state = tx.init(params)
     doubled = optax.tree.map_params(tx, lambda x: 2 * x, state)
-    if not isinstance(state[1], oa.WindowState):
+    kept = [*state[1].averages.values()]
+    if not any(isinstance(one, WindowMemory) for one in kept):
         chex.assert_trees_all_equal_shapes_and_dtypes(doubled, state)
     for leaf, twice in zip(
         jax.tree.leaves(state[1]), jax.tree.leaves(doubled[1]), strict=True
     ):
         is_counter = leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)
-        is_scalar = isinstance(state[1], oa.AverageState) and any(
-            leaf is x for x in (*state[1].masses.values(), *state[1].gammas.values())
-        )
+        is_scalar = any(leaf is x for one in kept for x in split(one)[0])
         factor = 1 if is_counter or is_scalar else 2
         np.testing.assert_array_equal(
             np.asarray(twice, float), factor * np.asarray(leaf, float)

@@ -60,7 +60,7 @@ def test_window_under_logical_partitioning(k):
     for _ in range(k + 1):
         plain_params, plain_state = train_step(tx, plain_params, plain_state, x)
         params, state = train_step(tx, params, state, x)
-    ring = nn.unbox(state[1].windows["window"])
+    ring = nn.unbox(state[1].averages["window"].ring)
     assert ring["Dense_0"]["kernel"].sharding.spec == P(None, None, "d")
     assert ring["Dense_0"]["bias"].sharding.spec == P(None, "d")
     assert tuple(ring["Dense_1"]["kernel"].sharding.spec)[:2] == (None, "d")
@@ -104,10 +104,10 @@ def test_window_in_an_nnx_optimizer(k):
         grads = nnx.grad(lambda model: jnp.sum(model.w[...] ** 2))
         for _ in range(2):
             optimizer.update(model, grads(model))
-        ring = jax.tree.leaves(optimizer.opt_state[1].windows)[0]
+        ring = jax.tree.leaves(optimizer.opt_state[1].averages["window"].ring)[0]
         average = oa.averaged_params(optimizer, nnx.state(model, nnx.Param))
     specs = nnx.get_partition_spec(nnx.state(optimizer))
-    spec = specs["opt_state"][1]["windows"]["window"]["w"].get_value()
+    spec = specs["opt_state"][1]["averages"]["window"]["ring"]["w"].get_value()
     assert ring.sharding.spec == spec == P(None, "d")
     np.testing.assert_allclose(average["w"][...], 0.72 * before, rtol=1e-6)
 
@@ -119,5 +119,5 @@ def test_window_of_nnx_variables_in_linen():
     with jax.set_mesh(mesh):
         params = layer.init(jax.random.key(0), jnp.ones((1, 4)))["params"]
         state = oa.window_average(3).init(params)
-        specs = nn.get_partition_spec(state.windows["window"])
+        specs = nn.get_partition_spec(state.averages["window"].ring)
     assert specs["kernel"] == P(None, "d", None)

@@ -282,7 +282,7 @@ def test_weights_of_averages_are_their_profiles():
     for i in range(12):
         _, state = tx.update(eye[i], state, jnp.zeros(12))
     p = weights.profile(weight, 12)
-    np.testing.assert_allclose(state.averages["average"], p.weights, atol=1e-6)
+    np.testing.assert_allclose(state.averages["average"].average, p.weights, atol=1e-6)
 
 
 @pytest.mark.parametrize("mass", [1.0, 0.1])

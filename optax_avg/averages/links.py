@@ -2,35 +2,38 @@
 
     avg += w(t) * (x_t - avg),    x_t = params + updates
 
-Every average of this module is :func:`average` with a weight of
-:mod:`optax_avg.weights`; :mod:`optax_avg.averages.windows` has the two that need other
-memory, and :func:`optax_avg.averaged_params` reads all of them. An average must stand
-last in the chain: it averages what ``optax.apply_updates`` will make of the updates.
-Inside ``optax.MultiSteps`` it moves once per real step; around it, once per call.
+Every average is :func:`average` with a weight of :mod:`optax_avg.weights` or a memory
+of :mod:`optax_avg.memories`; :func:`optax_avg.averaged_params` reads all of them. An
+average must stand last in the chain, because it averages what ``optax.apply_updates``
+will make of the updates that it sees. Inside ``optax.MultiSteps`` it moves once per
+real step; around it, once per call.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Unpack
 
 import jax
 import numpy as np
 import optax
 
-from optax_avg import _checks, _leaves, _numerics, weights
-from optax_avg.averages._running import running_average
+from optax_avg import _checks, _numerics, weights
+from optax_avg.averages import memories
+from optax_avg.averages._options import (
+    AccumulatorOptions,
+    AverageOptions,
+    CommonOptions,
+    MemoryOptions,
+    with_options,
+)
+from optax_avg.averages._rule import averaging, every_and_start
 
 
+@with_options(AverageOptions)
 def average(
-    weight: weights.Weight | Mapping[str, weights.Weight],
-    *,
-    every: int = 1,
-    start: int = 0,
-    name: str = "average",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    weight: weights.Weight
+    | memories.Memory
+    | Mapping[str, weights.Weight | memories.Memory],
+    **options: Unpack[AverageOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Averages the parameters with any weight; the updates pass through unchanged.
 
@@ -41,29 +44,13 @@ def average(
     touched at these steps alone.
 
     Args:
-      weight: ``w``, from :mod:`optax_avg.weights` or any function of ``t``, a float32;
-        or a dict of them by name, for several averages in one pass over the parameters.
-      every: optimizer steps between absorbed iterates; weights that speak of time keep
-        their time constant in optimizer steps.
-      start: optimizer steps to leave out.
-      name: by which :func:`optax_avg.averaged_params` finds the average; a dict brings
-        its own names.
-      accumulator_dtype: dtype of the average, a float of 16 bits or more; by default
-        float32, or the leaf's dtype where that is wider. The average of a complex leaf
-        is complex64 or wider.
-      rounding: ``None`` rounds to nearest, or stochastically if ``accumulator_dtype``
-        is narrower than float32, where rounding to nearest would stop a slow average;
-        ``"stochastic"`` is unbiased, with random bits that depend on the step, the
-        name and the leaf; ``"compensated"`` keeps the rounding error in a second tree
-        and adds it back.
-      where: which leaves to average, a tree of bools or a predicate
-        ``(key_path, leaf) -> bool``; the others are read from the parameters.
-      skip_nonfinite: leave out an iterate with a NaN or inf anywhere, whole.
-      memory_kind: ``"pinned_host"`` keeps the average in host memory; under explicit
-        sharding this needs jax 0.10.2.
+      weight: The weight ``w``, from :mod:`optax_avg.weights` or any function of ``t``,
+        a float32; or a memory of :mod:`optax_avg.memories`; or a dict of weights and
+        memories by name, for several averages in one pass over the parameters.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation whose state is an :class:`optax_avg.AverageState`.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range, or ``update`` gets no params.
@@ -79,32 +66,15 @@ def average(
       >>> float(params), float(oa.averaged_params(state, params))
       (3.0, 2.0)
     """
-    return running_average(
-        "average",
-        weight,
-        every=every,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
-    )
+    return averaging("average", weight, **options)
 
 
+@with_options(AverageOptions, name="ema")
 def ema_params(
     decay: weights.ScalarOrSchedule,
     *,
     debias: bool = True,
-    every: int = 1,
-    start: int = 0,
-    name: str = "ema",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    **options: Unpack[AverageOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Exponential moving average of the parameters.
 
@@ -112,104 +82,63 @@ def ema_params(
     avg)`` from the initial parameters.
 
     Args:
-      decay: ``d`` in [0, 1] per absorbed iterate, or a schedule of it.
-      debias: whether the initial parameters are left out.
-      every: optimizer steps between absorbed iterates.
-      start: optimizer steps to leave out.
-      name: of the average.
-      accumulator_dtype: see :func:`average`, as all that follow.
-      rounding: ``None``, ``"stochastic"`` or ``"compensated"``.
-      where: which leaves to average.
-      skip_nonfinite: leave out iterates that are not finite.
-      memory_kind: where the average lives.
+      decay: The decay ``d`` in [0, 1] per absorbed iterate, or a schedule of it.
+      debias: Whether to leave the initial parameters out of the average.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation; the last link of a chain.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adamw(3e-4), oa.ema_params(0.999))
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(optax.sgd(1.0), oa.ema_params(0.5))
+      >>> params = jnp.array(0.0)
+      >>> state = tx.init(params)
+      >>> for _ in range(2):
+      ...     updates, state = tx.update(jnp.array(-3.0), state, params)
+      ...     params = optax.apply_updates(params, updates)
+      >>> float(params), float(oa.averaged_params(state, params))
+      (6.0, 5.0)
 
     References:
       See :func:`optax_avg.weights.ema`.
     """
-    return running_average(
-        "ema_params",
-        weights.ema(decay, debias),
-        every=every,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
-    )
+    return averaging("ema_params", weights.ema(decay, debias), **options)
 
 
+@with_options(AverageOptions, name="polyak")
 def polyak_average(
-    *,
-    every: int = 1,
-    start: int = 0,
-    name: str = "polyak",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    **options: Unpack[AverageOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Polyak-Ruppert average, the uniform mean of the iterates: ``w(t) = 1/t``.
 
     Args:
-      every: optimizer steps between absorbed iterates.
-      start: optimizer steps to leave out.
-      name: of the average.
-      accumulator_dtype: see :func:`average`, as all that follow.
-      rounding: ``None``, ``"stochastic"`` or ``"compensated"``.
-      where: which leaves to average.
-      skip_nonfinite: leave out iterates that are not finite.
-      memory_kind: where the average lives.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation; the last link of a chain.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = optax.chain(optax.sgd(0.1), oa.polyak_average())
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['polyak']
 
     References:
       See :func:`optax_avg.weights.uniform`.
     """
-    return running_average(
-        "polyak_average",
-        weights.uniform(),
-        every=every,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
-    )
+    return averaging("polyak_average", weights.uniform(), **options)
 
 
+@with_options(AccumulatorOptions, name="swa")
 def swa(
-    start: int,
-    every: int = 1,
-    *,
-    name: str = "swa",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    start: int, every: int = 1, **options: Unpack[AccumulatorOptions]
 ) -> optax.GradientTransformationExtraArgs:
     """Stochastic weight averaging: the uniform mean of every ``every``-th iterate.
 
@@ -219,187 +148,120 @@ def swa(
     recomputed at the average.
 
     Args:
-      every: optimizer steps between absorbed iterates.
-      start: optimizer steps to leave out.
-      name: of the average.
-      accumulator_dtype: see :func:`average`, as all that follow.
-      rounding: ``None``, ``"stochastic"`` or ``"compensated"``.
-      where: which leaves to average.
-      skip_nonfinite: leave out iterates that are not finite.
-      memory_kind: where the average lives.
+      start: Number of optimizer steps to leave out at the beginning.
+      every: Number of optimizer steps between absorbed iterates.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation; the last link of a chain.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = optax.chain(optax.sgd(0.1), oa.swa(start=750, every=50))
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['swa']
 
     References:
       Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
       Generalization", 2018, 1803.05407.
     """
-    return running_average(
-        "swa",
-        weights.uniform(),
-        every=every,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
-    )
+    return averaging("swa", weights.uniform(), start=start, every=every, **options)
 
 
+@with_options(AccumulatorOptions, name="tail_average")
 def tail_average(
-    start: int,
-    *,
-    name: str = "tail_average",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    start: int, **options: Unpack[AccumulatorOptions]
 ) -> optax.GradientTransformationExtraArgs:
     """Tail (suffix) average: the uniform mean of all iterates after step ``start``.
 
     Args:
-      start: optimizer steps to leave out; half of the training is customary.
-      name: of the average.
-      accumulator_dtype: see :func:`average`, as all that follow.
-      rounding: ``None``, ``"stochastic"`` or ``"compensated"``.
-      where: which leaves to average.
-      skip_nonfinite: leave out iterates that are not finite.
-      memory_kind: where the average lives.
+      start: Number of optimizer steps to leave out; half of the training is customary.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation; the last link of a chain.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = optax.chain(optax.sgd(0.1), oa.tail_average(start=500))
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['tail_average']
 
     References:
       Rakhlin, Shamir and Sridharan, "Making Gradient Descent Optimal for Strongly
       Convex Stochastic Optimization", 2012, 1109.5647.
     """
-    return running_average(
-        "tail_average",
-        weights.uniform(),
-        every=1,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
-    )
+    return averaging("tail_average", weights.uniform(), start=start, **options)
 
 
+@with_options(AverageOptions, name="power_ema")
 def power_ema(
     sigma_rel: float | Sequence[float] = (0.05, 0.10),
-    *,
-    every: int = 1,
-    start: int = 0,
-    name: str = "power_ema",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    **options: Unpack[AverageOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Power-function EMA of one or several widths, in one pass over the parameters.
 
     ``avg += (1 - (1-1/t)^(gamma+1)) (x_t - avg)``.
 
     Args:
-      sigma_rel: relative width in (0, 12^-1/2), or a sequence or vector of them; then
-        the averages are named ``f"{name}_{sigma_rel:g}"``.
-      every: optimizer steps between absorbed iterates.
-      start: optimizer steps to leave out.
-      name: of the average.
-      accumulator_dtype: see :func:`average`, as all that follow.
-      rounding: ``None``, ``"stochastic"`` or ``"compensated"``.
-      where: which leaves to average.
-      skip_nonfinite: leave out iterates that are not finite.
-      memory_kind: where the average lives.
+      sigma_rel: Relative width in (0, 12^-1/2), or a sequence or vector of widths. The
+        averages of a sequence are named ``f"{name}_{sigma_rel:g}"``.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation; the last link of a chain.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = optax.chain(optax.adam(1e-3), oa.power_ema([0.05, 0.10]))
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['power_ema_0.05', 'power_ema_0.1']
 
     References:
       Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
       Models", 2024, 2312.02696.
     """
-    widths = _widths(name, sigma_rel)
-    return running_average(
-        "power_ema",
-        {key: weights.power_function(sigma_rel=width) for key, width in widths.items()},
-        every=every,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
-    )
+    widths = _widths(options.pop("name", "power_ema"), sigma_rel)
+    by_name = {key: weights.power_function(sigma_rel=s) for key, s in widths.items()}
+    return averaging("power_ema", by_name, **options)
 
 
+@with_options(AverageOptions, name="lr_weighted")
 def lr_weighted_average(
     learning_rate: optax.Schedule,
     power: float = 1.0,
-    *,
-    every: int = 1,
-    start: int = 0,
-    name: str = "lr_weighted",
-    accumulator_dtype: Any = None,
-    rounding: str | None = None,
-    where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
-    memory_kind: str | None = None,
+    **options: Unpack[AverageOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Average weighted by a power of the learning rate, ``w(t) = lr_t^p / sum lr_i^p``.
 
     Args:
-      learning_rate: Schedule of the optimizer. Steps whose iterate was not finite, and
-        so was left out, do not count.
-      power: ``p``; 1 is the average of the analysis of SGD, 2 that of schedule-free.
-      every: optimizer steps between absorbed iterates.
-      start: optimizer steps to leave out.
-      name: of the average.
-      accumulator_dtype: see :func:`average`, as all that follow.
-      rounding: ``None``, ``"stochastic"`` or ``"compensated"``.
-      where: which leaves to average.
-      skip_nonfinite: leave out iterates that are not finite.
-      memory_kind: where the average lives.
+      learning_rate: Schedule of the optimizer, a function of the optimizer step. Steps
+        whose iterate was not finite, and so was left out, do not count.
+      power: The power ``p``; 1 is the average of the analysis of SGD, 2 that of
+        schedule-free.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
-      A transformation; the last link of a chain.
+      A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> lr = optax.linear_schedule(0.1, 0.0, 1000)
       >>> tx = optax.chain(optax.sgd(lr), oa.lr_weighted_average(lr))
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['lr_weighted']
 
     References:
       See :func:`optax_avg.weights.mass`.
@@ -410,20 +272,92 @@ def lr_weighted_average(
             "polyak_average(), inside optax.inject_hyperparams write "
             'static_args=("learning_rate",).'
         )
-    every, start = _checks.check_every(every, start)
+    every, start = every_and_start(options.get("every"), options.get("start"))
     count = lambda t: _numerics.step_of(t, every, start + every - 1)
-    return running_average(
-        "lr_weighted_average",
-        weights.mass(lambda t: learning_rate(count(t)) ** power),
-        every=every,
-        start=start,
-        name=name,
-        accumulator_dtype=accumulator_dtype,
-        rounding=rounding,
-        where=where,
-        skip_nonfinite=skip_nonfinite,
-        memory_kind=memory_kind,
+    weight = weights.mass(lambda t: learning_rate(count(t)) ** power)
+    return averaging("lr_weighted_average", weight, **options)
+
+
+@with_options(CommonOptions, name="window")
+def window_average(
+    k: int, every: int = 1, *, start: int = 0, **options: Unpack[CommonOptions]
+) -> optax.GradientTransformationExtraArgs:
+    """Latest weight averaging (LAWA): the uniform mean of the ``k`` latest iterates.
+
+    ``avg_t = 1/min(t,k) sum_{i=max(1,t-k+1)}^t x_i``, the memory
+    :func:`optax_avg.memories.window`.
+
+    Args:
+      k: Number of iterates in the window; at least 1.
+      every: Number of optimizer steps between absorbed iterates.
+      start: Number of optimizer steps to leave out at the beginning.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
+
+    Returns:
+      A transformation with the state :class:`optax_avg.AverageState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(optax.adamw(3e-4), oa.window_average(k=6, every=100))
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['window']
+
+    References:
+      Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with
+      Latest Weight Averaging", 2022, 2209.14981.
+    """
+    return averaging(
+        "window_average", memories.window(k), every=every, start=start, **options
     )
+
+
+@with_options(MemoryOptions, name="bema")
+def bema(
+    kappa: float = 0.5,
+    eta: float = 0.2,
+    rho: float = 10.0,
+    gamma: float = 1.0,
+    *,
+    accumulator_dtype: jax.typing.DTypeLike | None = None,
+    **options: Unpack[MemoryOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """Bias-corrected EMA: an average whose lag behind training is corrected.
+
+    ``ema_t + a_t (x_t - x_0)``, the memory :func:`optax_avg.memories.corrected`.
+
+    Args:
+      kappa: Power of the EMA weight, in [0, 1].
+      eta: Power of the correction; at least 0.
+      rho: Lag; at least 0.
+      gamma: Rate; positive.
+      accumulator_dtype: Dtype of the three trees in the state, a float of 16 bits or
+        more. The default is float32, or the dtype of the leaf if that is wider. The
+        EMA of a narrower one is rounded stochastically.
+      **options: Options of every average, see :class:`optax_avg.AverageOptions`.
+
+    Returns:
+      A transformation with the state :class:`optax_avg.AverageState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(optax.adamw(3e-4), oa.bema())
+      >>> oa.average_names(tx.init(jnp.zeros(2)))
+      ['bema']
+
+    References:
+      Block and Zhang, "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes",
+      2025, 2508.00180.
+    """
+    memory = memories.corrected(
+        kappa, eta, rho, gamma, accumulator_dtype=accumulator_dtype
+    )
+    return averaging("bema", memory, **options)
 
 
 def _widths(name: str, sigma_rel: Any) -> dict[str, Any]:

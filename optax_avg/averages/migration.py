@@ -13,16 +13,11 @@ import optax
 from jax.core import Tracer
 
 from optax_avg import _leaves
-from optax_avg.averages.readout import is_average_state, trees_of
+from optax_avg.averages.readout import is_average_state
 
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 # Fields that the averages of one link have in common.
 SHARED = ("step", "absorbed", "rejected", "start", "every")
-# Fields that are dicts of the averages' names.
-BY_NAME = (
-    *("averages", "compensations", "masses", "remainders", "gammas"),
-    *("windows", "corrected"),
-)
 # Fields that count updates, here and in Optax, from zero on.
 COUNTERS = ("count", "step", "gradient_step", "rule_step")
 AFRESH = "to start it afresh, give it another name="
@@ -113,7 +108,7 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
     dropped = [
         name
         for node in averages
-        for name in trees_of(_inner(node))
+        for name in _inner(node).averages
         if not _is_in(node, taken.get(name, []))
     ]
     if dropped:
@@ -165,7 +160,7 @@ def _is_in(node: Any, nodes: list[Any]) -> bool:
 
 def _namesakes(where: str, node: Any, averages: list[Any]) -> dict[str, Any]:
     """The old states that hold the averages of a new link, by name; all or none."""
-    new = trees_of(_inner(node))
+    new = _inner(node).averages
     found = {name: _namesake(where, name, tree, averages) for name, tree in new.items()}
     missing = [name for name, source in found.items() if source is None]
     if missing and len(missing) < len(new):
@@ -179,7 +174,7 @@ def _namesakes(where: str, node: Any, averages: list[Any]) -> dict[str, Any]:
 
 def _namesake(where: str, name: str, tree: Any, averages: list[Any]) -> Any:
     """The old state that holds an average of this name; None if there is none."""
-    trees = [(node, trees_of(_inner(node))) for node in averages]
+    trees = [(node, _inner(node).averages) for node in averages]
     same = [(node, held) for node, held in trees if name in held]
     if len(same) < 2:
         return same[0][0] if same else None
@@ -212,16 +207,15 @@ def _put_together(new: Any, sources: dict[str, Any]) -> Any:
     """A state like ``new`` whose averages come from ``sources``, by name."""
     first = next(iter(sources.values()))
 
-    def moved(field):
-        if field in BY_NAME:
-            by_name = {name: getattr(state, field) for name, state in sources.items()}
-            return {name: held[name] for name, held in by_name.items() if name in held}
+    def counter(field):
         value = getattr(first, field)
         # Two new links may come from one old one, and both be donated.
-        shared = field in SHARED and not _leaves.is_abstract(value)
-        return jnp.array(value, copy=True) if shared else value
+        return value if _leaves.is_abstract(value) else jnp.array(value, copy=True)
 
-    return type(new)(**{field: moved(field) for field in new._fields})
+    averages = {name: state.averages[name] for name, state in sources.items()}
+    return new._replace(
+        averages=averages, **{field: counter(field) for field in SHARED}
+    )
 
 
 def _in_wrapper(node: Any, source: Any, inner: Any) -> Any:
@@ -239,10 +233,11 @@ def _in_wrapper(node: Any, source: Any, inner: Any) -> Any:
 
 def _check_alike(where: str, name: str, new: Any, old: Any) -> None:
     """Raises if two averages of a name are not of one kind, stride and start."""
-    if type(new) is not type(old):
+    ours, theirs = new.averages[name], old.averages[name]
+    if type(ours) is not type(theirs):
         raise ValueError(
-            f"the average {name!r} in {where} has the state {type(new).__name__} and "
-            f"had {type(old).__name__}; {AFRESH}."
+            f"the average {name!r} in {where} has the memory {type(ours).__name__} and "
+            f"had {type(theirs).__name__}; {AFRESH}."
         )
     for field in ("start", "every"):
         before, now = getattr(old, field), getattr(new, field)
@@ -251,11 +246,10 @@ def _check_alike(where: str, name: str, new: Any, old: Any) -> None:
                 f"the average {name!r} in {where} has {field}={now} and had "
                 f"{field}={before}; {AFRESH}."
             )
-    before, now = (getattr(state, "gammas", {}).get(name, 0) for state in (old, new))
-    if not _equal(before, now):
+    if not _leaves.is_abstract([ours, theirs]) and ours.profile() != theirs.profile():
         raise ValueError(
-            f"the average {name!r} in {where} is a power function of gamma={now} and "
-            f"was one of gamma={before}; {AFRESH}."
+            f"the average {name!r} in {where} has the weights {ours.profile()} and had "
+            f"{theirs.profile()}; {AFRESH}."
         )
 
 

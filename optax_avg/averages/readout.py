@@ -5,9 +5,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from optax_avg import _leaves, _numerics
-from optax_avg.averages._running import AverageState
-from optax_avg.averages.windows import BemaState, WindowState
+from optax_avg import _leaves
+from optax_avg.averages._rule import AverageState
 
 
 def averaged_params(state: Any, params: Any, name: str | None = None) -> Any:
@@ -65,12 +64,12 @@ def average_names(state: Any) -> list[str]:
       >>> oa.average_names(oa.power_ema([0.05, 0.10]).init(jnp.zeros(1)))
       ['power_ema_0.05', 'power_ema_0.1']
     """
-    return sorted({name for node in average_states(state) for name in trees_of(node)})
+    return sorted({name for node in average_states(state) for name in node.averages})
 
 
 def is_average_state(node: Any) -> bool:
     """Whether a node of an optimizer state is the state of an average."""
-    return isinstance(node, (AverageState, WindowState, BemaState))
+    return isinstance(node, AverageState)
 
 
 def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
@@ -100,7 +99,7 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
     paths = jax.tree.flatten_with_path(params)[0]
     found: list[Any] = [None] * len(paths)
     for node in average_states(state):
-        if name not in trees_of(node):
+        if name not in node.averages:
             continue
         begun = jax.tree.leaves(node.absorbed)[0] > 0
         aligned = _leaves.align(read_average(node, name), params)
@@ -123,13 +122,6 @@ def average_states(state: Any) -> list[Any]:
     return [node for node in leaves if is_average_state(node)]
 
 
-def trees_of(node: Any) -> dict[str, Any]:
-    """The trees of one state by name."""
-    if isinstance(node, AverageState):
-        return node.averages
-    return node.windows if isinstance(node, WindowState) else node.corrected
-
-
 def read_average(node: Any, name: str) -> Any:
     """The average itself, from what the state keeps; stacked as the state is.
 
@@ -146,15 +138,8 @@ def read_average(node: Any, name: str) -> Any:
                 "(state, params) with the axes of the stack."
             )
         return jax.vmap(lambda member: read_average(member, name))(node)
-    tree = jax.tree.map(_on_device, trees_of(node)[name])
-    if isinstance(node, AverageState) and name in node.compensations:
-        rest = jax.tree.map(_on_device, node.compensations[name])
-        return jax.tree.map(
-            lambda a, c: _numerics.wide(a) + _numerics.wide(c), tree, rest
-        )
-    if isinstance(node, WindowState):
-        return jax.tree.map(lambda ring: _window_mean(ring, absorbed), tree)
-    return tree
+    kept = jax.tree.map(_on_device, node.averages[name])
+    return kept.read(absorbed)
 
 
 def _over(begun: jax.Array, value: jax.Array) -> jax.Array:
@@ -162,13 +147,6 @@ def _over(begun: jax.Array, value: jax.Array) -> jax.Array:
     if not begun.ndim:
         return begun
     return begun.reshape(*begun.shape, *[1] * (value.ndim - begun.ndim))
-
-
-def _window_mean(ring: jax.Array, absorbed: jax.Array) -> jax.Array:
-    """Mean of the rows that have been written."""
-    row = jnp.arange(ring.shape[0]).reshape(-1, *[1] * (ring.ndim - 1))
-    written = jnp.where(row < absorbed, _numerics.wide(ring), 0)
-    return written.sum(axis=0) / jnp.clip(absorbed, 1, ring.shape[0])
 
 
 def _on_device(leaf: jax.Array) -> jax.Array:

@@ -155,13 +155,13 @@ def _averages_in(source: Checkpoint) -> list[Row]:
     for leaf in source.leaves:
         for depth, field in enumerate(leaf.path[:-1]):
             count = where.get((*leaf.path[:depth], "absorbed"))
-            if field not in ("averages", "windows") or count is None:
+            if field != "averages" or count is None or len(leaf.path) < depth + 3:
                 continue
-            name = leaf.path[depth + 1]
+            name, part = leaf.path[depth + 1 : depth + 3]
             if (count, name) not in rows:
-                gamma = where.get((*leaf.path[:depth], "gammas", name))
+                gamma = where.get((*leaf.path[:depth], "averages", name, "gamma"))
                 kind: Any = None
-                if field == "windows":
+                if part == "ring":
                     kind = _clock.Window(leaf.shape[0])
                 elif gamma is not None:
                     kind = _clock.Power(float(np.max(source.read([gamma])[0])))

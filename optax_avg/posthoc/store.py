@@ -19,7 +19,6 @@ import numpy as np
 from optax_avg import _leaves
 from optax_avg import weights as weights_
 from optax_avg.averages import readout
-from optax_avg.averages.windows import BemaState, WindowState
 from optax_avg.posthoc import (
     _disk,
     _integrity,
@@ -363,8 +362,9 @@ class SnapshotStore:
                     "member a store of its own and save jax.tree.map(lambda x: x[i], "
                     "opt_state)."
                 )
-            for name, tree in readout.trees_of(node).items():
-                if not jax.tree.leaves(tree):
+            for name in node.averages:
+                read = lambda node=node, name=name: readout.read_average(node, name)
+                if not jax.tree.leaves(jax.eval_shape(read)):
                     continue
                 if name in seen or name == PARAMETERS:
                     raise ValueError(
@@ -375,8 +375,7 @@ class SnapshotStore:
                 if why:
                     unknown[name] = why
                     continue
-                tree = readout.read_average(node, name)
-                yield name, tree, counts[0], kind, _grid(node)
+                yield name, read(), counts[0], kind, _grid(node)
         for name, why in unknown.items():
             if name not in self._named:
                 self._named.add(name)
@@ -388,8 +387,9 @@ class SnapshotStore:
 
     def _kind(self, name: str, node: Any) -> tuple[dict[str, Any], str]:
         """What an average is, or why that cannot be told."""
-        if isinstance(node, BemaState):
-            return {}, "the correction of bema is not a mean of iterates."
+        profile = node.averages[name].profile(jnp.ndim(node.absorbed))
+        if profile is None:
+            return {}, "it is not a mean of iterates."
         grid, absorbed, rejected = _grid(node), _one(node.absorbed), _one(node.rejected)
         missing = (grid.step - grid.start) // grid.every - absorbed
         if missing != rejected:
@@ -397,12 +397,8 @@ class SnapshotStore:
                 f"its iterates do not lie every {grid.every} steps after {grid.start}, "
                 "as its state says; start it anew where start= or every= changes."
             )
-        if isinstance(node, WindowState):
-            ring = jax.tree.leaves(node.windows)[0]
-            return {"window": ring.shape[jnp.ndim(node.absorbed)]}, ""
-        gamma = np.unique(np.asarray(node.gammas.get(name, [])))
-        if gamma.size == 1:
-            return {"power": float(gamma[0])}, ""
+        if profile:
+            return profile, ""
         if name in self._weights:
             return {"recorded": True}, ""
         return {}, (
