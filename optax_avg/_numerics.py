@@ -242,6 +242,7 @@ def square_roots(squares: Callable[[Any], jax.Array]) -> jax.Array:
     far = 2.0 ** round(0.7 * float(info.maxexp))
     safe = (plain > info.tiny / info.eps) & (plain < info.max)
     factors = jnp.where(safe, 1, jnp.where(plain < 1, far, 1 / far))
+    factors = factors.astype(plain.dtype)  # or a narrow leaf would not hold them
     scaled = lambda: jnp.sqrt(squares(factors)) / factors
     return lax.cond(jnp.all(safe), lambda: jnp.sqrt(plain), scaled)
 

@@ -861,6 +861,30 @@ FAULTS = {
         "LEFT_OVER.fullmatch(entry.name) and entry.is_dir()",
         f"{SNAPSHOTS} -k being_written",
     ),
+    "scales of wide leaves overflow in narrow ones": Fault(
+        "optax_avg/robust/_stack.py",
+        "part = like(scale, x) * x",
+        "part = like(scale.astype(x.dtype), x) * x",
+        f"{ATTACKS} -k mixed_width",
+    ),
+    "norms are scaled in the dtype of each leaf": Fault(
+        "optax_avg/_numerics.py",
+        "factors = factors.astype(plain.dtype)",
+        "factors = factors + 0",
+        f"{LOCATION} -k mixed_width",
+    ),
+    "what dare drops is rounded to the model": Fault(
+        "optax_avg/merging/task_vectors.py",
+        "jnp.asarray(x, jnp.promote_types(own, of_base))",
+        "jnp.asarray(x, own)",
+        f"{MERGING} -k dare_drops",
+    ),
+    "counters of a device lose an axis": Fault(
+        "optax_avg/robust/_stack.py",
+        "    if axis is None:\n        return x\n    _check",
+        "    axis = axis or 0\n    _check",
+        f"{ATTACKS} -k counters_on",
+    ),
     "the step of resumption is removed": Fault(
         "optax_avg/posthoc/_writer.py",
         "if s > step]",

@@ -132,3 +132,74 @@ def test_flag_of_sizes_far_apart_is_finite(far):
     tx = oa.flag(2)
     found, _ = jax.jit(tx.update)(v, tx.init(v[0]))
     np.testing.assert_allclose(found, [far / 4, 0], rtol=1e-5, atol=1e-6 * far)
+
+
+MEDIANS = {
+    "geometric_median": oa.geometric_median(),
+    "median_of_means": oa.median_of_means(5),
+    "krum": oa.krum(1),
+    "multi_krum": oa.krum(1, 3),
+    "trimmed_mean": oa.trimmed_mean(1),
+}
+
+
+@pytest.mark.parametrize("narrow", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("bad", [1.0, 9.0, 1e300])
+@pytest.mark.parametrize("size", [1.0, 1e-40])
+@pytest.mark.parametrize("name", MEDIANS)
+def test_identical_rows_of_mixed_width(name, size, bad, narrow):
+    """Scales of the wide leaf lie beyond the range of the narrow one."""
+    with jax.enable_x64(True):
+        wide = jnp.full((5, 3), size, jnp.float64).at[0].mul(bad)
+        rows = {"a": wide, "b": jnp.ones((5, 2), narrow) * (size == 1)}
+        tx = MEDIANS[name]
+        found, state = tx.update(rows, tx.init(jax.tree.map(lambda x: x[0], rows)))
+    np.testing.assert_allclose(np.float64(found["a"]), size, rtol=1e-6)
+    np.testing.assert_array_equal(np.float64(found["b"]), size == 1)
+    assert int(state.left_out) == 0
+
+
+@pytest.mark.parametrize(("n", "f", "tau"), [(9, 4, 0.01), (21, 10, 0.05), (9, 4, 5.0)])
+def test_centered_clip_goes_no_farther_in_many_calls(n, f, tau):
+    """Good rows on both sides pull back only where they lie behind the location."""
+    good = np.array([[0.0, (-1.0) ** i] for i in range(n - f)])
+    rows = jnp.asarray(np.concatenate([good, [[1e3, 0.0]] * f]))
+    tx = oa.centered_clip(tau)
+    advance = lambda state, _: (tx.update(rows, state)[1], None)
+    state, _ = jax.lax.scan(advance, tx.init(jnp.zeros(2)), length=3000)
+    size = float(jnp.linalg.norm(state.aggregation_memory))
+    q = f / (n - f)
+    assert size <= max(1 + tau, (1 - q**2) ** -0.5) + tau
+
+
+@pytest.mark.parametrize("tx", [oa.geometric_median(), oa.coordinate_median()])
+def test_counters_among_the_rows(tx):
+    """Leaves that are not floating are those of the first row."""
+    rows = {"w": jnp.ones((3, 2)), "n": jnp.arange(6).reshape(3, 2)}
+    state = tx.init({"w": jnp.ones(2), "n": jnp.arange(2)})
+    assert tx.update(rows, state)[0]["n"].tolist() == [0, 1]
+    rows["n"] = np.zeros((3, 2), jax.dtypes.float0)
+    found = tx.update(rows, state)[0]["n"]
+    assert found.shape == (2,)
+    assert found.dtype == jax.dtypes.float0
+    with pytest.raises(ValueError, match=r"updates\['n'\] of shape \(\) has no axis 0"):
+        tx.update({"w": jnp.ones((3, 2)), "n": jnp.array(3)}, state)
+
+
+@pytest.mark.skipif(jax.device_count() < 4, reason="needs four devices")
+def test_counters_on_devices():
+    """Each device holds one row, and so one counter of the shape of the parameters."""
+    auto = jax.sharding.AxisType.Auto
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(auto,))
+    tx = oa.geometric_median(axis_name="d")
+    rows = {"w": jnp.ones((4, 2)), "n": jnp.zeros((4, 3), int)}
+
+    def local(rows):
+        one = jax.tree.map(lambda x: x[0], rows)
+        return jax.tree.map(lambda x: x[None], tx.update(one, tx.init(one))[0])
+
+    spec = jax.sharding.PartitionSpec("d")
+    found = jax.shard_map(
+        local, mesh=mesh, in_specs=spec, out_specs=spec, check_vma=False
+    )(rows)
+    assert found["n"].shape == (4, 3)

@@ -213,6 +213,18 @@ def test_reconstruct(tmp_path, params, run):
 
 
 @pytest.mark.usefixtures("params")
+def test_reconstruct_in_wider_types(tmp_path, run):
+    args = ["reconstruct", tmp_path / "store", "--window", "8"]
+    out = tmp_path / "out.safetensors"
+    checked(run(*args, "--dtype", "float64", "--out", out))
+    found = safetensors.numpy.load_file(out)
+    assert {x.dtype for x in found.values()} == {np.dtype("float64")}
+    code, _, errors = run(*args, "--dtype", "longdouble", "--out", tmp_path / "no")
+    assert code == 2
+    assert "longdouble is not a floating point type" in errors
+
+
+@pytest.mark.usefixtures("params")
 def test_a_dry_run_of_reconstruct(tmp_path, run):
     before = sorted(tmp_path.rglob("*"))
     store, args = tmp_path / "store", ["--window", "8", "--dry-run", "--out"]

@@ -604,3 +604,54 @@ def test_a_part_of_a_folder_is_no_folder(run):
     refused(run(*args, "out"), "--out NAME.safetensors", code=2)
     checked(run(*args, "out.safetensors"))
     assert "0.weight" in load()
+
+
+# --- what a user may type, and names that a checkpoint may have ---
+
+
+def test_names_with_brackets_are_shown_whole(run):
+    long = "model.layers.0.self_attn.q_proj.weight" * 6
+    save("odd", {"w[/x]": np.ones(2), "w[kernel]": np.ones(2), long: np.ones(2)})
+    out = checked(run("inspect", "odd.safetensors"))
+    assert "w[/x]" in out
+    assert "w[kernel]" in out
+    assert long in "".join(line[1:].split("│")[0].strip() for line in out.splitlines())
+
+
+def test_seeds_beyond_64_bits_are_refused(run):
+    save("x0", {"w": np.ones(2, np.float32)})
+    args = "merge ties x0.safetensors --base x0.safetensors --dare --out o.safetensors"
+    code, _, errors = run(*args.split(), "--seed", 10**30)
+    assert code == 2
+    assert "--seed" in errors
+    assert "Traceback" not in errors
+
+
+def test_a_directory_named_like_an_index(run, folder):
+    (folder / "x.safetensors.index.json").mkdir()
+    refused(
+        run("inspect", "x.safetensors.index.json"), "is neither an Orbax checkpoint"
+    )
+
+
+def test_directories_that_were_made_for_a_result_go_with_it(run, folder):
+    save("x0", {"w": np.ones(2, np.float32)})
+    out = f"q/r/{'x' * 300}/o.safetensors"
+    refused(run("merge", "soup", "x0.safetensors", "--out", out), "name too long")
+    assert os.listdir(folder) == ["x0.safetensors"]
+
+
+def test_dare_of_narrow_models_keeps_what_one_model_has(run):
+    """What the other one drops is exactly the base, and is not counted in the mean."""
+    base = np.random.default_rng(0).normal(size=2000).astype(np.float32)
+    save("base", {"w": base})
+    for i in range(2):
+        save(f"x{i}", {"w": jnp.asarray(base + 0.5).astype(jnp.bfloat16)})
+    args = "x0.safetensors x1.safetensors --base base.safetensors --density 0.5 --dare"
+    checked(run("merge", "ties", *args.split(), "--out", "out.safetensors"))
+    found = load()["w"]
+    assert found.dtype == jnp.bfloat16
+    moved = np.float32(found) - base
+    halves = (np.abs(moved - 0.5) < 0.2).sum()
+    assert halves == 0
+    assert 1400 < (np.abs(moved - 1) < 0.2).sum() < 1600

@@ -401,3 +401,13 @@ def test_adaptive_radius_of_a_float64_leaf_keeps_its_range():
         for _ in range(3):
             _, state = tx.update(jnp.array(1e200), state)
         assert 1e199 < float(state.location_radius[0]) < 1e201
+
+
+@pytest.mark.parametrize(
+    "tx", [oa.vclip(1.0), oa.clip_by_zscore(), oa.clip_by_quantile(0.5)]
+)
+def test_a_zero_gradient_of_mixed_width_is_finite(tx):
+    with jax.enable_x64(True):
+        x = {"a": jnp.zeros(3, jnp.float64), "b": jnp.zeros(2, jnp.float32)}
+        _, state = tx.update(x, tx.init(x), x)
+    assert int(state.rejected) == 0

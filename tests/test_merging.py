@@ -739,3 +739,24 @@ def test_bad_chains(change, layers, message):
     tree = {"in": jnp.ones((2, 4)), "out": jnp.ones((4, 3))} | change
     with pytest.raises(ValueError, match=message):
         merging.permute(tree, tree, layers)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
+def test_what_dare_drops_is_the_base_exactly(dtype):
+    """Otherwise the rounding of narrow models counts in the elections of TIES."""
+    base = jnp.asarray(np.random.default_rng(0).normal(size=2000), jnp.float32)
+    models = [(base + 0.5).astype(dtype) for _ in range(2)]
+    dropped = merging.dare(models, base, 0.5, key=0)
+    kept = np.stack(dropped) != np.asarray(base)
+    assert 0.45 < kept.mean() < 0.55
+    assert all(x.dtype == jnp.float32 for x in dropped)
+    made = merging.ties(dropped, base, 1.0) - base
+    sizes = np.where(kept.any(0), 1.0, 0.0)
+    np.testing.assert_allclose(made, sizes, atol=0.05)
+
+
+def test_wise_ft_takes_any_number():
+    far = merging.wise_ft(jnp.zeros(2), jnp.ones(2), 1e6)
+    np.testing.assert_allclose(far, 1e6, rtol=1e-6)
+    near = merging.wise_ft(jnp.zeros(2), jnp.ones(2), 1e17)
+    np.testing.assert_allclose(near, 1e17, rtol=1e-6)

@@ -35,6 +35,10 @@ app.command(epilog=_output.example("reconstruct snapshots --sigma-rel 0.08 --out
 app.command(epilog=_output.example("inspect ema"))(_averages.inspect)
 
 
+# What users and disks do; other errors are ours and show where they come from.
+REASONS = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
+
+
 def main() -> None:
     """Runs the command; what goes wrong is one line, and nothing is half written."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
@@ -47,7 +51,7 @@ def main() -> None:
         except _signals.Stopped:
             _output.say("stopped; nothing was written.")
             sys.exit(128 + _signals.signals[0])
-        except (ValueError, OSError, ImportError, RuntimeError, MemoryError) as error:
+        except (*REASONS, MemoryError) as error:
             _output.say(f"error: {str(error) or type(error).__name__}")
             sys.exit(1)
 

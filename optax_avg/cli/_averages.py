@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import typer
 from rich.console import Console
-from rich.table import Table
+from rich.markup import escape
+from rich.table import Column, Table
 
 from optax_avg.cli._checkpoints import open_checkpoint
 from optax_avg.cli._output import Only, Output, check, write, writes
@@ -80,7 +81,7 @@ def reconstruct(
                 found = _reconstruct.summed_leaves(
                     reader, left, plan.parts, batch, [place] * len(batch)
                 )
-                return [[np.asarray(x.astype(kind))] for x in found]
+                return [[np.asarray(x).astype(kind)] for x in found]
 
             leaves = [Leaf(leaf.path, leaf.shape, str(kind)) for leaf in stored]
             size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in stored)
@@ -99,7 +100,7 @@ def _dtype(name: str) -> Any:
         kind = jnp.dtype(name)
     except TypeError as error:
         raise typer.BadParameter(f"--dtype {name} is not a dtype.") from error
-    if not jnp.issubdtype(kind, jnp.floating):
+    if not jnp.issubdtype(kind, jnp.floating) or kind.itemsize > 8:
         raise typer.BadParameter(f"--dtype {name} is not a floating point type.")
     return kind
 
@@ -139,9 +140,11 @@ def inspect(
         leaves, averages = source.leaves, _averages_in(source)
         if averages:
             shown.print(_table(averages))
-    table = Table("leaf", "shape", "dtype", "bytes")
+    table = Table(Column("leaf", overflow="fold"), "shape", "dtype", "bytes")
     for leaf in leaves:
-        table.add_row(leaf.name, str(leaf.shape), leaf.dtype, f"{leaf.nbytes:,}")
+        table.add_row(
+            escape(leaf.name), str(leaf.shape), leaf.dtype, f"{leaf.nbytes:,}"
+        )
     shown.print(table)
     total = sum(leaf.nbytes for leaf in leaves)
     count = sum(math.prod(leaf.shape) for leaf in leaves)
@@ -170,8 +173,10 @@ def _averages_in(source: Checkpoint) -> list[Row]:
 
 
 def _table(rows: Iterable[Row]) -> Table:
-    table = Table("average", "iterates", "sigma_rel", "mean age", "kind")
-    for name, t, kind in rows:
+    names = Column("average", overflow="fold")
+    table = Table(names, "iterates", "sigma_rel", "mean age", "kind")
+    for bare, t, kind in rows:
+        name = escape(bare)
         if kind is None or not t:
             table.add_row(name, str(t))
             continue
@@ -179,5 +184,7 @@ def _table(rows: Iterable[Row]) -> Table:
         mean = float(p @ np.arange(t + 1))
         width = math.sqrt(max(float(p @ (np.arange(t + 1) - mean) ** 2), 0)) / t
         described = type(kind).__name__.lower()
-        table.add_row(name, str(t), f"{width:.3g}", f"{t - mean:.4g}", described)
+        table.add_row(
+            escape(name), str(t), f"{width:.3g}", f"{t - mean:.4g}", described
+        )
     return table

@@ -35,8 +35,8 @@ def partial(target: Target) -> Iterator[str]:
     """A directory beside a target, which is deleted at the end."""
     parent, name = os.path.split(target.path)
     missing = [p for p in Path(target.path).parents if not p.exists()]
-    os.makedirs(parent, exist_ok=True)
     try:
+        os.makedirs(parent, exist_ok=True)
         folder = tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent)
         try:
             yield folder

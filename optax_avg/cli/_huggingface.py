@@ -15,7 +15,7 @@ PICKLED = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 
 def folder_of(path: str) -> str | None:
     """The Hugging Face folder that a path names, itself or by its index."""
-    if path.endswith(f"{SUFFIX}.index.json"):
+    if path.endswith(f"{SUFFIX}.index.json") and not os.path.isdir(path):
         return os.path.dirname(path) or os.curdir
     if os.path.isdir(path) and _models_in(path):
         return path

@@ -13,6 +13,7 @@ import numpy as np
 
 from optax_avg.cli import _output, _sources
 from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg.cli._signals import check_signals
 from optax_avg.cli._sources import Checkpoint, Leaf
 from optax_avg.cli._targets import Format
 from optax_avg.merging._leaves import Rule, Slices, check, widened
@@ -173,6 +174,7 @@ def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
 
         def parts() -> Iterator[list[np.ndarray]]:
             for begin in range(0, column.leaf.size, step):
+                check_signals()
                 end = min(begin + step, column.leaf.size)
                 part = lambda read, begin=begin, end=end: read(begin, end)
                 yield list(job.readers.map(part, reads))

@@ -2,6 +2,7 @@
 
 import inspect
 import math
+import os
 from collections.abc import Callable
 from typing import Annotated, Any, NamedTuple
 
@@ -80,7 +81,9 @@ def _merge(method: Method, paths: list[str], output: Output, common: Common) -> 
         max_bytes = bytes_of(LARGEST if size is None else size)
     except ValueError as error:
         raise typer.BadParameter(f"--max-shard-size: {error}") from error
-    folder = None if output.out.endswith(SUFFIX) else folder_of(paths[0])
+    folder = (
+        None if os.path.normpath(output.out).endswith(SUFFIX) else folder_of(paths[0])
+    )
     if folder is None and size is not None:
         raise typer.BadParameter(
             "--max-shard-size is for Hugging Face folders; the first model is none, or "
@@ -235,7 +238,9 @@ def ties(
     drop: Annotated[
         bool, typer.Option("--dare", help="Keep the share at random, rescaled (DARE).")
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of --dare.")] = 0,
+    seed: Annotated[
+        int, typer.Option(help="Random seed of --dare.", min=-(2**63), max=2**63 - 1)
+    ] = 0,
 ) -> None:
     """Trim task vectors, elect signs, average who agree; --dare drops instead.
 
@@ -248,7 +253,7 @@ def ties(
     def dropped(number: Any, xs: list[jax.Array]) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), number)
         kept = merging.dare(xs[:n], xs[n], density, key)
-        return merging.ties(kept, xs[n], 1.0, scale=scale)
+        return merging.ties(kept, xs[n], 1.0, scale=scale).astype(xs[0].dtype)
 
     method = by_rule(rule)
     if drop:

@@ -12,6 +12,7 @@ from typing import Annotated, Any, NamedTuple
 import numpy as np
 import typer
 from rich.console import Console
+from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from optax_avg.cli import _sources
@@ -201,7 +202,7 @@ def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
         TimeRemainingColumn(),
         console=Console(stderr=True),
     )
-    task = bar.add_task(name, total=total)
+    task = bar.add_task(escape(name), total=total)
 
     # Rich leaves when a terminal or a pipe was closed.
     unseen = contextlib.suppress(OSError, SystemExit)

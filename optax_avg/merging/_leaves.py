@@ -66,7 +66,7 @@ def checked_weights(n: int, weights: Any) -> Any:
         jax.errors.ConcretizationTypeError,
     ):
         return jnp.stack([jnp.asarray(w) for w in weights])
-    if len(w) and not abs(w.sum() - 1) < 1e-6:
+    if len(w) and not abs(w.sum() - 1) < 1e-6 * max(1, np.abs(w).sum()):
         raise ValueError(f"weights must sum to one, got a sum of {w.sum():g}.")
     return w
 

@@ -162,7 +162,8 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
       key: a PRNG key, or an integer to make one of.
 
     Returns:
-      A list of trees like the models.
+      A list of trees like the models, in the dtypes of the base where these are wider:
+      a dropped element is exactly that of the base.
 
     Raises:
       ValueError: If the models differ, ``density`` is out of range, or ``key`` is
@@ -194,8 +195,20 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
         jax.random.fold_in(key, number_of(_tree_name(path))) if path else key
         for path in paths
     ]
+
+    def as_wide(x, x0):
+        if not _leaves.is_float(x):
+            return x
+        return jnp.asarray(
+            x, jnp.promote_types(jnp.result_type(x), jnp.result_type(x0))
+        )
+
     return [
-        over(Rule(one), [model, base], [(own, t) for own in owns])
+        over(
+            Rule(one),
+            [jax.tree.map(as_wide, model, base), base],
+            [(own, t) for own in owns],
+        )
         for t, model in enumerate(models)
     ]
 

@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jax.sharding import PartitionSpec
 
@@ -62,12 +63,8 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
     for i, (path, x) in enumerate(paths):
         if not _leaves.is_gradient(x):
             continue
-        if axis is not None and not -jnp.ndim(x) <= axis < jnp.ndim(x):
-            raise NotStackedError(
-                f"updates{jax.tree_util.keystr(path)} of shape {jnp.shape(x)} has no "
-                f"axis {axis} of elements; pass stacked gradients, as of jax.vmap, or "
-                "per_elt_axis=None with an axis_name."
-            )
+        if axis is not None:
+            _check_axis(path, x, axis)
         found[i] = jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
         n = next(iter(found.values())).shape[0]
         if found[i].shape[0] != n:
@@ -114,8 +111,8 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
         return jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
 
     blank = structure.unflatten(
-        x if _leaves.is_absent(x) or i in found else jnp.take(x, 0, axis=axis or 0)
-        for i, x in enumerate(leaves)
+        x if _leaves.is_absent(x) or i in found else _first(path, x, axis)
+        for i, (path, x) in enumerate(paths)
     )
     rows = [_join([found[i] for i in group]) for group in groups]
     total = lambda x: x if axis_name is None else lax.psum(x, axis_name)
@@ -123,6 +120,25 @@ def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
         rows = [_exchanged(_padded(x, devices), axis_name) for x in rows]
     norms = row_norms(rows, axis_name)
     return Stack(rows, norms, jnp.isfinite(norms), total, arrange, place, blank)
+
+
+def _first(path: Any, x: Any, axis: int | None) -> Any:
+    """The first row of a leaf that is not floating, such as a counter."""
+    if axis is None:
+        return x
+    _check_axis(path, x, axis)
+    if x.dtype == jax.dtypes.float0:
+        return np.take(x, 0, axis)
+    return lax.index_in_dim(jnp.asarray(x), 0, axis, keepdims=False)
+
+
+def _check_axis(path: Any, x: Any, axis: int) -> None:
+    if not -jnp.ndim(x) <= axis < jnp.ndim(x):
+        raise ValueError(
+            f"updates{jax.tree_util.keystr(path)} of shape {jnp.shape(x)} has no axis "
+            f"{axis} of elements; pass stacked gradients, as of jax.vmap, or "
+            "per_elt_axis=None with an axis_name."
+        )
 
 
 def _groups(found: dict[int, jax.Array]) -> list[list[int]]:
@@ -234,11 +250,11 @@ def combine(
     def without(x):
         if factors is not None:
             x = _numerics.wide(x)
-            x = x * like(factors.astype(x.dtype), x)
+            x = x * like(factors, x)
         return product(jnp.where(like(stack.valid, x), x, 0))
 
     def slow(rows):
-        return [_by_chunks(without, x) for x in rows]
+        return [_by_chunks(without, x).astype(_numerics.wide(x).dtype) for x in rows]
 
     def quick(rows):
         return [product(x) for x in rows]
@@ -259,7 +275,7 @@ def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
 
     def product(x, z):
         x = _numerics.wide(x) if z is None else _numerics.wide(x) - z[None]
-        part = like(scale.astype(x.dtype), x) * x
+        part = like(scale, x) * x
         return _inner(jnp.where(like(stack.valid, x), part, 0))
 
     products = [

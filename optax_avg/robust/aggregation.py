@@ -334,8 +334,9 @@ def centered_clip(
     """``m <- m + mean_i min(1, tau/|v_i - m|) (v_i - m)``, with m carried over.
 
     The location starts at zero. With one element this is
-    ``oa.vclip(tau, init="zeros")``. While fewer than half of the rows are bad it stays
-    within the largest good row plus ``tau`` of zero.
+    ``oa.vclip(tau, init="zeros")``. While ``f < n/2`` of the rows are bad, whatever
+    they are, its norm stays below about ``max(R + tau, R/(1 - q^2)^(1/2)) + tau``,
+    where ``R`` is the norm of the largest good row and ``q = f/(n - f)``.
 
     Args:
       tau: a float or a schedule of the step.
