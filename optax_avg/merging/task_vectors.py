@@ -199,9 +199,8 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
     def as_wide(x, x0):
         if not _leaves.is_float(x):
             return x
-        return jnp.asarray(
-            x, jnp.promote_types(jnp.result_type(x), jnp.result_type(x0))
-        )
+        own, of_base = jnp.result_type(x), jnp.result_type(x0)
+        return jnp.asarray(x, jnp.promote_types(own, of_base))
 
     return [
         over(
