@@ -281,11 +281,16 @@ def test_a_leaf_larger_than_a_batch(method, suffix, run, monkeypatch):
     def counted(path, only):
         source = read(path, only)
 
-        def part(i, begin, end):
-            sizes.append(4 * (end - begin))
-            return source.read_part(i, begin, end)
+        def parts(i, scratch):
+            found = source.parts(i, scratch)
 
-        return source._replace(read_part=part)
+            def part(begin, end):
+                sizes.append(4 * (end - begin))
+                return found(begin, end)
+
+            return part
+
+        return source._replace(parts=parts)
 
     monkeypatch.setattr(_leafwise, "open_checkpoint", counted)
     checked(run(*command(method, suffix), "--out", "parts" + suffix))

@@ -2,19 +2,25 @@
 
 import math
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import textwrap
+import types
 from pathlib import Path
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+import tensorstore
 from hypothesis import given
 from hypothesis import strategies as st
 
-from optax_avg.cli import _orbax_parts, _sources
+from optax_avg import merging
+from optax_avg.cli import _orbax_parts, _orbax_reads, _sources
 from optax_avg.cli._checkpoints import open_checkpoint
 from optax_avg.cli._sources import Leaf
 from optax_avg.cli._targets import target_of
@@ -73,8 +79,12 @@ def restored(path):
         found = reader.metadata(path)
         found = getattr(found, "item_metadata", found)
         how = ocp.RestoreArgs(restore_type=np.ndarray)
-        args = dict.fromkeys(getattr(found, "tree", found), how)
+        args = jax.tree.map(lambda _: how, getattr(found, "tree", found))
         return reader.restore(path, args=ocp.args.PyTreeRestore(restore_args=args))
+
+
+def no_copy():
+    raise AssertionError("a part costs no more than the part")
 
 
 @pytest.mark.parametrize(
@@ -93,39 +103,163 @@ def test_orbax_reads_what_is_written_by_parts(shape, tmp_path, monkeypatch):
     # It is read by parts, too.
     source = open_checkpoint(str(tmp_path / "made"))
     for i, leaf in enumerate(source.leaves):
-        assert source.by_parts(i)
-        part = source.read_part(i, 3, leaf.size - 2)
+        part = source.parts(i, no_copy)(3, leaf.size - 2)
         assert part.tobytes() == tree[leaf.name].reshape(-1)[3:-2].tobytes()
 
 
+def devices(*mesh):
+    if jax.device_count() < math.prod(mesh):
+        pytest.skip("needs more devices")
+    some = np.array(jax.devices()[: math.prod(mesh)]).reshape(mesh)
+    return jax.sharding.Mesh(some, ("x", "y"))
+
+
+def over(*mesh):
+    spec = jax.sharding.PartitionSpec("x", "y")
+    place = lambda: jax.sharding.NamedSharding(devices(*mesh), spec)
+    return lambda x: jax.device_put(x, place())
+
+
+# Of 40 rows of 120 bytes: how it is saved, and whether parts cost more than the part.
+CHUNKS = {"chunk_byte_size": 200}
 SAVED = {
-    "in chunks": ({}, {"chunk_byte_size": 400}),
-    "in files": ({"use_ocdbt": False}, {"chunk_byte_size": 400}),
-    "as zarr3": ({"use_zarr3": True}, {"chunk_byte_size": 400}),
-    "as it is": ({}, {}),
+    "in chunks": ({}, CHUNKS, np.asarray, False),
+    "in files": ({"use_ocdbt": False}, CHUNKS, np.asarray, False),
+    "as zarr3": ({"use_zarr3": True}, CHUNKS, np.asarray, False),
+    "as it is": ({}, {}, np.asarray, True),
+    "as it is, in zarr3": ({"use_zarr3": True}, {}, np.asarray, True),
+    "over rows": ({}, {}, over(2, 1), True),
+    "over columns": ({}, {}, over(1, 2), True),
+    "over both": ({"use_ocdbt": False}, {}, over(4, 2), True),
+    "over columns, in chunks": ({}, CHUNKS, over(1, 2), True),
 }
+
+
+def save(path, how, x):
+    handler, saving, place, _ = SAVED[how]
+    tree = {"a": {"b.c": place(x)}, "s": np.ones(())}
+    args = {"a": {"b.c": ocp.SaveArgs(**saving)}, "s": ocp.SaveArgs()}
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**handler)) as writer:
+        writer.save(path.absolute(), args=ocp.args.PyTreeSave(tree, args))
 
 
 @pytest.mark.parametrize("how", SAVED)
 def test_checkpoints_of_orbax_are_read_by_parts(how, tmp_path, monkeypatch):
-    """Where one chunk is the whole array, it is larger than what is read for a part."""
-    monkeypatch.setattr(_orbax_parts, "LARGEST", 1000)
-    handler, saving = SAVED[how]
-    x = np.random.default_rng(0).normal(size=(40, 30))
-    tree = {"a": {"b.c": x}, "s": np.ones(())}
-    path = tmp_path / "saved"
-    args = ocp.args.PyTreeSave(
-        tree, {"a": {"b.c": ocp.SaveArgs(**saving)}, "s": ocp.SaveArgs()}
-    )
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler(**handler)) as writer:
-        writer.save(path, args=args)
-    source = open_checkpoint(str(path))
+    """From a copy where a part would take chunks that are much larger."""
+    monkeypatch.setattr(_orbax_reads, "SLAB", 1200)
+    x = np.random.default_rng(0).normal(size=(40, 30)).astype(np.float32)
+    save(tmp_path / "saved", how, x)
+    source = open_checkpoint(str(tmp_path / "saved"))
     where = {leaf.name: i for i, leaf in enumerate(source.leaves)}
-    assert source.by_parts(where["a.b.c"]) == (how != "as it is")
-    for begin, end in ((0, 1200), (7, 8), (29, 61), (1199, 1200), (5, 5)):
-        found = source.read_part(where["a.b.c"], begin, end)
-        np.testing.assert_array_equal(found, x.reshape(-1)[begin:end])
-    np.testing.assert_array_equal(source.read_part(where["s"], 0, 1), [1.0])
+    for copied in (250, 3000, 2**24):
+        monkeypatch.setattr(_orbax_reads, "COPIED", copied)
+        with tempfile.TemporaryFile() as file:
+            scratch = (lambda file=file: file) if SAVED[how][-1] else no_copy
+            read = source.parts(where["a.b.c"], scratch)
+            for begin, end in ((0, 1200), (7, 8), (29, 61), (95, 742), (5, 5)):
+                found = read(begin, end)
+                assert found.tobytes() == x.reshape(-1)[begin:end].tobytes()
+    np.testing.assert_array_equal(source.parts(where["s"], no_copy)(0, 1), [1.0])
+
+
+@given(shapes.filter(bool), st.data())
+def test_an_array_is_copied_group_by_group(shape, data):
+    """In any chunks; no more than the limit, and each element once."""
+    x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
+    chunk = [data.draw(st.integers(1, n)) for n in shape]
+    most = data.draw(st.integers(1, 40))
+    spec = {
+        "driver": "zarr",
+        "kvstore": {"driver": "memory"},
+        "metadata": {"shape": shape, "chunks": chunk},
+        "dtype": "int32",
+    }
+    store = tensorstore.open(spec, create=True).result()
+    store.write(x).result()
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as file:
+        patch.setattr(_orbax_reads, "COPIED", 4 * most)
+        patch.setattr(_orbax_reads, "_opened", lambda path, name, cached: store)
+        sizes, append = [], _orbax_reads._append
+        counted = lambda file, piece: (sizes.append(piece.size), append(file, piece))
+        patch.setattr(_orbax_reads, "_append", counted)
+        read = _orbax_reads._copied("", "", store, file)
+        assert max(sizes) <= most
+        assert sum(sizes) == x.size
+        begin = data.draw(st.integers(0, x.size))
+        end = data.draw(st.integers(begin, x.size))
+        np.testing.assert_array_equal(read(begin, end), np.arange(begin, end))
+
+
+@pytest.mark.parametrize("method", ["soup", "task-arithmetic", "slerp", "karcher"])
+def test_however_it_is_saved_the_same_comes_out(method, tmp_path, run, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(_orbax_reads, "SLAB", 1200)
+    monkeypatch.setattr(_orbax_reads, "COPIED", 1000)
+    rng = np.random.default_rng(0)
+    models = [rng.normal(size=(40, 30)).astype(np.float32) for _ in range(2)]
+    options = {"task-arithmetic": ["0", "--base", "1"]}
+    made = set()
+    monkeypatch.setattr(_sources, "BATCH", 1000)
+    for how in ("in chunks", "as it is", "over columns"):
+        for i, x in enumerate(models):
+            save(Path(str(i)), how, x)
+        command = ["merge", method, *options.get(method, ["0", "1"])]
+        code, _, errors = run(*command, "--out", "out", "--force")
+        assert code == 0, errors
+        made.add(restored(tmp_path / "out")["a"]["b.c"].tobytes())
+        for i in range(2):
+            shutil.rmtree(str(i))
+    assert len(made) == 1
+    if method == "soup":
+        wanted = merging.uniform([{"w": x} for x in models])["w"]
+        assert made == {np.asarray(wanted).tobytes()}
+
+
+def test_a_chunk_that_was_lost_is_not_zeros(tmp_path):
+    save(tmp_path / "saved", "in files", np.ones((40, 30), np.float32))
+    chunks = [x for x in (tmp_path / "saved" / "a.b.c").iterdir() if x.name[0] != "."]
+    chunks[-1].unlink()
+    source = open_checkpoint(str(tmp_path / "saved"))
+    i = next(i for i, leaf in enumerate(source.leaves) if leaf.shape)
+    with pytest.raises(ValueError, match="is missing"):
+        source.parts(i, no_copy)(0, 1200)
+
+
+def test_a_percent_sign_in_a_path_is_one(tmp_path):
+    for name, value in (("a b", 1), ("a%20b", 2)):
+        save(tmp_path / name, "in chunks", np.full((40, 30), value, np.float32))
+    for name, value in (("a b", 1), ("a%20b", 2)):
+        source = open_checkpoint(str(tmp_path / name))
+        i = next(i for i, leaf in enumerate(source.leaves) if leaf.shape)
+        assert source.parts(i, no_copy)(0, 1)[0] == value
+
+
+def test_what_is_being_written_is_waited_for():
+    """Or it would write to a directory that is deleted after an error."""
+    waited = []
+
+    class Place:
+        shape = (1,)
+
+        def __getitem__(self, box):
+            return self
+
+        def write(self, x):
+            return types.SimpleNamespace(result=lambda: waited.append(float(x[0])))
+
+    class Store(Place):
+        shape = (9,)
+
+        def __getitem__(self, box):
+            return Place()
+
+    def parts():
+        yield np.arange(3.0)
+        raise RuntimeError("no more")
+
+    with pytest.raises(RuntimeError, match="no more"):
+        _orbax_parts.write_parts(Store(), (1,), parts())
+    assert waited == [0, 1, 2]
 
 
 def test_a_disk_that_fails_while_parts_are_written(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 No more than the leaves that are asked for is in memory.
 """
 
-import functools
 import os
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,7 @@ from optax_avg.cli._huggingface import (
     folder_of,
     open_huggingface,
 )
-from optax_avg.cli._orbax_parts import open_array, read_part
+from optax_avg.cli._orbax_reads import parts_of, parts_of_copy
 from optax_avg.cli._safetensors import SUFFIX, open_safetensors
 from optax_avg.cli._sources import Checkpoint, Leaf, named, part_of
 from optax_avg.posthoc import _disk
@@ -89,18 +88,12 @@ def _orbax(path: str) -> Checkpoint:
             restored = structure.flatten_up_to(reader.restore(path, args=args))
         return [np.asarray(restored[i]) for i in indices]
 
-    @functools.cache
-    def array(i):
-        return None if _disk.is_remote(path) else open_array(path, leaves[i])
+    def parts(i, scratch):
+        if _disk.is_remote(path):
+            return parts_of_copy(read([i])[0], scratch())
+        return parts_of(path, entries[i][1].name, scratch)
 
-    def part(i, begin, end):
-        store = array(i)
-        if store is None:
-            return read([i])[0].reshape(-1)[begin:end]
-        with named(path):
-            return read_part(store, begin, end)
-
-    return Checkpoint(leaves, read, part, lambda i: array(i) is not None, metadata={})
+    return Checkpoint(leaves, read, parts, metadata={})
 
 
 def _item_of(path: str) -> str:

@@ -2,11 +2,13 @@
 
 import json
 import os
+from collections.abc import Callable
+from typing import BinaryIO
 
 import numpy as np
 
 from optax_avg.cli._safetensors import SUFFIX, open_safetensors
-from optax_avg.cli._sources import Checkpoint, named
+from optax_avg.cli._sources import Checkpoint, Parts, named
 
 SINGLE = f"model{SUFFIX}"
 INDEX = f"{SINGLE}.index.json"
@@ -68,17 +70,16 @@ def _open_shards(index: str) -> Checkpoint:
     leaves = [shards[shard].leaves[i] for shard, i in places]
     _check_index(index, shard_of, [p[0] for p in places], [x.name for x in leaves])
 
-    def read_part(i: int, begin: int, end: int) -> np.ndarray:
+    def parts(i: int, scratch: Callable[[], BinaryIO]) -> Parts:
         shard, own = places[i]
-        return shards[shard].read_part(own, begin, end)
+        return shards[shard].parts(own, scratch)
 
     def read(indices: list[int]) -> list[np.ndarray]:
-        return [
-            read_part(i, 0, leaves[i].size).reshape(leaves[i].shape) for i in indices
-        ]
+        found = [places[i] for i in indices]
+        return [shards[shard].read([own])[0] for shard, own in found]
 
     metadata = {k: v for shard in shards.values() for k, v in shard.metadata.items()}
-    return Checkpoint(leaves, read, read_part, lambda i: True, metadata)
+    return Checkpoint(leaves, read, parts, metadata)
 
 
 def _check_index(

@@ -5,7 +5,7 @@ import os
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import NamedTuple
+from typing import BinaryIO, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -50,7 +50,7 @@ class Job(NamedTuple):
       sources: the trees.
       allow_nonfinite: whether NaN and inf may be merged, and come out.
       readers: threads that read.
-      scratch: a directory for leaves that can only be read as a whole.
+      scratch: a directory for copies of leaves that are not cheap to read by parts.
     """
 
     method: Method
@@ -168,7 +168,7 @@ def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
     step = max(1, size // max(4, column.itemsize))
     with contextlib.ExitStack() as files:
         reads = [
-            _reader(source, place, job.scratch, files)
+            source.parts(place, lambda: _unnamed_file(job.scratch, files))
             for source, place in zip(sources, column.places, strict=False)
         ]
 
@@ -185,24 +185,10 @@ def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
             yield from (part for (part,) in parts())
 
 
-def _reader(
-    source: Checkpoint, place: int, scratch: str, files: contextlib.ExitStack
-) -> Callable[[int, int], np.ndarray]:
-    """Reads elements of a leaf, from a copy where only all can be read at once."""
-    if source.by_parts(place):
-        return lambda begin, end: source.read_part(place, begin, end)
-    (whole,) = source.read([place])
-    # Without a name from the start, so that nothing is left of it.
-    with tempfile.TemporaryFile(dir=scratch) as made:
-        file = files.enter_context(os.fdopen(os.dup(made.fileno()), "rb+"))
-    whole.tofile(file)
-    dtype = whole.dtype
-
-    def read(begin: int, end: int) -> np.ndarray:
-        file.seek(begin * dtype.itemsize)
-        return np.fromfile(file, dtype, end - begin)
-
-    return read
+def _unnamed_file(folder: str, files: contextlib.ExitStack) -> BinaryIO:
+    """A file without a name from the start, so that nothing is left of it."""
+    with tempfile.TemporaryFile(dir=folder) as made:
+        return files.enter_context(os.fdopen(os.dup(made.fileno()), "rb+"))
 
 
 def _merged(

@@ -1,4 +1,4 @@
-"""Large arrays of Orbax checkpoints, read and written a part at a time.
+"""Large arrays of Orbax checkpoints, written a part at a time.
 
 A part is a range of the elements in C order. Orbax itself reads and writes an array as
 a whole; TensorStore, in which it keeps arrays, reads and writes boxes of them.
@@ -6,20 +6,15 @@ a whole; TensorStore, in which it keeps arrays, reads and writes boxes of them.
 
 import collections
 import contextlib
-import json
 import math
-import os
 from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
 
-from optax_avg.cli._sources import Leaf
-
 WRITTEN = 2**22  # bytes of the chunks that we write
-LARGEST = 2**25  # bytes of a chunk that may be decoded for a part that it is in
 AT_ONCE = 4  # chunks that are being written at the same time
-Box = tuple[int | slice, ...]
+Box = tuple[slice, ...]
 
 
 def boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
@@ -32,17 +27,17 @@ def boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
     row = math.prod(shape[1:])
     first, last = -(-begin // row), end // row
     if first > last:  # the range lies within one row
-        i = last
-        for box in boxes(shape[1:], begin - i * row, end - i * row):
-            yield (i, *box)
+        yield from _in_row(shape, last, begin - last * row, end - last * row)
         return
-    for box in boxes(shape[1:], begin - (first - 1) * row, row):
-        if begin < first * row:
-            yield (first - 1, *box)
+    yield from _in_row(shape, first - 1, begin - (first - 1) * row, row)
     if first < last:
-        yield (slice(first, last),)
-    for box in boxes(shape[1:], 0, end - last * row):
-        yield (last, *box)
+        yield (slice(first, last), *(slice(0, n) for n in shape[1:]))
+    yield from _in_row(shape, last, 0, end - last * row)
+
+
+def _in_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[Box]:
+    for box in boxes(shape[1:], begin, end):
+        yield (slice(row, row + 1), *box)
 
 
 def chunk_of(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
@@ -88,49 +83,16 @@ def write_parts(
 ) -> None:
     """Writes all elements of a TensorStore, given in C order in any parts."""
     writing: collections.deque[Any] = collections.deque()
-    for box, elements in in_chunks(tuple(store.shape), chunk, parts):
-        if len(writing) == AT_ONCE:
+    try:
+        for box, elements in in_chunks(tuple(store.shape), chunk, parts):
+            if len(writing) == AT_ONCE:
+                writing.popleft().result()
+            place = store[box]
+            writing.append(place.write(elements.reshape(place.shape)))
+        while writing:
             writing.popleft().result()
-        place = store[box]
-        writing.append(place.write(elements.reshape(place.shape)))
-    for written in writing:
-        written.result()
-
-
-def open_array(path: str, leaf: Leaf) -> Any:
-    """The TensorStore of an array, or None where a part costs more than the part.
-
-    Orbax saves an array as one compressed chunk unless ``chunk_byte_size`` says
-    otherwise. It has to be decoded as a whole, whichever part is wanted.
-    """
-    import tensorstore
-
-    with contextlib.suppress(OSError, ValueError):
-        with open(os.path.join(path, "_METADATA")) as file:
-            metadata = json.load(file)
-        kvstore: dict[str, Any] = {"driver": "file", "path": f"{path}/{leaf.name}/"}
-        if metadata.get("use_ocdbt", os.path.exists(f"{path}/manifest.ocdbt")):
-            kvstore = {"driver": "ocdbt", "base": f"file://{path}/"}
-            kvstore["path"] = f"{leaf.name}/"
-        spec = {
-            "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
-            "kvstore": kvstore,
-        }
-        store = tensorstore.open(spec, open=True, read=True).result()
-        alike = store.shape == leaf.shape and store.dtype.name == leaf.dtype
-        chunk: Any = store.chunk_layout.read_chunk.shape or leaf.shape
-        nbytes = math.prod(chunk) * store.dtype.numpy_dtype.itemsize
-        if alike and nbytes <= LARGEST:
-            # The chunk in which one part ends waits for the next one.
-            pool = {"cache_pool": {"total_bytes_limit": 2 * nbytes}}
-            cached = tensorstore.Context(pool)
-            return tensorstore.open(spec, context=cached, open=True, read=True).result()
-    return None
-
-
-def read_part(store: Any, begin: int, end: int) -> np.ndarray:
-    """The elements of a TensorStore from ``begin`` to ``end`` in C order."""
-    read = [store[box].read() for box in boxes(tuple(store.shape), begin, end)]
-    found = [np.asarray(part.result()).reshape(-1) for part in read]
-    none = np.empty(0, store.dtype.numpy_dtype)
-    return found[0] if len(found) == 1 else np.concatenate([none, *found])
+    except BaseException:
+        for written in writing:  # or it would write to what is deleted
+            with contextlib.suppress(Exception):
+                written.result()
+        raise

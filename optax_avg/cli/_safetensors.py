@@ -3,6 +3,7 @@
 A file is the length of a header, the header in JSON, and the arrays one after another.
 """
 
+import functools
 import json
 import struct
 
@@ -71,4 +72,5 @@ def open_safetensors(path: str) -> Checkpoint:
             read_part(i, 0, leaves[i].size).reshape(leaves[i].shape) for i in indices
         ]
 
-    return Checkpoint(leaves, read, read_part, lambda i: True, metadata)
+    parts = lambda i, scratch: functools.partial(read_part, i)
+    return Checkpoint(leaves, read, parts, metadata)

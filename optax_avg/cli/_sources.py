@@ -3,7 +3,7 @@
 import contextlib
 import math
 from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
@@ -36,22 +36,24 @@ class Leaf(NamedTuple):
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
+# From two places in a leaf, in C order, to the elements between.
+Parts = Callable[[int, int], np.ndarray]
+
+
 class Checkpoint(NamedTuple):
     """A checkpoint that can be read.
 
     Attributes:
       leaves: in the order of the tree.
       read: from indices of leaves to their arrays.
-      read_part: from the index of a leaf and two places in it to the elements between.
-      by_parts: from the index of a leaf to whether reading a part of it costs no more
-        than the part.
+      parts: from the index of a leaf to what reads it a part at a time. The function
+        makes a file for a copy, where that is what costs no more than the part.
       metadata: of a safetensors file.
     """
 
     leaves: list[Leaf]
     read: Callable[[list[int]], list[np.ndarray]]
-    read_part: Callable[[int, int, int], np.ndarray]
-    by_parts: Callable[[int], bool]
+    parts: Callable[[int, Callable[[], BinaryIO]], Parts]
     metadata: dict[str, str]
 
 
@@ -60,8 +62,7 @@ def part_of(source: Checkpoint, kept: list[int], leaves: list[Leaf]) -> Checkpoi
     return source._replace(
         leaves=leaves,
         read=lambda indices: source.read([kept[i] for i in indices]),
-        read_part=lambda i, begin, end: source.read_part(kept[i], begin, end),
-        by_parts=lambda i: source.by_parts(kept[i]),
+        parts=lambda i, scratch: source.parts(kept[i], scratch),
     )
 
 
