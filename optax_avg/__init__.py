@@ -48,6 +48,7 @@ Families of plain functions
     merging         finished models into one: soups, task vectors, Fisher, spheres
     posthoc         averages chosen after training, from snapshots of others
     surgery         project_out, the one orthogonal projection
+    tail_index      estimates of how heavy a tail is
     rules           the sharpness family: where to take gradients, how to combine them
     memories        what an average keeps of the iterates: running, window, corrected
     weights         w(t), the one number that tells one average from another
@@ -75,6 +76,7 @@ from optax_avg.averages.readout import average_names, averaged_params
 from optax_avg.averages.write_back import lookahead, switch_ema, write_back
 from optax_avg.chain_check import check_chain
 from optax_avg.robust import objectives as surgery
+from optax_avg.robust import tail_index
 from optax_avg.robust.aggregation import (
     AggregationState,
     centered_clip,
@@ -239,6 +241,7 @@ __all__ = [
     "swa",
     "switch_ema",
     "tail_average",
+    "tail_index",
     "tail_indices",
     "track_location",
     "track_tail_index",
