@@ -134,7 +134,7 @@ def _first(path: Any, x: Any, axis: int | None) -> Any:
 
 def _check_axis(path: Any, x: Any, axis: int) -> None:
     if not -jnp.ndim(x) <= axis < jnp.ndim(x):
-        raise ValueError(
+        raise NotStackedError(
             f"updates{jax.tree_util.keystr(path)} of shape {jnp.shape(x)} has no axis "
             f"{axis} of elements; pass stacked gradients, as of jax.vmap, or "
             "per_elt_axis=None with an axis_name."
