@@ -52,6 +52,7 @@ LAYOUT = "tests/test_layout.py"
 OPTAX = "tests/test_optax_contract.py"
 CLI_FILES = "tests/test_cli_files.py"
 CLI_MERGE = "tests/test_cli_merge.py"
+CLI_ORBAX = "tests/test_cli_orbax.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -1190,6 +1191,36 @@ FAULTS = {
         "squares += a.size * share * jnp.abs(apart) ** 2",
         "squares += 0",
         f"{CLI_MERGE} -k 'parts_make and variance'",
+    ),
+    "a chunk that was lost is read as zeros": Fault(
+        "optax_avg/cli/_orbax_reads.py",
+        '"fill_missing_data_reads": not metadata.get(',
+        '"fill_missing_data_reads": True or metadata.get(',
+        f"{CLI_ORBAX} -k was_lost",
+    ),
+    "the path of a checkpoint is taken for an address": Fault(
+        "optax_avg/cli/_orbax_reads.py",
+        'base = {"driver": "file", "path": f"{path}/"}',
+        'base = f"file://{path}/"',
+        f"{CLI_ORBAX} -k percent",
+    ),
+    "chunks that cross a part are decoded for each part": Fault(
+        "optax_avg/cli/_orbax_reads.py",
+        "    axis = next((i for i, n in enumerate(chunk) if n > 1), len(chunk))\n",
+        "    axis = len(chunk) - 1 if chunk else 0\n",
+        f"{CLI_ORBAX} -k 'are_read_by_parts and over'",
+    ),
+    "a chunk is copied as a whole": Fault(
+        "optax_avg/cli/_orbax_reads.py",
+        "for begin in range(0, math.prod(own), most):",
+        "for most in [math.prod(own)]:\n            begin = 0",
+        f"{CLI_ORBAX} -k group_by_group",
+    ),
+    "writes go on after an error": Fault(
+        "optax_avg/cli/_orbax_parts.py",
+        "    except BaseException:\n        for written in writing:",
+        "    except BaseException:\n        for written in ():",
+        f"{CLI_ORBAX} -k waited_for",
     ),
     "an index names files outside its folder": Fault(
         "optax_avg/cli/_huggingface.py",
