@@ -28,11 +28,10 @@ def key_maker(key: Any, call: str) -> Callable[[], jax.Array]:
         # A seed that inject_hyperparams holds is an array, perhaps of floats.
         return lambda: jax.random.key(key.astype(jnp.int32))
     try:
-        seed = operator.index(key)
+        seed = None if isinstance(key, (bool, np.bool_)) else operator.index(key)
     except TypeError:
         seed = None
-    is_bool = isinstance(key, (bool, np.bool_))
-    if seed is None or is_bool or not -(2**63) <= seed < 2**63:
+    if seed is None or not -(2**63) <= seed < 2**63:
         raise ValueError(
             "key must be a PRNG key or an integer seed of 64 bits at most, got "
             f"{key!r}; call {call}."
