@@ -1254,8 +1254,8 @@ FAULTS = {
     ),
     "a bool is a seed": Fault(
         "optax_avg/_keys.py",
-        "seed is None or is_bool or",
-        "seed is None or",
+        "None if isinstance(key, (bool, np.bool_)) else operator",
+        "operator",
         f"{SHARPNESS} -k no_key",
     ),
     "swapped states are migrated": Fault(
