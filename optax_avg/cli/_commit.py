@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optax_avg.cli._signals import held
-from optax_avg.cli._targets import Target, aside_of, identity, odd_at
+from optax_avg.cli._targets import Target, aside_of, identity, odd_at, shortened
 
 
 def warn_of_leftovers(target: Target) -> None:
     """Names what a run left that was killed."""
     parent, name = os.path.split(target.path)
-    pattern = os.path.join(glob.escape(parent), f".{glob.escape(name)}.*.partial")
+    name = glob.escape(shortened(name))
+    pattern = os.path.join(glob.escape(parent), f".{name}.*.partial")
     for path in sorted(glob.glob(pattern)):
         warnings.warn(
             f"{path} is of a run that was killed, or of one that still writes "
@@ -37,7 +38,8 @@ def partial(target: Target) -> Iterator[str]:
     missing = [p for p in Path(target.path).parents if not p.exists()]
     os.makedirs(parent, exist_ok=True)
     try:
-        folder = tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent)
+        prefix = f".{shortened(name)}."
+        folder = tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent)
         try:
             yield folder
         finally:
