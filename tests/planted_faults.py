@@ -767,8 +767,8 @@ FAULTS = {
     ),
     "later snapshots than the step count": Fault(
         "optax_avg/posthoc/_plan.py",
-        "and (step is None or record.step <= step)",
-        "and (step is None or record.step != -step)",
+        "if step is None or record.step <= step\n",
+        "if step is None or record.step != -step\n",
         f"{SNAPSHOTS} -k earlier",
     ),
     "averages are where their states began": Fault(
@@ -1119,6 +1119,12 @@ FAULTS = {
         "        print(_plan(target, reads, leaves, what))\n",
         f"{CLI_FILES} -k a_dry_run",
     ),
+    "two runs that exchange one directory are not told apart": Fault(
+        "optax_avg/cli/_commit.py",
+        "if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):",
+        "if error.errno == errno.EEXIST:",
+        f"{CLI_FILES} -k another_run_replaces",
+    ),
     "a long name leaves no room for a suffix": Fault(
         "optax_avg/cli/_targets.py",
         "if len(os.fsencode(name)) <= LONGEST:",
@@ -1129,13 +1135,13 @@ FAULTS = {
         "optax_avg/cli/_targets.py",
         "if own or name in _words",
         "if name in _words",
-        f"{CLI_FILES} -k 'result_may_have and folder_of_shards'",
+        f"{CLI_FILES} -k 'result_may_have and shards'",
     ),
     "a shard of any name is replaced": Fault(
         "optax_avg/cli/_targets.py",
         "if own or name in _words(os.path.join(folder, other)):",
         "if own:",
-        f"{CLI_FILES} -k 'result_may_have and any_name'",
+        f"{CLI_FILES} -k 'result_may_have and any'",
     ),
     "a copy is taken for a merge": Fault(
         "optax_avg/cli/_merge.py",

@@ -599,6 +599,33 @@ def test_what_a_killed_run_left_is_named_and_kept(run):
     assert Path(".out.x1.partial").exists()
 
 
+@pytest.mark.parametrize("moment", ["before", "between", "aside"])
+def test_another_run_replaces_the_same_checkpoint(moment, run, monkeypatch):
+    """Its result stays, and what was replaced can still be found."""
+    assert run(*SOUP, "--out", "out")[0] == 0
+    rename, shown = os.rename, Path("out/_METADATA").read_bytes()
+    shutil.copytree("out", "theirs")
+    Path("theirs/d/notes").touch()
+
+    def late(old, new):
+        if moment != "between" and new.endswith(".replaced"):
+            rename("out", "old")
+            rename("theirs", "out.replaced" if moment == "aside" else "elsewhere")
+        if moment == "between" and old.endswith("new") and new.endswith("out"):
+            monkeypatch.setattr(os, "rename", rename)
+            rename("theirs", "out")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late)
+    code, _, errors = run(*SOUP, "--out", "out", "--force")
+    assert code == 1
+    assert "error: out changed while this was made; it was left as it is" in errors
+    if moment == "between":
+        assert "warning: what was at " in errors
+        assert Path("out/d/notes").exists()
+        assert Path("out.replaced/_METADATA").read_bytes() == shown
+
+
 @pytest.mark.parametrize("suffix", ["", ".safetensors"])
 @pytest.mark.parametrize("letter", ["x", "\N{SNOWMAN}"])
 def test_the_longest_names(letter, suffix, run):

@@ -105,6 +105,17 @@ def _put_folder(new: str, path: str) -> None:
         raise
 
 
+@contextlib.contextmanager
+def _someone_else() -> Iterator[None]:
+    """Raises FileExistsError where another run exchanges the same directory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError from error
+        raise
+
+
 def _exchange(new: str, path: str) -> None:
     """Replaces a directory, which has another name for the moment between."""
     for root, _, files in os.walk(new):
@@ -112,11 +123,20 @@ def _exchange(new: str, path: str) -> None:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
     aside = aside_of(path)
-    os.rename(path, aside)
+    with _someone_else():
+        os.rename(path, aside)
     try:
-        os.rename(new, path)
+        with _someone_else():
+            os.rename(new, path)
     except OSError:
-        os.rename(aside, path)
+        try:
+            os.rename(aside, path)
+        except OSError as error:
+            warnings.warn(
+                f"what was at {path} is at {aside} now: {error}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         raise
     try:
         os.rename(aside, new)

@@ -131,7 +131,7 @@ def planned(
     chosen = [
         (record, name)
         for record, name in chosen_of(records, names)
-        if (step is None or record.step <= step)
+        if step is None or record.step <= step
     ]
     if not chosen or step not in (None, chosen[-1][0].step):
         have = sorted({record.step for record, _ in chosen_of(records, names)})
