@@ -768,8 +768,8 @@ FAULTS = {
     ),
     "later snapshots than the step count": Fault(
         "optax_avg/posthoc/_plan.py",
-        "and (step is None or record.step <= step)",
-        "and (step is None or record.step != -step)",
+        "if step is None or record.step <= step\n",
+        "if step is None or record.step != -step\n",
         f"{SNAPSHOTS} -k earlier",
     ),
     "averages are where their states began": Fault(
@@ -819,6 +819,54 @@ FAULTS = {
         "np.asarray(rounding) ** 2 * np.maximum",
         "0 * np.asarray(rounding) ** 2 * np.maximum",
         f"{POSTHOC} -k twice_what",
+    ),
+    "what is rounded alike is claimed as if by chance": Fault(
+        "optax_avg/posthoc/_profiles.py",
+        "lost = max(float(squares @ x**2), together)",
+        "lost = float(squares @ x**2)",
+        f"{POSTHOC} -k underflows_is_claimed",
+    ),
+    "underflow is not claimed": Fault(
+        "optax_avg/posthoc/_plan.py",
+        "return spacing + record.underflow.get(name, 0.0)",
+        "return spacing",
+        f"{SNAPSHOTS} -k underflows_on_disk",
+    ),
+    "a leaf that underflows is not named": Fault(
+        "optax_avg/posthoc/store.py",
+        "max(shares, default=0.0) > TOLERANCE",
+        "whole > TOLERANCE",
+        f"{SNAPSHOTS} -k too_small_for_the_disk",
+    ),
+    "snapshots of other stores are combined": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "if r.store != numbered[-1].store]",
+        "if r.store < 0]",
+        f"{CLOCK} -k 'another_store or one_store'",
+    ),
+    "a store is another one after a restart": Fault(
+        "optax_avg/posthoc/_disk.py",
+        "        if number:\n            return number\n",
+        "",
+        f"{CLOCK} -k another_store",
+    ),
+    "snapshots from before are of another store": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "key=lambda r: r.step) if r.store]",
+        "key=lambda r: r.step)]",
+        f"{CLOCK} -k one_store",
+    ),
+    "renamed snapshots disappear": Fault(
+        "optax_avg/posthoc/_reconstruct.py",
+        "    if misnamed:\n",
+        "    if not reader:\n",
+        f"{SNAPSHOTS} -k under_other_names",
+    ),
+    "why nothing was saved is forgotten": Fault(
+        "optax_avg/posthoc/store.py",
+        "if whys and not _disk",
+        "if not whys and not _disk",
+        f"{SNAPSHOTS} -k why_nothing",
     ),
     "rounding is not claimed": Fault(
         "optax_avg/posthoc/_clock.py",
@@ -1020,7 +1068,7 @@ FAULTS = {
     ),
     "the command writes under the final name": Fault(
         "optax_avg/cli/_writing.py",
-        "new = os.path.join(folder, os.path.basename(target.path))",
+        'new = os.path.join(folder, "new")',
         "new = target.path",
         f"{CLI} -k on_the_way",
     ),
@@ -1044,7 +1092,7 @@ FAULTS = {
     ),
     "force replaces what is read": Fault(
         "optax_avg/cli/_targets.py",
-        "any(_holds(path, part) for part in parts)",
+        "any(_holds(path, part) for part in _all_of(given))",
         "False",
         f"{CLI_FILES} -k result_may_have",
     ),
@@ -1095,6 +1143,42 @@ FAULTS = {
         "        print(_plan(target, reads, leaves, what))\n        return\n",
         "        print(_plan(target, reads, leaves, what))\n",
         f"{CLI_FILES} -k a_dry_run",
+    ),
+    "two runs that exchange one directory are not told apart": Fault(
+        "optax_avg/cli/_commit.py",
+        "if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):",
+        "if error.errno == errno.EEXIST:",
+        f"{CLI_FILES} -k another_run_replaces",
+    ),
+    "a long name leaves no room for a suffix": Fault(
+        "optax_avg/cli/_targets.py",
+        "if len(os.fsencode(name)) <= LONGEST:",
+        "if name:",
+        f"{CLI_FILES} -k longest_names",
+    ),
+    "one model of a folder becomes two": Fault(
+        "optax_avg/cli/_targets.py",
+        "if own or name in _words",
+        "if name in _words",
+        f"{CLI_FILES} -k 'result_may_have and shards'",
+    ),
+    "a shard of any name is replaced": Fault(
+        "optax_avg/cli/_targets.py",
+        "if own or name in _words(os.path.join(folder, other)):",
+        "if own:",
+        f"{CLI_FILES} -k 'result_may_have and any'",
+    ),
+    "a copy is taken for a merge": Fault(
+        "optax_avg/cli/_merge.py",
+        "    if len(models) == 1:\n",
+        "    if len(models) == 0:\n",
+        f"{CLI_MERGE} -k a_single_model",
+    ),
+    "a file is taken for a store": Fault(
+        "optax_avg/cli/_averages.py",
+        "or os.path.isdir(store):",
+        "or os.path.exists(store):",
+        f"{CLI} -k 'bad_input and reconstruct'",
     ),
     "a disk that is too small is found out late": Fault(
         "optax_avg/cli/_targets.py",

@@ -236,7 +236,7 @@ def test_a_dry_run_of_reconstruct(tmp_path, run):
     assert f"{tmp_path}/x, an Orbax checkpoint: {604 * 4:,} bytes" in lines[2]
     code, _, errors = run("reconstruct", store, *args, store / "x")
     assert code == 1
-    assert f"{store}/x overlaps with {store}, which is read" in errors
+    assert f"{store}/x lies in {store}, an input" in errors
     assert sorted(tmp_path.rglob("*")) == before
 
 
@@ -444,8 +444,17 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
             2,
             "as many --fisher",
         ),
-        ("reconstruct nope --sigma-rel 0.1", 1, "there is no directory"),
-        ("reconstruct empty --sigma-rel 0.1", 1, "there is no snapshot"),
+        (
+            "reconstruct nope --sigma-rel 0.1",
+            1,
+            "nope does not exist; reconstruct takes the directory to which a Snapshot",
+        ),
+        ("reconstruct empty --sigma-rel 0.1", 1, "empty holds no snapshots; reconstr"),
+        (
+            "reconstruct a.safetensors --sigma-rel 0.1",
+            1,
+            "is: optax-avg merge soup a.safetensors OTHER --out RESULT",
+        ),
         ("reconstruct empty", 2, "pass one of --sigma-rel, --half-life and --window"),
         ("reconstruct empty --window 2 --half-life 3", 2, "got 2"),
         ("reconstruct empty --sigma-rel 0.5", 1, "sigma_rel must lie in"),

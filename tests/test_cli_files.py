@@ -138,6 +138,15 @@ def folder_of_links():
     return ["hf"]
 
 
+def another_model(shard="model-00001-of-00001.safetensors"):
+    """A Hugging Face folder that is no input."""
+    index("other_hf")
+    path = Path("other_hf/model-00001-of-00001.safetensors")
+    path.rename(path.with_name(shard))
+    path = Path("other_hf/model.safetensors.index.json")
+    path.write_text(json.dumps({"weight_map": {"w": shard, "b": shard}}))
+
+
 def text(name):
     return lambda: Path(name).write_text("mine") and None
 
@@ -150,13 +159,13 @@ REFUSED = {
     "a parent behind what is not there": ("no/../..", None, "the current directory"),
     "the root": ("/", None, "the current directory"),
     "a bucket": ("gs://bucket/model", None, "not on a local disk"),
-    "an input": ("a.safetensors", None, "overlaps with a.safetensors"),
+    "an input": ("a.safetensors", None, "a.safetensors is an input, which is read"),
     "an input behind dots": (
         "no/../a.safetensors",
         None,
-        "overlaps with a.safetensors",
+        "a.safetensors is an input",
     ),
-    "an input with a slash": ("a.safetensors/", None, "overlaps with a.safetensors"),
+    "an input with a slash": ("a.safetensors/", None, "a.safetensors is an input"),
     "a link to an input": (
         "link.safetensors",
         lambda: os.symlink("a.safetensors", "link.safetensors"),
@@ -165,26 +174,34 @@ REFUSED = {
     "another name of an input": (
         "hard.safetensors",
         lambda: os.link("a.safetensors", "hard.safetensors"),
-        "overlaps with a.safetensors",
+        "hard.safetensors is an input",
     ),
-    "what holds an input": ("models", model_in_a_directory, "overlaps with models/a"),
+    "what holds an input": (
+        "models",
+        model_in_a_directory,
+        "models is, or holds, a part of the input models/a",
+    ),
     "within an input": (
         "in_dir/x",
         model_of_orbax,
-        "overlaps with in_dir, which is read",
+        "in_dir/x lies in in_dir, an input",
     ),
-    "an input of Orbax": ("in_dir", model_of_orbax, "overlaps with in_dir"),
+    "an input of Orbax": ("in_dir", model_of_orbax, "in_dir is an input"),
     "a shard of an input": (
         "hf/model-00001-of-00001.safetensors",
         lambda: index("hf"),
-        "overlaps with hf, which is read",
+        "lies in hf, an input",
     ),
-    "the folder of an index": ("hf", lambda: index("hf"), "overlaps with hf, which"),
-    "where links of an input go": ("blobs", folder_of_links, "overlaps with hf, which"),
+    "the folder of an index": ("hf", lambda: index("hf"), "hf is an input"),
+    "where links of an input go": (
+        "blobs",
+        folder_of_links,
+        "blobs is, or holds, a part of the input hf",
+    ),
     "a file to which a link of an input goes": (
         "blobs/model-00001-of-00001.safetensors",
         folder_of_links,
-        "overlaps with hf, which",
+        "is, or holds, a part of the input hf",
     ),
     "a link to nothing": ("gone", lambda: os.symlink("no", "gone"), "a symbolic link"),
     "a link to a directory": (
@@ -229,7 +246,33 @@ REFUSED = {
     "a step of a store": ("store/3", store, "store, a SnapshotStore"),
     "a snapshot of a store": ("store/28/averages", store, "store/28, a checkpoint"),
     "a backslash": ("q\\x", None, "q\\x has a backslash"),
-    "in a file": ("a.safetensors/x", None, "overlaps with a.safetensors"),
+    "in a file": ("a.safetensors/x", None, "x lies in a.safetensors, an input"),
+    "the model of a folder of shards": (
+        "other_hf/model.safetensors",
+        another_model,
+        "whose shards model.safetensors.index.json lists: programs would load one",
+    ),
+    "a shard of a model": (
+        "other_hf/model-00001-of-00001.safetensors",
+        another_model,
+        "would spoil the model in ",
+    ),
+    "a shard that is not there": (
+        "other_hf/model-00002-of-00002.safetensors",
+        another_model,
+        "would spoil the model in ",
+    ),
+    "a shard of any name": (
+        "other_hf/part.safetensors",
+        lambda: another_model("part.safetensors"),
+        "would spoil the model in ",
+    ),
+    "an index": (
+        "other_hf/model.safetensors.index.json",
+        another_model,
+        "is the name of an index of shards; pass the folder as --out",
+    ),
+    "a name that is too long": ("x" * 256 + ".safetensors", None, "File name too long"),
     "in a text": ("mine/x/y", text("mine"), "mine is not a directory"),
 }
 
@@ -556,6 +599,56 @@ def test_what_a_killed_run_left_is_named_and_kept(run):
     assert Path(".out.x1.partial").exists()
 
 
+@pytest.mark.parametrize("moment", ["before", "between", "aside"])
+def test_another_run_replaces_the_same_checkpoint(moment, run, monkeypatch):
+    """Its result stays, and what was replaced can still be found."""
+    assert run(*SOUP, "--out", "out")[0] == 0
+    rename, shown = os.rename, Path("out/_METADATA").read_bytes()
+    shutil.copytree("out", "theirs")
+    Path("theirs/d/notes").touch()
+
+    def late(old, new):
+        if moment != "between" and new.endswith(".replaced"):
+            rename("out", "old")
+            rename("theirs", "out.replaced" if moment == "aside" else "elsewhere")
+        if moment == "between" and old.endswith("new") and new.endswith("out"):
+            monkeypatch.setattr(os, "rename", rename)
+            rename("theirs", "out")
+        rename(old, new)
+
+    monkeypatch.setattr(os, "rename", late)
+    code, _, errors = run(*SOUP, "--out", "out", "--force")
+    assert code == 1
+    assert "error: out changed while this was made; it was left as it is" in errors
+    if moment == "between":
+        assert "warning: what was at " in errors
+        assert Path("out/d/notes").exists()
+        assert Path("out.replaced/_METADATA").read_bytes() == shown
+
+
+@pytest.mark.parametrize("suffix", ["", ".safetensors"])
+@pytest.mark.parametrize("letter", ["x", "\N{SNOWMAN}"])
+def test_the_longest_names(letter, suffix, run):
+    out = letter * ((255 - len(suffix)) // len(letter.encode())) + suffix
+    for force in ([], ["--force"]):
+        code, _, errors = run(*SOUP, "--out", out, *force)
+        assert code == 0, errors
+    assert number_of(out) == 1
+    assert set(names()) == {*MODELS, out}
+    # What killed runs leave is still told apart by all of the name.
+    aside = Path(_targets.aside_of(out))
+    aside.mkdir()
+    other = out.replace(letter, "y", 1)
+    assert run(*SOUP, "--out", other)[0] == 0
+    assert run(*SOUP, "--out", out, "--force")[0] == (0 if suffix else 1)
+
+
+def test_a_file_of_its_own_beside_shards(run):
+    another_model()
+    assert run(*SOUP, "--out", "other_hf/soup.safetensors")[0] == 0
+    assert run(*SOUP, "--out", "other_hf/new/model.safetensors")[0] == 0
+
+
 @pytest.mark.parametrize("out", ["out", "out.safetensors"])
 def test_what_cannot_be_replaced_is_still_there(out, place, run, monkeypatch):
     assert run(*SOUP, "--out", out)[0] == 0
@@ -821,10 +914,12 @@ def test_a_dry_run_says_what_would_be_done(place, run, monkeypatch):
     written = f"write    {place}/work/new/x.safetensors, a safetensors file: 48 bytes; "
     assert lines[3].startswith(written)
     assert lines[3].endswith(" are free on its disk")
-    assert lines[4:] == ["Nothing was written."]
+    said = "Nothing was written, and no values were read: NaN and inf among them"
+    assert lines[4:] == [said, "would only be found by the run itself."]
     out = run(*SOUP, "--out", "out", "--dry-run", "--force")[1]
     assert "/out, an Orbax checkpoint: 48 bytes; " in out
-    assert out.endswith("; what is there is replaced\nNothing was written.\n")
+    assert out.endswith("\nwould only be found by the run itself.\n")
+    assert "; what is there is replaced\nNothing was written" in out
     assert everything(place) == before
 
 

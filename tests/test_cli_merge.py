@@ -600,7 +600,30 @@ def test_pickled_weights_are_refused_with_a_way_out(path, run):
         run("merge", "soup", path, path, "--out", "out"),
         "safetensors.torch.save_file",
         "safe_serialization=True",
+        "folder holds pytorch_model.bin, which PyTorch pickled"
+        if path == "folder"
+        else f"{path} is a file that PyTorch pickled; this is not read",
     )
+
+
+@pytest.mark.parametrize("method", ["soup", "karcher", "variance-corrected", "fisher"])
+def test_a_single_model_is_noted(method, run):
+    """A pattern of names may match one file only."""
+    leaves = {"w": np.float32([1.0, 2.0])}
+    for name in "ab":
+        save(name, leaves)
+    fisher = ["--fisher", "a.safetensors"] if method == "fisher" else []
+    args = ["merge", method, "a.safetensors", *fisher, "--out", "out.safetensors"]
+    code, _, errors = run(*args)
+    assert code == 0
+    said = "note: a.safetensors is the only model, so that the result is a copy of it."
+    assert said in errors
+    np.testing.assert_allclose(load()["w"], leaves["w"], rtol=1e-6)
+    more = fisher * 2
+    args = [*args[:2], "b.safetensors", "a.safetensors", *more, *args[-2:], "--force"]
+    code, _, errors = run(*args)
+    assert code == 0
+    assert "note" not in errors
 
 
 def test_a_part_of_a_folder_is_no_folder(run):

@@ -3,6 +3,7 @@
 import multiprocessing
 import os
 import random
+import re
 import signal
 import time
 
@@ -69,6 +70,26 @@ def told_turns(told):
     return {int(step): int(turn) for step, turn in pairs}
 
 
+def take_turns(directory, told, seed):
+    """Saves a few steps whenever the other process has not opened the store."""
+    rng = random.Random(seed)
+    with open(told, "a", buffering=1) as notes:
+        while True:
+            store = SnapshotStore(directory)
+            try:
+                newest = max(store.steps(), default=0) + rng.randrange(1, 4)
+                for step in range(max(store.steps(), default=0) + 1, newest + 1):
+                    store.save(None, step, {"w": jnp.full(200_000, float(step))})
+                store.close()
+                notes.write(f"{newest}\n")
+            except (RuntimeError, ValueError) as error:
+                # The other one holds the lock, or came in between.
+                if not re.search("already has a writer|of later steps", str(error)):
+                    raise
+                store.close()
+            time.sleep(rng.uniform(0, 0.02))
+
+
 def killed_after(seconds, directory, told, run=train):
     """One run, killed that long after its first snapshot began."""
     context = multiprocessing.get_context("forkserver")
@@ -128,6 +149,43 @@ def killed_while_rewriting(times, tmp_path):
                 values = np.unique(store.mean(steps=[step])["w"])  # no warning
                 assert values.size == 1
                 assert values[0] >= turn
+
+
+@pytest.mark.slow
+def test_two_processes_that_save_in_turns_are_killed_often(tmp_path):
+    """What either of them said to be safe is there, and of one store."""
+    directory, told, rng = tmp_path / "store", tmp_path / "told", random.Random(2)
+    told.touch()
+    context = multiprocessing.get_context("forkserver")
+    both = [None, None]
+    for _ in range(20):
+        for i, process in enumerate(both):
+            if process is None:
+                args = str(directory), told, rng.randrange(10**9)
+                both[i] = context.Process(target=take_turns, args=args)
+                both[i].start()
+        before, deadline = len(told.read_text()), time.monotonic() + 60
+        while len(told.read_text()) == before:
+            assert time.monotonic() < deadline, "nothing was saved in a minute"
+            time.sleep(0.01)
+        time.sleep(rng.uniform(0, 0.5))
+        for i in rng.choice([[0], [1], [0, 1]]):
+            assert both[i].is_alive(), "the run ended by itself"
+            both[i].kill()
+            both[i].join()
+            both[i] = None
+        safe = max(map(int, told.read_text().split()))
+        steps = SnapshotStore(directory).steps()
+        assert steps == list(range(1, len(steps) + 1))
+        assert len(steps) >= safe
+    for process in filter(None, both):
+        process.kill()
+        process.join()
+    store = SnapshotStore(directory)
+    for step in store.steps():
+        assert set(np.unique(store.mean(steps=[step])["w"])) == {step}
+    count = len(store.steps())
+    np.testing.assert_allclose(store.mean()["w"][0], (count + 1) / 2, rtol=1e-5)
 
 
 def test_killed_three_times(tmp_path):

@@ -11,7 +11,7 @@ import pytest
 
 import optax_avg as oa
 from optax_avg import posthoc, weights
-from optax_avg.posthoc import _clock, _profiles
+from optax_avg.posthoc import _clock, _integrity, _profiles
 
 WIDTHS = st.floats(0.01, 0.28)
 
@@ -265,6 +265,41 @@ def test_the_true_error_is_not_twice_what_is_claimed(process, dtype):
         true = _clock.weights_on_iterates(target, steps)[1:] @ np.float64(x)
         error = np.linalg.norm(found.weights @ np.stack(stored) - true)
         assert error <= 2 * found.residual * np.linalg.norm(true)
+
+
+@pytest.mark.parametrize("process", ["independent", "towards a point"])
+@pytest.mark.parametrize("scale", [1e-5, 1e-7, 1e-9])
+def test_what_underflows_is_claimed(process, scale):
+    """Of numbers that all become zero, no more is lost than all."""
+    rng = np.random.default_rng(1)
+    for _ in range(12):
+        steps = int(rng.integers(60, 200))
+        times = np.unique([*rng.integers(1, steps, rng.integers(2, 20)), steps])
+        x = walk(rng, steps, process) * np.float32(scale)
+        kept, made = [], []
+        for kind in [any_kind(rng, steps) for _ in range(rng.integers(1, 4))]:
+            kept += [_clock.Placed(kind, int(t)) for t in times]
+            made += kept_in_float32(kind, x, times)
+        lost = [_integrity.underflow([jnp.asarray(a)], [jnp.float16])[0] for a in made]
+        target = any_kind(rng, steps)
+        rounding = 2.0**-11 + 2.0**-23 + np.array(lost)
+        found = _clock.combination(
+            kept, _clock.Placed(target, steps), rounding=rounding
+        )
+        true = _clock.weights_on_iterates(target, steps)[1:] @ np.float64(x)
+        stored = np.stack([np.float64(np.float16(average)) for average in made])
+        error = np.linalg.norm(found.weights @ stored - true)
+        assert error <= 2 * found.residual * np.linalg.norm(true)
+        assert max(lost) <= 1.000001
+
+
+def test_underflow_by_hand():
+    leaves = [jnp.array([3.0, 4e-8]), jnp.zeros(2), jnp.array([1e-9])]
+    dtypes = [jnp.float16, jnp.float16, jnp.float16]
+    whole, shares = _integrity.underflow(leaves, dtypes)
+    np.testing.assert_allclose(shares, [2.0**-24.5 / 3, 0, 1], rtol=1e-5)
+    np.testing.assert_allclose(whole, 2.0**-24.5 / 3, rtol=2e-3)
+    assert _integrity.underflow(leaves, [jnp.bfloat16] * 3)[0] == 0
 
 
 def test_rounding_keeps_the_weights_small():

@@ -1,6 +1,7 @@
 """Snapshots of a training that runs in two processes."""
 
 import contextlib
+import json
 import os
 import socket
 import subprocess
@@ -9,6 +10,7 @@ import textwrap
 from pathlib import Path
 
 import jax.numpy as jnp
+import numpy as np
 
 from optax_avg.posthoc import SnapshotStore
 
@@ -40,6 +42,8 @@ TRAINING = """
         assert store.steps() == [1, 2]
     print("steps", store.steps(), mean.addressable_shards[0].data.tolist(), flush=True)
     store.close()
+    with SnapshotStore(directory + "/half", dtype=jnp.float16) as half:
+        half.save(None, 1, params(1e-5))
 """
 
 
@@ -88,3 +92,8 @@ def test_both_are_refused_and_both_write(tmp_path):
             assert said(process, "steps") == "steps [1, 2] [[2.5, 2.5, 2.5]]\n"
             process.communicate(timeout=60)
             assert process.returncode == 0
+    places = ("1", "2", "half/1")
+    paths = [tmp_path / place / "record" / "metadata" for place in places]
+    one, two, half = [json.loads(path.read_text()) for path in paths]
+    assert one["store"] == two["store"] != half["store"]
+    np.testing.assert_allclose(half["underflow"]["parameters"], 2.0**-25 / 1e-5, 1e-3)

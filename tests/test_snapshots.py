@@ -279,6 +279,57 @@ def test_what_overflows_on_disk_is_not_kept(tmp_path, open_stores):
     assert store.steps() == [2]
 
 
+@pytest.mark.parametrize(
+    ("dtype", "scale"),
+    [(jnp.float16, 1e-7), (jnp.float16, 1e-30), (jnp.float8_e4m3fn, 1e-2)],
+)
+def test_what_underflows_on_disk_is_claimed(dtype, scale, tmp_path, open_stores):
+    params = {"a": jnp.full(50, scale), "b": jnp.zeros(3)}
+    updates = {"a": scale * jnp.sin(jnp.arange(50.0)), "b": jnp.zeros(3)}
+    tx = oa.power_ema(WIDTHS)
+    state = tx.init(params)
+    store = open_stores(SnapshotStore(tmp_path / "narrow", dtype=dtype))
+    full = open_stores(SnapshotStore(tmp_path / "full"))
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for step in range(1, 4):
+            state = tx.update(updates, state, params)[1]
+            params = optax.apply_updates(params, updates)
+            assert store.save(state, step)
+            assert full.save(state, step)
+        plan = store.plan(sigma_rel=0.08)
+        found = store.reconstruct(sigma_rel=0.08)["a"]
+    wanted = full.reconstruct(sigma_rel=0.08)["a"]
+    unit = float(jnp.max(wanted))
+    error, size = (
+        jnp.linalg.norm((found - wanted) / unit),
+        jnp.linalg.norm(wanted / unit),
+    )
+    assert float(error / size) <= 2 * plan.rounding
+    assert plan.rounding <= 1 + float(jnp.finfo(dtype).eps)
+
+
+def test_a_leaf_that_is_too_small_for_the_disk_is_named(tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path, dtype=jnp.float16))
+    params = {"a": jnp.ones(2), "b": jnp.full(3, 1e-9), "z": jnp.zeros(2)}
+    with pytest.warns(
+        RuntimeWarning, match="parameters/b .* for float16, .* 100% of it"
+    ):
+        assert store.save(None, 1, params)
+    assert store.save(None, 2, params)  # it is said once
+
+
+def test_small_averages_are_said_to_be_out_of_reach(tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path, dtype=jnp.float16))
+    params = {"w": jnp.full(4, 1e-7)}
+    tx = oa.power_ema(WIDTHS)
+    state = tx.update(params, tx.init(params), params)[1]
+    with pytest.warns(RuntimeWarning, match="keep averages and snapshots in bfloat16"):
+        store.save(state, 1)
+    with pytest.warns(UserWarning, match="too coarse for these numbers; keep averages"):
+        store.reconstruct(sigma_rel=0.08)
+
+
 def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
     tx = oa.power_ema([0.1], skip_nonfinite=False)
     params = {"b": jnp.ones(2), "w": jnp.array([1.0, jnp.nan])}
@@ -286,7 +337,7 @@ def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
     store = open_stores(SnapshotStore(tmp_path))
     with pytest.warns(RuntimeWarning, match="power_ema_0.1/w is not finite"):
         assert not store.save(state, 1)
-    with pytest.raises(ValueError, match="there is no snapshot of the averages"):
+    with pytest.raises(ValueError, match=r"nothing could be saved: .*/w is not fin"):
         store.reconstruct(sigma_rel=0.1)
 
 
@@ -462,10 +513,60 @@ def test_numbers_of_another_step_are_noticed(tmp_path, open_stores):
     open_stores(store)
     shutil.rmtree(tmp_path / "12" / "averages")
     shutil.copytree(tmp_path / "8" / "averages", tmp_path / "12" / "averages")
-    with pytest.warns(RuntimeWarning, match="step 12 is left out.*not what was writt"):
+    with pytest.warns(RuntimeWarning, match="step 12 is left out.*not those of"):
         found = store.reconstruct(params, sigma_rel=0.08)
     shutil.rmtree(tmp_path / "12")
     chex.assert_trees_all_equal(found, store.reconstruct(params, sigma_rel=0.08))
+
+
+@pytest.mark.parametrize("name", ["004", "4.old", "step_4"])
+def test_snapshots_under_other_names_are_named(name, tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path))
+    for step in (2, 4):
+        store.save(None, step, {"w": jnp.full(2, float(step))})
+    store.wait()
+    (tmp_path / "4").rename(tmp_path / name)
+    (tmp_path / "notes").mkdir()
+    with pytest.warns(
+        RuntimeWarning, match=f"their steps alone: {name}. Rename"
+    ) as seen:
+        assert store.mean()["w"][0] == 2
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize(
+    ("make", "said"),
+    [
+        (lambda: oa.ema_params(0.9), r"average 'ema' .* weights=\{'ema': optax_avg."),
+        (lambda: oa.power_ema(0.1, start=9), "no average had absorbed an iterate"),
+        (lambda: optax.sgd(0.1), "no average in the optimizer state; put one last"),
+    ],
+)
+def test_why_nothing_was_saved(make, said, tmp_path, open_stores):
+    store, tx = open_stores(SnapshotStore(tmp_path / "store")), make()
+    params = small()
+    state = tx.update(params, tx.init(params), params)[1]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        assert not store.save(state, 1)
+    for query in (lambda: store.reconstruct(sigma_rel=0.1), store.mean):
+        with pytest.raises(ValueError, match=f"for nothing could be saved: .*{said}"):
+            query()
+    # Once there is a snapshot, it is about that.
+    store.save(None, 2, params)
+    with pytest.raises(ValueError, match="hold no averages, only 'parameters'"):
+        store.reconstruct(sigma_rel=0.1)
+
+
+def test_messages_of_means_name_what_there_is(tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path))
+    with pytest.raises(ValueError, match="holds no snapshots; save one first"):
+        store.mean()
+    store.save(None, 4, small())
+    with pytest.raises(ValueError, match=r"hold no 'ema'; pass .* of \['parameters'\]"):
+        store.mean(name="ema")
+    with pytest.raises(ValueError, match=r"at steps \[5\]; pass some of \[4\]"):
+        store.mean(steps=[5])
 
 
 def test_one_flipped_bit_anywhere_is_noticed():
@@ -745,7 +846,7 @@ def test_bad_arguments(tmp_path, open_stores):
             lambda: SnapshotStore(tmp_path / "new", weights=[oa.weights.ema(0.9)]),
             "must be a dict of weights .* got list",
         ),
-        (lambda: store.plan(sigma_rel=0.1, step=5), r"at step 5; there are \[4, 8\]"),
+        (lambda: store.plan(sigma_rel=0.1, step=5), r"at step 5; pass one of \[4, 8\]"),
         (lambda: store.plan(sigma_rel=0.1, names=["x"]), "no snapshot of x"),
         (lambda: store.reconstruct(other, sigma_rel=0.1), "no leaf dense/bias"),
         (

@@ -1,6 +1,7 @@
 """``optax-avg reconstruct`` and ``optax-avg inspect``."""
 
 import math
+import os
 from collections.abc import Iterable
 from enum import StrEnum
 from typing import Annotated, Any
@@ -66,8 +67,11 @@ def reconstruct(
         )
     goal = target_of(sigma_rel, half_life, window)
     check(output, [store])
+    _check_directory(store)
     with _disk.reader_of(_disk.absolute(store)) as reader:
         records = _reconstruct.records_of(reader)
+        if not _disk.steps_of(reader.directory):
+            raise ValueError(f"{store} holds no snapshots; {_wanted(store)}")
 
         def summed(left: dict[int, _disk.Record]) -> None:
             plan = _plan.planned(
@@ -93,6 +97,21 @@ def reconstruct(
             write(output, reads, leaves, make, what)
 
         _reconstruct.without_broken(reader, records, summed)
+
+
+def _check_directory(store: str) -> None:
+    """Raises unless there is a directory, which may be that of a store."""
+    if _disk.is_remote(store) or os.path.isdir(store):
+        return
+    said = "is not a directory" if os.path.exists(store) else "does not exist"
+    raise ValueError(f"{store} {said}; {_wanted(store)}")
+
+
+def _wanted(store: str) -> str:
+    return (
+        "reconstruct takes the directory to which a SnapshotStore saved. The mean of "
+        f"finished checkpoints is: optax-avg merge soup {store} OTHER --out RESULT"
+    )
 
 
 def _dtype(name: str) -> Any:

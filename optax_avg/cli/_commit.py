@@ -14,13 +14,14 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from optax_avg.cli._signals import held
-from optax_avg.cli._targets import Target, aside_of, identity, odd_at
+from optax_avg.cli._targets import Target, aside_of, identity, odd_at, shortened
 
 
 def warn_of_leftovers(target: Target) -> None:
     """Names what a run left that was killed."""
     parent, name = os.path.split(target.path)
-    pattern = os.path.join(glob.escape(parent), f".{glob.escape(name)}.*.partial")
+    name = glob.escape(shortened(name))
+    pattern = os.path.join(glob.escape(parent), f".{name}.*.partial")
     for path in sorted(glob.glob(pattern)):
         warnings.warn(
             f"{path} is of a run that was killed, or of one that still writes "
@@ -37,7 +38,8 @@ def partial(target: Target) -> Iterator[str]:
     missing = [p for p in Path(target.path).parents if not p.exists()]
     try:
         os.makedirs(parent, exist_ok=True)
-        folder = tempfile.mkdtemp(prefix=f".{name}.", suffix=".partial", dir=parent)
+        prefix = f".{shortened(name)}."
+        folder = tempfile.mkdtemp(prefix=prefix, suffix=".partial", dir=parent)
         try:
             yield folder
         finally:
@@ -103,6 +105,17 @@ def _put_folder(new: str, path: str) -> None:
         raise
 
 
+@contextlib.contextmanager
+def _someone_else() -> Iterator[None]:
+    """Raises FileExistsError where another run exchanges the same directory."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOENT, errno.ENOTEMPTY, errno.EEXIST):
+            raise FileExistsError from error
+        raise
+
+
 def _exchange(new: str, path: str) -> None:
     """Replaces a directory, which has another name for the moment between."""
     for root, _, files in os.walk(new):
@@ -110,11 +123,20 @@ def _exchange(new: str, path: str) -> None:
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
     aside = aside_of(path)
-    os.rename(path, aside)
+    with _someone_else():
+        os.rename(path, aside)
     try:
-        os.rename(new, path)
+        with _someone_else():
+            os.rename(new, path)
     except OSError:
-        os.rename(aside, path)
+        try:
+            os.rename(aside, path)
+        except OSError as error:
+            warnings.warn(
+                f"what was at {path} is at {aside} now: {error}.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
         raise
     try:
         os.rename(aside, new)

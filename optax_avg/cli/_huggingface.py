@@ -47,12 +47,13 @@ def open_huggingface(path: str) -> Checkpoint:
 
 def check_not_pickled(path: str) -> None:
     """Raises for weights that PyTorch pickled, which run code when they are read."""
-    odd = [path] if path.endswith(PICKLED) else []
+    odd = [os.path.basename(path)] if path.endswith(PICKLED) else []
     if os.path.isdir(path):
         odd = [name for name in sorted(os.listdir(path)) if name.endswith(PICKLED)]
     if odd:
+        where = f"holds {odd[0]}, which" if os.path.isdir(path) else "is a file that"
         raise ValueError(
-            f"{path} is of PyTorch ({odd[0]}), which is not read; convert it with "
+            f"{path} {where} PyTorch pickled; this is not read. Convert it with "
             "model.save_pretrained(folder, safe_serialization=True) or "
             "safetensors.torch.save_file(model.state_dict(), file)."
         )

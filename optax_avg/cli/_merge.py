@@ -12,7 +12,7 @@ import typer
 from optax_avg import merging
 from optax_avg.cli._huggingface import folder_of
 from optax_avg.cli._leafwise import Method, as_a_whole, by_rule, merge_checkpoints
-from optax_avg.cli._output import Output, bundles, example, writes
+from optax_avg.cli._output import Output, bundles, example, say, writes
 from optax_avg.cli._safetensors import SUFFIX
 from optax_avg.cli._shards import bytes_of, folder_like
 from optax_avg.cli._targets import Format
@@ -144,6 +144,12 @@ def _finite(name: str, value: float) -> float:
     return value
 
 
+def _note_of_one(models: list[str]) -> None:
+    """Says that nothing is merged, as where a pattern of names matched one file."""
+    if len(models) == 1:
+        say(f"note: {models[0]} is the only model, so that the result is a copy of it.")
+
+
 def _check_count(name: str, given: list[str], n: int) -> None:
     if len(given) != n:
         raise typer.BadParameter(f"{n} models need as many {name}.")
@@ -167,6 +173,7 @@ def soup(
     n = len(models)
     rule = soups.weighted_rule(n, _numbers(weights, n, extrapolate))
     _merge(by_rule(rule), models, output, common)
+    _note_of_one(models)
 
 
 @merge.command(
@@ -292,6 +299,7 @@ def karcher(
     n = len(models)
     rule = spheres.karcher_rule(n, _numbers(weights, n, extrapolate=True))
     _merge(by_rule(rule), models, output, common)
+    _note_of_one(models)
 
 
 @merge.command(
@@ -312,6 +320,7 @@ def variance_corrected(
     n = len(models)
     rule = soups.variance_rule(n, _numbers(weights, n, extrapolate))
     _merge(by_rule(rule), models, output, common)
+    _note_of_one(models)
 
 
 @merge.command(
@@ -339,6 +348,7 @@ def fisher(
     _check_count("--fisher", fishers, n)
     rule = curvature.fisher_rule(n, _numbers(weights, n, extrapolate))
     _merge(by_rule(rule), [*models, *fishers], output, common)
+    _note_of_one(models)
 
 
 @merge.command(

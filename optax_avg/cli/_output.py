@@ -189,7 +189,9 @@ def _plan(
         + ("" if free is None else f"; {free:,} are free on its disk")
         + ("" if target.found is None else "; what is there is replaced")
     )
-    return "\n".join([*lines, "Nothing was written."])
+    lines.append("Nothing was written, and no values were read: NaN and inf among them")
+    lines.append("would only be found by the run itself.")
+    return "\n".join(lines)
 
 
 @contextlib.contextmanager

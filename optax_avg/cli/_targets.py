@@ -3,7 +3,9 @@
 A path is freed of dots and links before anything is checked.
 """
 
+import hashlib
 import os
+import re
 import shutil
 import stat
 import warnings
@@ -13,11 +15,14 @@ from typing import NamedTuple
 
 import numpy as np
 
+from optax_avg.cli._safetensors import SUFFIX
 from optax_avg.cli._signals import check_signals
 from optax_avg.cli._sources import Leaf
 from optax_avg.posthoc import _disk
 
+INDEX_SUFFIX = f"{SUFFIX}.index.json"  # of the list of a model's shards
 MARKS = ("_CHECKPOINT_METADATA", "_METADATA")  # of a directory that Orbax wrote
+LONGEST = 120  # bytes of a name that is kept as it is where something is added
 EXACT = ("ext2", "ext3", "ext4", "xfs", "tmpfs")  # they store a byte as a byte
 
 
@@ -112,11 +117,16 @@ def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
     for given in inputs:
         if _disk.is_remote(given) or not os.path.exists(given):
             continue
-        parts = _all_of(given)
-        if _holds(given, path) or any(_holds(path, part) for part in parts):
+        if os.path.exists(path) and os.path.samefile(given, path):
+            raise ValueError(f"{shown} is an input, which is read; pass another --out.")
+        if _holds(given, path):
+            raise ValueError(f"{shown} lies in {given}, an input; pass another --out.")
+        if any(_holds(path, part) for part in _all_of(given)):
             raise ValueError(
-                f"{shown} overlaps with {given}, which is read; pass another --out."
+                f"{shown} is, or holds, a part of the input {given}; pass another "
+                "--out."
             )
+    _check_model_around(path, shown)
     if os.path.ismount(path):
         raise ValueError(f"{shown} is where a disk is mounted; pass a path within it.")
     for folder in Path(path).parents:
@@ -129,6 +139,37 @@ def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
         raise NotADirectoryError(f"{parent} is not a directory.")
     if not os.access(parent, os.W_OK | os.X_OK):
         raise PermissionError(f"you may not write to {parent}.")
+
+
+def _check_model_around(path: str, shown: str) -> None:
+    """Raises where a file would make one model of a Hugging Face folder two."""
+    folder, name = os.path.split(path)
+    if name.endswith(INDEX_SUFFIX):
+        raise ValueError(
+            f"{shown} is the name of an index of shards; pass the folder as --out, or "
+            f"a name that ends with {SUFFIX}."
+        )
+    if not name.endswith(SUFFIX) or not os.path.isdir(folder):
+        return
+    for other in sorted(os.listdir(folder)):
+        stem = other.removesuffix(INDEX_SUFFIX)
+        if stem == other:
+            continue
+        own = re.fullmatch(rf"{re.escape(stem)}(-\d+-of-\d+)?{re.escape(SUFFIX)}", name)
+        if own or name in _words(os.path.join(folder, other)):
+            raise ValueError(
+                f"{shown} would spoil the model in {folder}, whose shards {other} "
+                "lists: programs would load one of the two, or a mixture. Pass an "
+                "--out in another folder, or of another name."
+            )
+
+
+def _words(index: str) -> set[str]:
+    """What stands in quotation marks in a file that may be damaged."""
+    try:
+        return set(Path(index).read_text(encoding="utf-8").split('"'))
+    except (OSError, ValueError):
+        return set()
 
 
 def _all_of(given: str) -> Iterator[str]:
@@ -188,7 +229,16 @@ def identity(path: str) -> tuple[int, int, int] | None:
 
 def aside_of(path: str) -> str:
     """Where a directory is while another one takes its name."""
-    return f"{path}.replaced"
+    parent, name = os.path.split(path)
+    return os.path.join(parent, f"{shortened(name)}.replaced")
+
+
+def shortened(name: str) -> str:
+    """A name to which something can be added, though disks allow 255 bytes or less."""
+    if len(os.fsencode(name)) <= LONGEST:
+        return name
+    digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
+    return f"{name[: LONGEST // 8]}-{digest}"
 
 
 def room(target: Target) -> tuple[int | None, bool]:

@@ -59,7 +59,7 @@ def write_checkpoint(target: Target, leaves: list[Leaf], load: Load) -> None:
             raise
 
     with partial(target) as folder:
-        new = os.path.join(folder, os.path.basename(target.path))
+        new = os.path.join(folder, "new")  # the name may be too long for a suffix
         try:
             target.format.write(new, leaves, parts)
         except Exception as error:

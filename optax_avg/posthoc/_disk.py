@@ -9,6 +9,7 @@ import contextlib
 import json
 import os
 import re
+import secrets
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
@@ -19,8 +20,11 @@ import numpy as np
 from optax_avg.posthoc import _integrity
 
 TREE, SEQUENCES, RECORD = "averages", "sequences", "record"
+FILE = "metadata"  # in the directory of the record; Orbax calls it so
 NEW = ".new"  # ends the name of a snapshot that replaces one
+REMOVED = ".removed"  # and that of one that is replaced or removed
 STEP = re.compile(rf"(0|[1-9]\d*)({re.escape(NEW)})?")
+LEFT_OVER = re.compile(rf"\d+({NEW})?(\.orbax-checkpoint-tmp.*|{REMOVED})")
 UNSEALED = {"step", "absorbed", "kinds", "leaves"}  # in records without a checksum
 Path = tuple[str, ...]
 
@@ -61,6 +65,10 @@ class Record(NamedTuple):
         that were written without them.
       digests: of the weight sequences, by name.
       checksum: of all the rest; empty in records that were written without one.
+      underflow: relative error of each average, by name, from numbers that are too
+        small for its dtypes; empty in records that were written without it.
+      store: a number that all snapshots of one store share; 0 in records that were
+        written without it.
     """
 
     step: int
@@ -70,6 +78,8 @@ class Record(NamedTuple):
     grids: dict[str, Grid]
     digests: dict[str, str]
     checksum: str
+    underflow: dict[str, float]
+    store: int
 
 
 class Reader(NamedTuple):
@@ -82,9 +92,8 @@ class Reader(NamedTuple):
 class SnapshotError(Exception):
     """A snapshot that cannot be read as it was written."""
 
-    def __init__(self, step: int, cause: Any) -> None:
-        lines = str(cause).strip().splitlines()
-        super().__init__(lines[0] if lines else type(cause).__name__)
+    def __init__(self, step: int, cause: str) -> None:
+        super().__init__(cause)
         self.step = step
 
 
@@ -154,6 +163,30 @@ def steps_of(directory: str) -> list[int]:
     return sorted({int(x.name.removesuffix(NEW)) for x in entries if is_snapshot(x)})
 
 
+def misnamed(directory: str) -> list[str]:
+    """Names of snapshots that have other names than those of their steps."""
+    return sorted(
+        entry.name
+        for entry in folder(directory).iterdir()
+        if not STEP.fullmatch(entry.name)
+        and not LEFT_OVER.fullmatch(entry.name)
+        and is_snapshot(entry)
+    )
+
+
+def number_of(directory: str) -> int:
+    """The number of a store: that of its newest snapshot, or else a new one."""
+    for step in reversed(steps_of(directory)):
+        try:
+            text = (folder(directory) / str(step) / RECORD / FILE).read_text()
+            number = _unsealed(json.loads(text)).store
+        except (OSError, AttributeError, KeyError, TypeError, ValueError):
+            continue  # the one before may be whole
+        if number:
+            return number
+    return 1 + secrets.randbelow(2**31 - 1)
+
+
 def is_snapshot(path: Any) -> bool:
     """Whether a directory is a finished snapshot, which may have been damaged."""
     if not path.is_dir() or not orbax().utils.is_checkpoint_finalized(path):
@@ -177,9 +210,12 @@ def read_record(reader: Reader, step: int) -> Record:
     try:
         record = _unsealed(found)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise SnapshotError(step, f"its record is not one: {error!r}") from error
+        cause = str(error) if isinstance(error, ValueError) else repr(error)
+        raise SnapshotError(step, f"its record was changed ({cause})") from error
     if record.step != step:
-        raise SnapshotError(step, f"it is the snapshot of step {record.step}")
+        raise SnapshotError(
+            step, f"its record is that of step {record.step}, as if it were renamed"
+        )
     return record
 
 
@@ -188,7 +224,7 @@ def _unsealed(found: dict[str, Any]) -> Record:
     content = found | {"checksum": ""}
     old = set(found) == UNSEALED
     if not old and found["checksum"] != _integrity.digest(content):
-        raise ValueError("its checksum is another")
+        raise ValueError("its checksum is not the one that was written")
     leaves = {
         # Numbers of records without a checksum were made by another formula.
         name: [Leaf(tuple(p), tuple(s), d, None if old else n) for p, s, d, n in leaves]
@@ -196,11 +232,12 @@ def _unsealed(found: dict[str, Any]) -> Record:
     }
     names = set(leaves)
     if names != set(found["absorbed"]) or names != set(found["kinds"]):
-        raise ValueError("its averages have different names")
-    filled: dict[str, Any] = {"grids": {}, "digests": {}, "checksum": ""} | found
+        raise ValueError("its parts name different averages")
+    bare = {"grids": {}, "digests": {}, "checksum": "", "underflow": {}, "store": 0}
+    filled: dict[str, Any] = bare | found
     grids = {name: Grid(*grid) for name, grid in filled["grids"].items()}
     if not old and names != set(grids):
-        raise ValueError("its averages have different names")
+        raise ValueError("its parts name different averages")
     filled |= {"leaves": leaves, "grids": grids}
     return Record(**{name: filled[name] for name in Record._fields})
 
@@ -223,7 +260,7 @@ def read_sequence(reader: Reader, record: Record, name: str) -> np.ndarray:
         whole = record.digests.get(name) == _integrity.digest(found)
     if not whole:
         raise SnapshotError(
-            record.step, f"the weights of {name} are not what was written"
+            record.step, f"the recorded weights of {name!r} were changed"
         )
     return found
 
@@ -268,12 +305,14 @@ def _check(step: int, name: str, leaves: list[Leaf], arrays: list[Any]) -> None:
         alike = isinstance(x, jax.Array) and x.shape == leaf.shape
         if not alike or str(x.dtype) != leaf.dtype:
             raise SnapshotError(
-                step, f"{_where(name, leaf)} has another shape or dtype"
+                step, f"{_where(name, leaf)} has not the shape and dtype of its record"
             )
     numbers = np.asarray(_integrity.signature(arrays)[0]).tolist()
     for leaf, number in zip(leaves, numbers, strict=True):
         if leaf.fingerprint not in (None, number):
-            raise SnapshotError(step, f"{_where(name, leaf)} is not what was written")
+            raise SnapshotError(
+                step, f"the numbers of {_where(name, leaf)} are not those of its record"
+            )
 
 
 def _where(name: str, leaf: Leaf) -> str:
@@ -292,7 +331,8 @@ def _restore(
         found = reader.checkpointer.restore(path, args=composite)[item]
         return found if name is None else found[name]
     except Exception as error:  # whatever a broken file makes of the layers below
-        raise SnapshotError(step, error) from error
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        raise SnapshotError(step, f"it cannot be read ({lines[0]})") from error
 
 
 def path_of(keys: Any) -> Path:

@@ -2,12 +2,17 @@
 
 import hashlib
 import json
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+
+from optax_avg import _numerics
+
+NEGLIGIBLE = 1e-30  # numbers below which nothing is said of underflow
 
 
 def digest(content: Any) -> str:
@@ -33,6 +38,34 @@ def signature(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
     numbers = [_fingerprint(x) for x in leaves]
     finite = [jnp.all(jnp.isfinite(x)) for x in leaves]
     return jnp.stack(numbers), jnp.stack(finite)
+
+
+def underflow(
+    leaves: list[jax.Array], dtypes: Sequence[Any]
+) -> tuple[float, np.ndarray]:
+    """What numbers lose that are too small for the dtypes to which they are rounded.
+
+    ``(sum_i min(|x_i|, s/2)^2 / sum_i x_i^2)^(1/2)`` with the smallest positive number
+    ``s``; relative to all leaves together, and to each of them.
+    """
+    halves = [float(jnp.finfo(dtype).smallest_subnormal) / 2 for dtype in dtypes]
+    if max(halves, default=0.0) < NEGLIGIBLE:
+        return 0.0, np.zeros(len(leaves))
+    found = np.asarray(jax.device_get(_lost_and_whole(leaves, halves)), np.float64)
+    found = np.where(np.isfinite(found), found, 0)
+    largest = max(found[1].max(), np.finfo(float).tiny)  # whose square may be zero
+    total = np.linalg.norm(found / largest, axis=1)
+    shares = found[0] / np.where(found[1] > 0, found[1], 1)
+    return float(total[0] / total[1]) if total[1] else 0.0, shares
+
+
+@jax.jit
+def _lost_and_whole(leaves: list[jax.Array], halves: list[float]) -> jax.Array:
+    """Norms of what the leaves may lose, and of the leaves; shape (2, leaves)."""
+    sizes = [_numerics.wide(jnp.abs(x)) for x in leaves]
+    lost = [jnp.minimum(x, half) for x, half in zip(sizes, halves, strict=True)]
+    norms = _numerics.norms([[x] for x in (*lost, *leaves)])
+    return norms.reshape(2, len(leaves))
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:

@@ -24,6 +24,7 @@ from optax_avg.posthoc._profiles import snapshots_within, widths_within
 from optax_avg.posthoc._timeline import (
     PARAMETERS,
     clock_of,
+    of_another_store,
     out_of_step,
     own_step,
     placed,
@@ -119,6 +120,8 @@ def planned(
     """
     if isinstance(names, str):
         raise ValueError(f"names must be a list of names; write names=[{names!r}].")
+    if not records:
+        raise ValueError(f"{reader.directory} holds no snapshot that can be read.")
     known = sorted({name for record in records.values() for name in record.leaves})
     unknown = [name for name in names or () if name not in known]
     if unknown:
@@ -127,23 +130,29 @@ def planned(
         )
     chosen = [
         (record, name)
-        for record in records.values()
-        for name in record.leaves
-        if name in (names or [n for n in record.leaves if n != PARAMETERS])
-        and (step is None or record.step <= step)
+        for record, name in chosen_of(records, names)
+        if step is None or record.step <= step
     ]
     if not chosen or step not in (None, chosen[-1][0].step):
-        have = sorted({record.step for record in records.values()})
-        wanted = "the averages" if names is None else f"{list(names)} "
-        at = "" if step is None else f" at step {step}"
-        raise ValueError(f"there is no snapshot of {wanted}{at}; there are {have}.")
-    clock = _clock_of(chosen)
+        have = sorted({record.step for record, _ in chosen_of(records, names)})
+        if not have:
+            raise ValueError(
+                f"the snapshots in {reader.directory} hold no averages, only "
+                f"{PARAMETERS!r}; store.mean() averages these, or pass "
+                f"names=[{PARAMETERS!r}]."
+            )
+        wanted = "the averages" if names is None else str(list(names))
+        raise ValueError(
+            f"there is no snapshot of {wanted} at step {step}; pass one of {have}."
+        )
+    same = without_others({record.step: record for record, _ in chosen})
+    clock = _clock_of([*same.values()])
     chosen = [(record, name) for record, name in chosen if record.step in clock]
     kinds = kinds_of(reader, chosen, clock)
     kept = [
         placed(record, name, clock, kinds[record.step, name]) for record, name in chosen
     ]
-    rounding = np.array([_rounding(record.leaves[name]) for record, name in chosen])
+    rounding = np.array([_rounding(record, name) for record, name in chosen])
     target = _target(kept, goal)
     found = combination(kept, target, normalize=normalize, rounding=rounding)
     parts = [
@@ -151,16 +160,48 @@ def planned(
         for (record, name), a, x in zip(chosen, kept, found.weights, strict=True)
     ]
     advice = ""
-    if found.residual > TOLERANCE:
+    if found.rounding > TOLERANCE:
+        advice = (
+            "their dtype is too coarse for these numbers; keep averages and snapshots "
+            "in bfloat16 or float32."
+        )
+    elif found.residual > TOLERANCE:
         advice = _advice([name for _, name in chosen], kept, goal, rounding, normalize)
     return Plan(parts, found.residual, found.condition, advice, found.rounding)
 
 
-def _clock_of(chosen: list[tuple[_disk.Record, str]]) -> dict[int, int]:
+def chosen_of(
+    records: dict[int, _disk.Record], names: Sequence[str] | None
+) -> list[tuple[_disk.Record, str]]:
+    """The snapshots of some averages, by default of all."""
+    return [
+        (record, name)
+        for record in records.values()
+        for name in record.leaves
+        if name in (names or [n for n in record.leaves if n != PARAMETERS])
+    ]
+
+
+def without_others(
+    records: dict[int, _disk.Record], stacklevel: int = 6
+) -> dict[int, _disk.Record]:
+    """The records of one store; snapshots that were copied from another are named."""
+    others = of_another_store([*records.values()])
+    if others:
+        warnings.warn(
+            f"the snapshots of steps {others} are left out: another store wrote them "
+            f"than the newest one, so that they may be of another run. "
+            f"step={others[-1]} takes them instead; mean(steps=...) takes any.",
+            UserWarning,
+            stacklevel=stacklevel,
+        )
+    return {s: record for s, record in records.items() if s not in others}
+
+
+def _clock_of(records: list[_disk.Record]) -> dict[int, int]:
     """The clock at the snapshots of the newest run; the others are named."""
-    records = {record.step: record for record, _ in chosen}
-    clock = clock_of([*records.values()])
-    earlier = sorted(set(records) - set(clock))
+    clock = clock_of(records)
+    earlier = sorted({record.step for record in records} - set(clock))
     if earlier:
         warnings.warn(
             f"the averages were begun anew after step {earlier[-1]}: the snapshots of "
@@ -169,7 +210,7 @@ def _clock_of(chosen: list[tuple[_disk.Record, str]]) -> dict[int, int]:
             UserWarning,
             stacklevel=6,
         )
-    odd = out_of_step([*records.values()], clock)
+    odd = out_of_step(records, clock)
     if odd:
         warnings.warn(
             f"the averages {sorted(odd)} do not count the same optimizer steps as the "
@@ -178,7 +219,7 @@ def _clock_of(chosen: list[tuple[_disk.Record, str]]) -> dict[int, int]:
             UserWarning,
             stacklevel=6,
         )
-    for before, after in uneven([*records.values()], clock):
+    for before, after in uneven(records, clock):
         warnings.warn(
             f"between the snapshots of steps {before} and {after} the averages did not "
             "advance as these numbers do. If the training was begun anew there, the "
@@ -197,16 +238,18 @@ def _target(kept: list[Placed], goal: Callable[[int, int], Kind]) -> Placed:
     return Placed(goal(count, every), count, origin, every)
 
 
-def _rounding(leaves: Sequence[_disk.Leaf]) -> float:
+def _rounding(record: _disk.Record, name: str) -> float:
     """Relative error of a snapshot: half the spacing of its coarsest dtype.
 
-    And the spacing of float32, or a wider dtype, in which it was accumulated.
+    And the spacing of float32, or a wider dtype, in which it was accumulated, and what
+    was too small for the dtype.
     """
-    found = [jnp.dtype(leaf.dtype) for leaf in leaves]
-    return max(
+    found = [jnp.dtype(leaf.dtype) for leaf in record.leaves[name]]
+    spacing = max(
         float(jnp.finfo(x).eps / 2 + jnp.finfo(_numerics.float32_or_wider(x)).eps)
         for x in found
     )
+    return spacing + record.underflow.get(name, 0.0)
 
 
 def kinds_of(

@@ -158,7 +158,8 @@ def solve(
     average has size ``|p_i|`` and the result ``|p|``: rounding costs ``u_i |p_i|/|p|``.
     Where they hardly move, all averages have the size of the result: rounding costs
     ``u_i``. The larger of the two is taken. Rounding is independent from one average to
-    another, so that squares add up.
+    another, so that squares add up; where all are rounded alike, as what underflows is,
+    ``|sum_i u_i x_i|`` is claimed if that is more.
 
     Args:
       a: inner products of the profiles that were kept, shape (n, n).
@@ -192,7 +193,8 @@ def solve(
         x = x + ones * (1 - np.sum(x)) / np.sum(ones)
     elif normalize == SUM:
         x = x / np.sum(x)
-    lost = float(squares @ x**2)
+    together = float(np.sum(np.asarray(rounding) * x)) ** 2 * c
+    lost = max(float(squares @ x**2), together)
     left = max(c - 2 * float(x @ b) + float(x @ a @ x), 0.0) + lost
     condition = float(values[-1] / values[0]) if values[0] > 0 else math.inf
     return Coefficients(x, math.sqrt(left / c), condition, math.sqrt(lost / c))

@@ -22,9 +22,19 @@ def records_of(
 ) -> dict[int, _disk.Record]:
     """Records of the snapshots that can be read, of some steps or all; by step.
 
-    The others are reported, and so are those without checksums.
+    The others are reported, and so are those without checksums, and what looks like a
+    snapshot but has no step for its name.
     """
     records = {}
+    misnamed = _disk.misnamed(reader.directory)
+    if misnamed:
+        warnings.warn(
+            f"{reader.directory} holds snapshots that are left out because their "
+            f"directories are not named by their steps alone: {', '.join(misnamed)}. "
+            "Rename them as they were, for instance 0200 to 200.",
+            RuntimeWarning,
+            stacklevel=3,
+        )
     for step in _disk.steps_of(reader.directory):
         if steps is not None and step not in steps:
             continue
@@ -59,7 +69,8 @@ def _record_of(reader: _disk.Reader, step: int) -> _disk.Record:
 def report(broken: _disk.SnapshotError) -> None:
     """Names a snapshot that is left out."""
     warnings.warn(
-        f"the snapshot of step {broken.step} is left out: {broken}",
+        f"the snapshot of step {broken.step} is left out because it is damaged: "
+        f"{broken}.",
         RuntimeWarning,
         stacklevel=4,
     )

@@ -38,6 +38,15 @@ def clock_of(records: Sequence[_disk.Record]) -> dict[int, int]:
     return clock
 
 
+def of_another_store(records: Sequence[_disk.Record]) -> list[int]:
+    """Steps of the snapshots that were not written by the store of the newest one.
+
+    A record without a number is of an earlier version, and belongs to any store.
+    """
+    numbered = [r for r in sorted(records, key=lambda r: r.step) if r.store]
+    return [r.step for r in numbered if r.store != numbered[-1].store]
+
+
 def own_step(record: _disk.Record, name: str) -> int:
     """Optimizer steps that the state of an average counts at a snapshot.
 

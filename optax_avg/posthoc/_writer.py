@@ -5,7 +5,6 @@ takes its place when it is complete. At any moment one of the two can be read.
 """
 
 import os
-import re
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -14,20 +13,19 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from optax_avg.posthoc import _disk, _integrity
-from optax_avg.posthoc._disk import NEW
+from optax_avg.posthoc._disk import LEFT_OVER, NEW, REMOVED
 
 LOCK = "writer.lock"
-REMOVED = ".removed"
-LEFT_OVER = re.compile(rf"\d+({NEW})?(\.orbax-checkpoint-tmp.*|{REMOVED})")
 LONGEST = 2000  # bytes of an error that all processes raise
 
 
 class Writer(NamedTuple):
-    """What writes to a directory, and the lock that is held on it."""
+    """What writes to a directory, the lock on it, and the number of its store."""
 
     directory: str
     checkpointer: Any
     lock: Any
+    number: int
 
 
 def filelock() -> Any:
@@ -53,9 +51,9 @@ def open_writer(directory: str) -> Writer:
     if not _disk.is_remote(directory):
         path = os.path.join(directory, LOCK)
         lock = None if jax.process_index() else filelock().FileLock(path, timeout=0)
-    _agreed(lambda: _prepare(directory, lock))
+    number = _agreed(lambda: _prepare(directory, lock))
     checkpointer = ocp.AsyncCheckpointer(ocp.CompositeCheckpointHandler())
-    return Writer(directory, checkpointer, lock)
+    return Writer(directory, checkpointer, lock, number)
 
 
 def close_writer(writer: Writer) -> None:
@@ -93,6 +91,7 @@ def write(
         items[_disk.SEQUENCES] = ocp.args.PyTreeSave(sequences)
         digests = {name: _integrity.digest(x) for name, x in sequences.items()}
         record = record._replace(digests=digests)
+    record = record._replace(store=writer.number)
     items[_disk.RECORD] = ocp.args.JsonSave(_disk.sealed(record))
     path = f"{writer.directory}/{record.step}{NEW if taken else ''}"
     writer.checkpointer.save(path, args=ocp.args.Composite(**items))
@@ -123,7 +122,7 @@ def remove_after(writer: Writer, step: int) -> None:
 
 
 def _prepare(directory: str, lock: Any) -> int:
-    """Takes the lock and clears up after writers that were killed."""
+    """Takes the lock, clears up after writers that were killed; the store's number."""
     _disk.folder(directory).mkdir(parents=True, exist_ok=True)
     if lock is not None:
         try:
@@ -138,11 +137,11 @@ def _prepare(directory: str, lock: Any) -> int:
         for entry in _disk.folder(directory).iterdir():
             if LEFT_OVER.fullmatch(entry.name) and _is_ours(entry):
                 entry.rmtree()
+        return _disk.number_of(directory)
     except BaseException:
         if lock is not None:
             lock.release()
         raise
-    return 0
 
 
 def _is_ours(entry: Any) -> bool:

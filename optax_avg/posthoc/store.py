@@ -27,7 +27,7 @@ from optax_avg.posthoc import (
     _reconstruct,
     _writer,
 )
-from optax_avg.posthoc._plan import Part, Plan
+from optax_avg.posthoc._plan import TOLERANCE, Part, Plan
 from optax_avg.posthoc._timeline import PARAMETERS
 
 
@@ -40,7 +40,8 @@ class SnapshotStore:
         for all but :func:`optax_avg.power_ema` and :func:`optax_avg.window_average`,
         whose states say what they are.
       dtype: of the snapshots, ``jnp.bfloat16`` or ``jnp.float16`` for half the disk;
-        by default that of the averages. Sums are float32 or wider.
+        by default that of the averages. Sums are float32 or wider. Numbers near the
+        smallest of float16, 6e-8, lose their digits in it; a warning names the leaf.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -90,7 +91,9 @@ class SnapshotStore:
             name: weights_.with_stride(weight)
             for name, weight in (weights or {}).items()
         }
-        self._named: set[str] = set()
+        self._unknown: dict[str, str] = {}
+        self._why = ""  # nothing was saved the last time
+        self._coarse = False
         self._dtype = dtype
         self._writer: _writer.Writer | None = None
         self._in_flight: int | None = None
@@ -129,20 +132,29 @@ class SnapshotStore:
         """
         step = _whole_step(step)
         kept, absorbed, kinds, grids, sequences = {}, {}, {}, {}, {}
+        underflow = {}
         for name, tree, count, kind, grid in self._averages(opt_state):
-            kept[name], absorbed[name] = _by_path(tree, self._dtype), count
+            kept[name], underflow[name] = self._rounded(name, tree)
+            absorbed[name] = count
             kinds[name], grids[name] = kind, grid
             if "recorded" in kind:
                 weight = self._weights[name]
                 sequences[name] = weights_.sequence(weight, count, every=grid.every)
         if params is not None:
-            kept[PARAMETERS] = _by_path(_leaves.select(params, None), self._dtype)
+            floats = _leaves.select(params, None)
+            kept[PARAMETERS], underflow[PARAMETERS] = self._rounded(PARAMETERS, floats)
             now = max((grid.step for grid in grids.values()), default=max(step, 1))
             grids[PARAMETERS] = _disk.Grid(now, 0, 1)
             absorbed[PARAMETERS], kinds[PARAMETERS] = now, {"window": 1}
         kept = {name: leaves for name, leaves in kept.items() if leaves}
-        leaves = _signed(kept, step)
-        if not leaves:
+        underflow = {name: underflow[name] for name in kept}
+        leaves, infinite = _signed(kept)
+        if infinite:
+            self._why = f"no snapshot of step {step}: {infinite}"
+            warnings.warn(self._why, RuntimeWarning, stacklevel=2)
+        elif not kept:
+            self._why = "" if self._unknown else _why_empty(opt_state)
+        if infinite or not kept:
             return False
         self.wait()
         writer = self._opened()
@@ -154,7 +166,9 @@ class SnapshotStore:
             )
         self._in_flight = self._last = step
         with self._reported():
-            record = _disk.Record(step, absorbed, kinds, leaves, grids, {}, "")
+            record = _disk.Record(
+                step, absorbed, kinds, leaves, grids, {}, "", underflow, 0
+            )
             _writer.write(writer, record, kept, sequences)
         return True
 
@@ -242,8 +256,7 @@ class SnapshotStore:
           ValueError: If not exactly one target is given, or there are no snapshots.
         """
         goal = _plan.target_of(sigma_rel, half_life, window, weight)
-        self.wait()
-        with _disk.reader_of(self.directory) as reader:
+        with self._reading() as reader:
             records = _reconstruct.records_of(reader)
             return _reconstruct.without_broken(
                 reader,
@@ -289,8 +302,7 @@ class SnapshotStore:
           ValueError: If there is nothing to make it of, or ``params`` has other leaves.
         """
         goal = _plan.target_of(sigma_rel, half_life, window, weight)
-        self.wait()
-        with _disk.reader_of(self.directory) as reader:
+        with self._reading() as reader:
             records = _reconstruct.records_of(reader)
 
             def made(left):
@@ -322,18 +334,34 @@ class SnapshotStore:
         """
         if steps is not None:
             steps = [_whole_step(step) for step in np.ravel(np.asarray(steps))]
-        self.wait()
-        with _disk.reader_of(self.directory) as reader:
+        with self._reading() as reader:
             records = _reconstruct.records_of(reader, steps)
             lack = [s for s, record in records.items() if name not in record.leaves]
             there = _disk.steps_of(reader.directory)
-            wanted = sorted(set(there) - set(lack) if steps is None else set(steps))
-            missing = [s for s in wanted if s not in there or s in lack]
+            have = [s for s in there if s not in lack]
+            wanted = have if steps is None else sorted(set(steps))
+            missing = [s for s in wanted if s not in have]
+            if not there:
+                raise ValueError(
+                    f"{self.directory} holds no snapshots; save one first."
+                )
+            if not have:
+                known = sorted(
+                    {n for record in records.values() for n in record.leaves}
+                )
+                raise ValueError(
+                    f"the snapshots in {self.directory} hold no {name!r}; pass name=, "
+                    f"one of {known}, or save parameters by save(opt_state, step, "
+                    "params)."
+                )
             if missing or not wanted:
                 raise ValueError(
                     f"{self.directory} has no snapshot of {name!r} at steps "
-                    f"{missing}; it has {there}."
+                    f"{missing}; pass some of {have}."
                 )
+            if steps is None:  # those that were chosen by hand are taken as they are
+                records = _plan.without_others(records, 3)
+                wanted = [s for s in wanted if s in records]
 
             def made(left):
                 whole = [s for s in wanted if s in left]
@@ -343,6 +371,44 @@ class SnapshotStore:
                 return _reconstruct.summed(reader, left, parts, params)
 
             return _reconstruct.without_broken(reader, records, made)
+
+    @contextlib.contextmanager
+    def _reading(self) -> Iterator[_disk.Reader]:
+        """What reads the snapshots, once they are all on the disk.
+
+        Raises:
+          ValueError: If nothing was saved, with the reason if this store knows it.
+        """
+        self.wait()
+        whys = [*self._unknown.values(), *([self._why] if self._why else [])]
+        if whys and not _disk.steps_of(self.directory):
+            raise ValueError(
+                f"there are no snapshots in {self.directory}, for nothing could be "
+                f"saved: {' '.join(whys)}"
+            )
+        with _disk.reader_of(self.directory) as reader:
+            yield reader
+
+    def _rounded(
+        self, name: str, tree: Any
+    ) -> tuple[dict[_disk.Path, jax.Array], float]:
+        """Leaves as they are kept, and the relative error of what underflows."""
+        leaves = _by_path(tree)
+        kept = {path: _cast(x, self._dtype) for path, x in leaves.items()}
+        dtypes = [x.dtype for x in kept.values()]
+        whole, shares = _integrity.underflow([*leaves.values()], dtypes)
+        if not self._coarse and max(shares, default=0.0) > TOLERANCE:
+            self._coarse = True
+            worst = int(np.argmax(shares))
+            path, dtype = list(kept)[worst], dtypes[worst]
+            warnings.warn(
+                f"{'/'.join((name, *path))} has numbers too small for {dtype}, which "
+                f"cost up to {shares[worst]:.0%} of it; keep averages and snapshots in "
+                "bfloat16 or float32.",
+                RuntimeWarning,
+                stacklevel=3,
+            )
+        return kept, whole
 
     def _averages(
         self, opt_state: Any
@@ -377,13 +443,10 @@ class SnapshotStore:
                     continue
                 yield name, read(), counts[0], kind, _grid(node)
         for name, why in unknown.items():
-            if name not in self._named:
-                self._named.add(name)
-                warnings.warn(
-                    f"no snapshots of the average {name!r} are kept: {why}",
-                    UserWarning,
-                    stacklevel=3,
-                )
+            if name not in self._unknown:
+                said = f"no snapshots of the average {name!r} are kept: {why}"
+                self._unknown[name] = said
+                warnings.warn(said, UserWarning, stacklevel=3)
 
     def _kind(self, name: str, node: Any) -> tuple[dict[str, Any], str]:
         """What an average is, or why that cannot be told."""
@@ -449,22 +512,34 @@ def _grid(node: Any) -> _disk.Grid:
     return _disk.Grid(_one(node.step), _one(node.start), _one(node.every))
 
 
-def _by_path(tree: Any, dtype: Any) -> dict[_disk.Path, jax.Array]:
+def _why_empty(opt_state: Any) -> str:
+    """Why there was nothing to save."""
+    if readout.average_states(opt_state):
+        return "no average had absorbed an iterate when save was called."
+    return (
+        "there was no average in the optimizer state; put one last in the chain, as in "
+        "optax.chain(optimizer, optax_avg.power_ema([0.05, 0.10]))."
+    )
+
+
+def _by_path(tree: Any) -> dict[_disk.Path, jax.Array]:
     found: dict[_disk.Path, jax.Array] = {}
     for keys, leaf in jax.tree.flatten_with_path(tree)[0]:
         x, path = jnp.asarray(leaf), _disk.path_of(keys)
         if path in found:
             raise ValueError(f"two leaves are named {'/'.join(path)!r}.")
-        found[path] = (
-            x if dtype is None or jnp.iscomplexobj(x) else x.astype(jnp.dtype(dtype))
-        )
+        found[path] = x
     return found
 
 
+def _cast(x: jax.Array, dtype: Any) -> jax.Array:
+    return x if dtype is None or jnp.iscomplexobj(x) else x.astype(jnp.dtype(dtype))
+
+
 def _signed(
-    kept: dict[str, dict[_disk.Path, jax.Array]], step: int
-) -> dict[str, list[_disk.Leaf]]:
-    """What is recorded of the leaves; nothing, with a warning, if one is not finite."""
+    kept: dict[str, dict[_disk.Path, jax.Array]],
+) -> tuple[dict[str, list[_disk.Leaf]], str]:
+    """What is recorded of the leaves, and which of them is not finite, if one is."""
     signed = {}
     for name, leaves in kept.items():
         numbers, finite = jax.device_get(_integrity.signature(list(leaves.values())))
@@ -474,11 +549,5 @@ def _signed(
         ]
         if not finite.all():
             bad = signed[name][int(np.argmin(finite))]
-            warnings.warn(
-                f"no snapshot of step {step}: {'/'.join((name, *bad.path))} is not "
-                f"finite in {bad.dtype}.",
-                RuntimeWarning,
-                stacklevel=3,
-            )
-            return {}
-    return signed
+            return {}, f"{'/'.join((name, *bad.path))} is not finite in {bad.dtype}."
+    return signed, ""
