@@ -57,9 +57,7 @@ Families of plain functions
 """
 
 from optax_avg import landscape, merging, posthoc, rules, schedules, weights
-from optax_avg.averages import memories
-from optax_avg.averages._options import AverageOptions
-from optax_avg.averages._rule import AverageState
+from optax_avg.averages import AverageOptions, AverageState, memories
 from optax_avg.averages.links import (
     average,
     bema,
@@ -123,7 +121,7 @@ from optax_avg.robust.tail_index import (
     tail_indices,
     track_tail_index,
 )
-from optax_avg.sharpness._rule import RuleState, SharpnessRule
+from optax_avg.sharpness import RuleState, SharpnessRule
 from optax_avg.sharpness.forms import (
     SharpnessAware,
     as_link,

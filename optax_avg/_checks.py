@@ -36,15 +36,6 @@ def refuse_complex(name: str, params: Any) -> None:
             )
 
 
-def check_every(every: Any, start: Any) -> tuple[Any, Any]:
-    """Both as Python integers, ``every >= 1`` and ``start >= 0``; arrays as they are.
-
-    Raises:
-      ValueError: If one is not an integer in its range.
-    """
-    return check_integer("every", every, 1), check_integer("start", start, 0)
-
-
 def check_integer(name: str, value: Any, low: int) -> Any:
     """``value`` as a Python integer from ``low`` on; a ``jax.Array`` as it is.
 

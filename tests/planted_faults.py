@@ -1169,7 +1169,7 @@ FAULTS = {
         f"{CLI_FILES} -k 'result_may_have and any'",
     ),
     "a copy is taken for a merge": Fault(
-        "optax_avg/cli/_merge.py",
+        "optax_avg/cli/_merge_options.py",
         "    if len(models) == 1:\n",
         "    if len(models) == 0:\n",
         f"{CLI_MERGE} -k a_single_model",

@@ -149,6 +149,15 @@ def test_signatures_and_documentation_name_every_option(name):
         factory(*[1] * (len(positional) + 1))
 
 
+@pytest.mark.parametrize(
+    "options", [{"accumulator_dtype": np.dtype("float16")}, {"rounding": "compensated"}]
+)
+def test_options_that_no_average_would_take_are_refused(options):
+    with pytest.raises(ValueError, match="pass them to the memory"):
+        oa.average(memories.window(3), **options)
+    oa.average({"lawa": memories.window(3), "ema": oa.weights.ema(0.9)}, **options)
+
+
 def test_hyperparameters_are_injected_alone():
     state = optax.inject_hyperparams(oa.ema_params)(decay=0.999).init(PARAMS)
     assert set(state.hyperparams) == {"decay"}

@@ -1,4 +1,4 @@
-"""The options that all averages share: defined, documented and checked here alone.
+"""The options that all averages share, defined and documented here alone.
 
 A factory states what is its own and takes the rest as ``**options``. The decorator
 :func:`with_options` completes its signature, so that tools show every option, and the
@@ -63,9 +63,9 @@ _DOCS = {
     "start": """Number of optimizer steps to leave out at the beginning; 0 by default.
   The average starts from the parameters of this step.""",
     "name": """Name by which :func:`optax_avg.averaged_params` finds the average.""",
-    "accumulator_dtype": """Dtype of the average, a float of 16 bits or more. The
-  default is float32, or the dtype of the leaf if that is wider. The average of a
-  complex leaf is complex64 or wider.""",
+    "accumulator_dtype": """Dtype of averages that are given by a weight, a float of
+  16 bits or more. The default is float32, or the dtype of the leaf if that is
+  wider. The average of a complex leaf is complex64 or wider.""",
     "rounding": """How the average is rounded to ``accumulator_dtype``. ``None`` rounds
   to nearest, or stochastically if the dtype is narrower than float32, where
   rounding to nearest would stop a slow average. ``"stochastic"`` is unbiased; its

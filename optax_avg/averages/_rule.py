@@ -88,6 +88,13 @@ def averaging(
     if not by_name:
         raise ValueError(f"{caller} needs a weight; write average(weights.ema(0.999)).")
     options = {"accumulator_dtype": accumulator_dtype, "rounding": rounding}
+    is_given = any(value is not None for value in options.values())
+    if is_given and all(isinstance(x, Memory) for x in by_name.values()):
+        raise ValueError(
+            "accumulator_dtype and rounding are for averages that are given by a "
+            "weight; pass them to the memory, as in memories.running(weight, "
+            "accumulator_dtype=jnp.bfloat16)."
+        )
     memories = {
         str(key): value if isinstance(value, Memory) else running(value, **options)
         for key, value in by_name.items()

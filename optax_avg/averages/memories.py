@@ -14,6 +14,7 @@ from typing import Any, Literal, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import lax
 
@@ -110,7 +111,7 @@ class RunningMemory(NamedTuple):
     def profile(self, stacked: int = 0) -> dict[str, Any]:
         """Returns ``{"power": gamma}`` for a power function."""
         del stacked
-        found = set(jnp.ravel(jnp.asarray(self.gamma)).tolist())
+        found = set(np.ravel(np.asarray(self.gamma)).tolist())
         return {"power": found.pop()} if len(found) == 1 else {}
 
 
