@@ -2,6 +2,7 @@
 
 import importlib.metadata
 import importlib.util
+import itertools
 import os
 import signal
 import sys
@@ -42,6 +43,16 @@ hypothesis.settings.register_profile(
     phases=[hypothesis.Phase.explicit, hypothesis.Phase.generate],
 )
 hypothesis.settings.load_profile("suite")
+
+TESTS_SO_FAR = itertools.count(1)
+
+
+@pytest.fixture(autouse=True)
+def programs_are_dropped():
+    """Every program takes mappings of memory, of which Linux allows 65,530."""
+    yield
+    if next(TESTS_SO_FAR) % 200 == 0:
+        jax.clear_caches()
 
 
 @pytest.fixture
