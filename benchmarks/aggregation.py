@@ -108,7 +108,7 @@ def one_device(turns: int) -> dict[str, Any]:
         "centered_clip": (aggregated(oa.centered_clip(1.0)), rows),
         "centered_clip, 3 rounds": (aggregated(oa.centered_clip(1.0, 3)), rows),
         "krum(5)": (aggregated(oa.krum(5)), rows),
-        "flag(3)": (aggregated(oa.flag(3)), rows),
+        "flag_aggregator(3)": (aggregated(oa.flag_aggregator(3)), rows),
         "upgrad": (aggregated(oa.upgrad()), rows),
         "jnp.median, 5 leaves": (lambda r: [jnp.median(v, axis=0) for v in r], few),
         "coordinate_median, 5 leaves": (aggregated(oa.coordinate_median()), few),

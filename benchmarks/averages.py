@@ -45,12 +45,10 @@ def variants() -> dict[str, optax.GradientTransformationExtraArgs | None]:
         "hand-written": None,
         "carried along, untouched": None,
         "ema_params": oa.ema_params(DECAY),
-        "ema_params, skip_nonfinite=False": oa.ema_params(DECAY, skip_nonfinite=False),
+        "ema_params, nonfinite=keep": oa.ema_params(DECAY, nonfinite="keep"),
         "ema_params, every=10": oa.ema_params(DECAY, every=BLOCK),
         "three horizons": oa.average(horizons),
-        "three horizons, skip_nonfinite=False": oa.average(
-            horizons, skip_nonfinite=False
-        ),
+        "three horizons, nonfinite=keep": oa.average(horizons, nonfinite="keep"),
         "window_average(6, every=10)": oa.window_average(6, every=BLOCK),
     }
 

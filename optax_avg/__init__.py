@@ -16,7 +16,7 @@ Checking the order of a chain, once before training
 Gradients at perturbed parameters
     sharpness_aware             a drop-in for value_and_grad, from a rule
     sam, gam, ...               a rule as the first link of a chain
-    multi_call, eval_params     for trainers that compute one gradient a call
+    multi_call, clean_params     for trainers that compute one gradient a call
     decoupled_wsam              adds the sharpness after the optimizer
     as_link, SharpnessRule, RuleState, MultiCallState, DecoupledState
     trajectory_loss             MESA's, with an average as the teacher
@@ -33,7 +33,7 @@ Clips that follow the norms seen so far
 
 Robust locations across examples, micro-batches and workers (aggregators of Optax)
     coordinate_median, trimmed_mean, geometric_median, median_of_means, centered_clip,
-    krum, flag, one_pass_location
+    krum, flag_aggregator, one_pass_location
     their state     AggregationState
 
 How heavy are the tails of the noise
@@ -79,7 +79,7 @@ from optax_avg.robust.aggregation import (
     AggregationState,
     centered_clip,
     coordinate_median,
-    flag,
+    flag_aggregator,
     geometric_median,
     krum,
     median_of_means,
@@ -130,16 +130,13 @@ from optax_avg.sharpness.forms import (
 )
 from optax_avg.sharpness.links import (
     DecoupledState,
-    amp,
     asam,
-    awp,
     cr_sam,
     decoupled_wsam,
     dnsam,
     esam,
     fisher_sam,
     friendly_sam,
-    fsam,
     gam,
     gam_hvp,
     gnp,
@@ -149,11 +146,12 @@ from optax_avg.sharpness.links import (
     momentum_sam,
     sam,
     sam_on,
+    sparse_sam,
     usam,
     vasso,
     wsam,
 )
-from optax_avg.sharpness.multi_call import MultiCallState, eval_params, multi_call
+from optax_avg.sharpness.multi_call import MultiCallState, clean_params, multi_call
 
 __version__ = "0.1.0"
 
@@ -173,19 +171,18 @@ __all__ = [
     "TailIndices",
     "TailState",
     "adaptive_radius",
-    "amp",
     "as_link",
     "asam",
     "average",
     "average_names",
     "averaged_params",
-    "awp",
     "bema",
     "bloop",
     "cagrad",
     "cclip",
     "centered_clip",
     "check_chain",
+    "clean_params",
     "clip_by_coordinate_quantile",
     "clip_by_ema_norm",
     "clip_by_percentile",
@@ -199,11 +196,9 @@ __all__ = [
     "dnsam",
     "ema_params",
     "esam",
-    "eval_params",
     "fisher_sam",
-    "flag",
+    "flag_aggregator",
     "friendly_sam",
-    "fsam",
     "gam",
     "gam_hvp",
     "geometric_median",
@@ -235,6 +230,7 @@ __all__ = [
     "scale_by_induced_metric",
     "schedules",
     "sharpness_aware",
+    "sparse_sam",
     "surgery",
     "swa",
     "switch_ema",

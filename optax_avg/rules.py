@@ -27,9 +27,9 @@ from optax_avg.sharpness.offsets import (
     dnsam,
     esam,
     fisher_sam,
-    fsam,
     sam,
     sam_on,
+    sparse_sam,
     usam,
 )
 
@@ -43,7 +43,6 @@ __all__ = [
     "every_k",
     "fisher_sam",
     "friendly_sam",
-    "fsam",
     "gam",
     "gam_hvp",
     "gnp",
@@ -53,6 +52,7 @@ __all__ = [
     "momentum_sam",
     "sam",
     "sam_on",
+    "sparse_sam",
     "usam",
     "vasso",
     "wsam",

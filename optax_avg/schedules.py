@@ -269,7 +269,7 @@ def linear_to_zero(
     return _schedule(rate)
 
 
-def refined(
+def from_gradient_norms(
     grad_norms: ArrayLike,
     peak_value: ArrayLike,
     *,
@@ -310,10 +310,11 @@ def refined(
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
-      >>> rate = oa.schedules.refined([7.0] * 5, 1.0)
+      >>> rate = oa.schedules.from_gradient_norms([7.0] * 5, 1.0)
       >>> rate(jnp.arange(5)).tolist()
       [1.0, 0.75, 0.5, 0.25, 0.0]
-      >>> rate = oa.schedules.refined([2.0, 1.0, 1.0], 1.0, power=1, smoothing=0)
+      >>> norms = [2.0, 1.0, 1.0]
+      >>> rate = oa.schedules.from_gradient_norms(norms, 1.0, power=1, smoothing=0)
       >>> rate(jnp.arange(4)).tolist()
       [1.0, 1.0, 0.0, 0.0]
 

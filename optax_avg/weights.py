@@ -330,7 +330,7 @@ def inverse_gamma(
     return weight
 
 
-def annealed(beta: Any) -> Weight:
+def gravity(beta: Any) -> Weight:
     """Annealed decay of the Gravity optimizer, ``w(t) = 1 - (beta t + 1)/(t + 2)``.
 
     The decay rises from ``(beta+1)/3`` to ``beta``; the initial parameters count.
@@ -346,7 +346,7 @@ def annealed(beta: Any) -> Weight:
 
     Example:
       >>> import optax_avg as oa
-      >>> round(float(oa.weights.annealed(0.9)(1.0)), 6)
+      >>> round(float(oa.weights.gravity(0.9)(1.0)), 6)
       0.366667
 
     References:

@@ -81,18 +81,16 @@ AVERAGES = {
 
 
 LINKS = {
-    "amp": Case(oa.amp, {"steps": 2}, ("steps",)),
     "as_link": Case(
         oa.as_link, {"rule": oa.rules.every_k(oa.rules.gsam(), 2)}, ("rule",)
     ),
     "asam": Case(oa.asam),
-    "awp": Case(oa.awp),
     "cr_sam": Case(oa.cr_sam),
     "dnsam": Case(oa.dnsam, {"norm": 2.0}),
     "esam": Case(oa.esam, {}, ("key",)),
     "fisher_sam": Case(oa.fisher_sam),
     "friendly_sam": Case(oa.friendly_sam),
-    "fsam": Case(oa.fsam, {"refresh": 2}, ("refresh",)),
+    "sparse_sam": Case(oa.sparse_sam, {"refresh": 2}, ("refresh",)),
     "gam": Case(oa.gam),
     "gam_hvp": Case(oa.gam_hvp),
     "gnp": Case(oa.gnp),
@@ -227,7 +225,7 @@ AGGREGATORS = {
         {"num_byzantine": 1, "num_selected": 2},
         ("num_byzantine", "num_selected"),
     ),
-    "flag": Case(oa.flag, {"rank": 3}, ("rank", "num_iters")),
+    "flag": Case(oa.flag_aggregator, {"rank": 3}, ("rank", "num_iters")),
     "one_pass_location": Case(
         oa.one_pass_location, {"distance": "l2", "tau": 0.5}, ("distance",)
     ),
@@ -285,7 +283,7 @@ CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
     *("ema_params_biased", "polyak_average", "tail_average", "power_ema"),
-    *("asam", "awp", "cr_sam", "dnsam", "esam", "friendly_sam", "gam_hvp", "gnp"),
+    *("asam", "cr_sam", "dnsam", "esam", "friendly_sam", "gam_hvp", "gnp"),
     *("gsam", "sam_on", "usam", "wsam"),
     *("cclip", "clipped_ema", "clip_by_coordinate_quantile"),
     *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),

@@ -22,7 +22,7 @@ RULES = {
         rules.sam(lambda step: jnp.where(step < 100, 0.25, 9.0)),
         ref.sam(0.25),
     ),
-    "sam_mask": (rules.sam(0.125, mask=is_norm), ref.sam_on(0.125)),
+    "sam_mask": (rules.sam(0.125, where=is_norm), ref.sam_on(0.125)),
     "sam_leaf": (rules.sam(RADII, scope="leaf"), ref.by_leaf(RADII)),
     "sam_row": (rules.sam(0.25, scope="row"), ref.by_row(0.25)),
     "sam_metric": (
@@ -33,7 +33,7 @@ RULES = {
     "dnsam": (rules.dnsam(0.125, 4.0), ref.dnsam(0.125, 4.0)),
     "asam": (rules.asam(0.5, 0.25), ref.asam(0.5, 0.25)),
     "fisher_sam": (rules.fisher_sam(0.125, 0.5), ref.fisher_sam(0.125, 0.5)),
-    "fsam": (rules.fsam(0.25, 0.5, 2), ref.fsam(0.25, 0.5, 2)),
+    "sparse_sam": (rules.sparse_sam(0.25, 0.5, 2), ref.fsam(0.25, 0.5, 2)),
     "sam_on": (rules.sam_on(0.25), ref.sam_on(0.25)),
     "amp": (rules.amp(0.5, 0.125, 1), ref.amp(0.5, 0.125, 1)),
     "amp_three": (rules.amp(0.5, 0.25, 3), ref.amp(0.5, 0.25, 3)),

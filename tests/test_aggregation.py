@@ -48,7 +48,10 @@ CASES = {
     ),
     "krum": (functools.partial(oa.krum, 2), lambda v: reference.krum(v, 2, 1)),
     "multi_krum": (functools.partial(oa.krum, 2, 3), lambda v: reference.krum(v, 2, 3)),
-    "flag": (functools.partial(oa.flag, 3), lambda v: reference.flag(v, 3, 5)),
+    "flag": (
+        functools.partial(oa.flag_aggregator, 3),
+        lambda v: reference.flag(v, 3, 5),
+    ),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES)
 # Reweighting where a direction is all but explained amplifies rounding.
@@ -583,7 +586,7 @@ def test_the_counter_saturates():
         (lambda: oa.centered_clip(-1.0), "tau must lie in"),
         (lambda: once(oa.krum(6), stacked()), "at least 9 elements, got 8"),
         (lambda: oa.krum(2, 0), "num_selected must be an integer"),
-        (lambda: once(oa.flag(9), stacked()), "at least 9 elements, got 8"),
+        (lambda: once(oa.flag_aggregator(9), stacked()), "at least 9 elements, got 8"),
         (lambda: oa.one_pass_location("l3", 1.0), "distance must be one of"),
         (
             lambda: once(

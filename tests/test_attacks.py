@@ -129,7 +129,7 @@ def test_multi_krum_of_more_rows_than_are_good():
 @pytest.mark.parametrize("far", [1e30, 3e38])
 def test_flag_of_sizes_far_apart_is_finite(far):
     v = jnp.array([[far, 0.0], [1e-37, 0.0], [0.0, 1.0], [0.0, 0.0]])
-    tx = oa.flag(2)
+    tx = oa.flag_aggregator(2)
     found, _ = jax.jit(tx.update)(v, tx.init(v[0]))
     np.testing.assert_allclose(found, [far / 4, 0], rtol=1e-5, atol=1e-6 * far)
 

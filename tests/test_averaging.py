@@ -349,7 +349,7 @@ def test_counters_of_absorbed_and_rejected(bad):
 
 
 def test_non_finite_iterates_can_be_let_through():
-    tx = oa.ema_params(0.9, skip_nonfinite=False)
+    tx = oa.ema_params(0.9, nonfinite="keep")
     _, state = tx.update(jnp.array([jnp.nan]), tx.init(jnp.ones(1)), jnp.ones(1))
     assert bool(jnp.isnan(state.averages["ema"].average).all())
 
@@ -651,11 +651,11 @@ BIASED = {
 }
 
 
-@pytest.mark.parametrize("skip", [True, False])
+@pytest.mark.parametrize("nonfinite", ["reject", "keep"])
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("make", BIASED.values(), ids=BIASED.keys())
-def test_a_start_that_is_not_finite_is_the_first_iterate(make, start, skip):
-    tx = make(start=start, skip_nonfinite=skip)
+def test_a_start_that_is_not_finite_is_the_first_iterate(make, start, nonfinite):
+    tx = make(start=start, nonfinite=nonfinite)
     # The second element is sound: it starts from the parameters of step `start`.
     xs = [jnp.full(2, -9.0)] * start + [jnp.array([jnp.nan, 1.0])]
     xs += [jnp.array([2.0, 3.0]), jnp.array([4.0, 4.0])]
@@ -672,7 +672,7 @@ def test_a_start_that_is_not_finite_is_the_first_iterate(make, start, skip):
 
 
 def test_nan_on_request_stays_after_the_first_iterate():
-    tx = oa.ema_params(0.5, skip_nonfinite=False)
+    tx = oa.ema_params(0.5, nonfinite="keep")
     xs = [jnp.ones(1), jnp.ones(1), jnp.full(1, jnp.nan)]
     state = tx.init(xs[0])
     for x in [*xs[1:], jnp.ones(1)]:

@@ -130,7 +130,7 @@ FACTORIES = {
     "window_average": (oa.window_average, (2,)),
     "bema": (oa.bema, ()),
 }
-OPTIONS = ["every", "start", "name", "where", "skip_nonfinite", "memory_kind"]
+OPTIONS = ["every", "start", "name", "where", "nonfinite", "memory_kind"]
 
 
 @pytest.mark.parametrize("name", FACTORIES)

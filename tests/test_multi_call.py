@@ -55,7 +55,7 @@ def test_learning_rate_zero_moves_no_bit(name, dtype, grad_dtype):
     state, at, moved = tx.init(params), params, 0
     for _ in range(24):
         at, state = call(at, state)
-        equal(oa.eval_params(state, at), params)
+        equal(oa.clean_params(state, at), params)
         moved += np.any(flat(at) != flat(params))
     assert moved
     chex.assert_trees_all_equal_dtypes(at, params)
@@ -86,7 +86,7 @@ def test_way_back_is_rounded_by_the_offset_at_most():
     state, at = tx.init(params), params
     for _ in range(50):
         at, state = call(*call(at, state))
-        equal(oa.eval_params(state, at), params)
+        equal(oa.clean_params(state, at), params)
         assert np.abs(flat(at) - flat(params)).max() < 0.25 * 2.0**-24
 
 
@@ -106,7 +106,7 @@ def test_steps_are_those_of_the_optimizer_alone(dtype, grad_dtype):
         for _ in range(2):
             updates, state = update(grad_fn(plain), state, plain)
             plain = optax.apply_updates(plain, updates)
-        equal(oa.eval_params(state, plain), alone)
+        equal(oa.clean_params(state, plain), alone)
         equal(plain, alone)
 
 
@@ -195,7 +195,7 @@ def test_a_combination_out_of_range_leaves_the_step_out():
     for g in (-6e4, 6e4):
         updates, state = tx.update(jnp.full(2, g, jnp.float16), state, x)
         x = optax.apply_updates(x, updates)
-    np.testing.assert_array_equal(oa.eval_params(state, x), 1)
+    np.testing.assert_array_equal(oa.clean_params(state, x), 1)
     assert int(state.rejected) == 1
 
 
@@ -228,7 +228,7 @@ def test_leaves_without_a_gradient_follow_the_parameters():
         updates, state = tx.update(grads, state, params)
         assert updates["frozen"] is None
         params = params | {"w": params["w"] + updates["w"]}
-        clean = oa.eval_params(state, params)
+        clean = oa.clean_params(state, params)
         np.testing.assert_array_equal(clean["frozen"], i)
         assert int(clean["step"]) == i
     np.testing.assert_allclose(clean["w"], 0.8, rtol=1e-6)
@@ -252,8 +252,8 @@ def test_scan_and_donation(name):
     assert int(state.rejected) == 1
     assert np.isfinite(flat(params)).all()
     np.testing.assert_allclose(
-        flat(oa.eval_params(state, params)).astype(float),
-        flat(oa.eval_params(scanned[1], scanned[0])).astype(float),
+        flat(oa.clean_params(state, params)).astype(float),
+        flat(oa.clean_params(scanned[1], scanned[0])).astype(float),
         rtol=0.05,
         atol=0.05,
     )

@@ -45,7 +45,7 @@ def test_flooding_turns_the_gradient_below_the_level():
 
 def test_fedspeed():
     alpha, rho, lam = 0.75, 0.125, 4.0
-    rule = oa.rules.gradient_regularisation(gamma=alpha * rho, epsilon=rho)
+    rule = oa.rules.gradient_regularisation(gamma=alpha * rho, rho=rho)
     sharp = oa.sharpness_aware(jax.value_and_grad(quadratic), rule)
     _, grads, _ = sharp(X, sharp.init(X))
     server, correction = jnp.array([0.5, 0.5]), jnp.array([0.25, -0.25])

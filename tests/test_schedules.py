@@ -13,6 +13,8 @@ import pytest
 from optax_avg import schedules
 from optax_avg.averages import links as averaging
 
+from_norms = schedules.from_gradient_norms
+
 N = 160  # one shape of counts, so that every operation is compiled once
 COUNTS = np.arange(N)
 INT32_MAX = 2**31 - 1
@@ -276,7 +278,7 @@ norm_lists = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60)
 class TestRefined:
     @hypothesis.given(norm_lists, st.sampled_from([0.5, 1, 2]), st.floats(0, 1))
     def test_reference(self, norms, power, smoothing):
-        rate = schedules.refined(norms, 1.0, power=power, smoothing=smoothing)
+        rate = from_norms(norms, 1.0, power=power, smoothing=smoothing)
         got = values(rate)
         want = refined_reference(norms, power, smoothing)
         np.testing.assert_allclose(got[: len(norms)], want, rtol=1e-6, atol=1e-30)
@@ -284,23 +286,23 @@ class TestRefined:
 
     def test_by_hand(self):
         # w = 1/4, 1, 1/4, 1; tails 9/4, 5/4, 1, 0; eta = 9/16, 20/16, 4/16, 0.
-        rate = schedules.refined([2.0, 1.0, 2.0, 1.0], 20.0, smoothing=0)
+        rate = from_norms([2.0, 1.0, 2.0, 1.0], 20.0, smoothing=0)
         np.testing.assert_allclose(values(rate)[:5], [9, 20, 4, 0, 0], rtol=1e-6)
         # w = 1/2, 1, 1/2, 1; tails 5/2, 3/2, 1, 0; eta = 5/4, 6/4, 2/4, 0.
-        rate = schedules.refined([2.0, 1.0, 2.0, 1.0], 6.0, power=1, smoothing=0)
+        rate = from_norms([2.0, 1.0, 2.0, 1.0], 6.0, power=1, smoothing=0)
         np.testing.assert_allclose(values(rate)[:4], [5, 6, 2, 0], rtol=1e-6)
 
     @pytest.mark.parametrize("power", [1, 2])
     @pytest.mark.parametrize("T", [2, 3, 10, 101])
     def test_constant_norms_give_linear_decay(self, power, T):
-        got = values(schedules.refined(np.full(T, 0.3), 1.0, power=power))[:T]
+        got = values(from_norms(np.full(T, 0.3), 1.0, power=power))[:T]
         linear = values(schedules.linear_to_zero(1.0, T))[:T]
         np.testing.assert_allclose(got, linear / linear[0], rtol=1e-6)
 
     def test_power_and_order_matter(self):
         norms = np.geomspace(5.0, 0.5, 40)
         sgd, adam, backwards = (
-            values(schedules.refined(g, 1.0, power=p))[:40]
+            values(from_norms(g, 1.0, power=p))[:40]
             for g, p in ((norms, 2), (norms, 1), (norms[::-1], 2))
         )
         want = refined_reference(norms, 2, 0.1)
@@ -310,89 +312,87 @@ class TestRefined:
 
     def test_large_early_norms_give_warmup_and_falling_norms_a_late_decay(self):
         early = np.where(COUNTS < 40, 10.0 - COUNTS / 5, 2.0)
-        got = values(schedules.refined(early, 1.0))
+        got = values(from_norms(early, 1.0))
         assert (np.diff(got[8:32]) > 0).all()
         assert 30 < got.argmax() < 60
         late = np.where(COUNTS < 120, 2.0, 2.0 - (COUNTS - 119) / 25)
         linear = 1 - COUNTS / (N - 1)
-        got = values(schedules.refined(late, 1.0))
+        got = values(from_norms(late, 1.0))
         assert (got[1:158] > got[0] * linear[1:158]).all()
         assert got.argmax() > 120
 
     @hypothesis.given(norm_lists, st.floats(0, 1))
     def test_bounded_and_ends_at_zero(self, norms, smoothing):
-        got = values(schedules.refined(norms, 3.0, smoothing=smoothing))
+        got = values(from_norms(norms, 3.0, smoothing=smoothing))
         assert got.min() >= 0
         assert got.max() == 3.0
         assert got[len(norms) - 1] == 0
 
     @hypothesis.given(norm_lists, st.floats(1e-6, 1e6))
     def test_units_of_the_norms_do_not_matter(self, norms, scale):
-        one = values(schedules.refined(norms, 1.0))
-        other = values(schedules.refined(scale * np.asarray(norms), 1.0))
+        one = values(from_norms(norms, 1.0))
+        other = values(from_norms(scale * np.asarray(norms), 1.0))
         np.testing.assert_allclose(one, other, rtol=1e-6, atol=1e-30)
 
     @hypothesis.given(norm_lists, st.floats(0, 1))
     def test_power_moves_through_the_filter(self, norms, smoothing):
         # An odd median commutes with monotone maps, so G^2 at power 1 is G at power 2.
-        one = schedules.refined(norms, 1.0, power=2, smoothing=smoothing)
-        other = schedules.refined(np.square(norms), 1.0, power=1, smoothing=smoothing)
+        one = from_norms(norms, 1.0, power=2, smoothing=smoothing)
+        other = from_norms(np.square(norms), 1.0, power=1, smoothing=smoothing)
         np.testing.assert_allclose(values(one), values(other), rtol=1e-6, atol=1e-30)
 
     def test_sum_of_the_rates(self):
         # sum_t w_t sum_(p > t) w_p = ((sum w)^2 - sum w^2) / 2.
         norms = np.linspace(1.0, 2.0, 50)
         w = norms**-2
-        got = values(schedules.refined(norms, 1.0, smoothing=0))
+        got = values(from_norms(norms, 1.0, smoothing=0))
         want = (w.sum() ** 2 - (w**2).sum()) / 2 / (w[0] * w[1:].sum())
         np.testing.assert_allclose(got.sum() / got[0], want, rtol=1e-6)
 
     def test_filter_removes_a_spike_and_keeps_a_step(self):
         spike = np.ones(50)
         spike[20] = 1e4
-        smooth = values(schedules.refined(spike, 1.0, smoothing=0.1))[:50]
+        smooth = values(from_norms(spike, 1.0, smoothing=0.1))[:50]
         np.testing.assert_allclose(smooth, 1 - np.arange(50) / 49, rtol=1e-6)
-        assert values(schedules.refined(spike, 1.0, smoothing=0))[20] < 1e-7
+        assert values(from_norms(spike, 1.0, smoothing=0))[20] < 1e-7
         step = np.where(np.arange(50) < 25, 3.0, 1.0)
-        filtered, raw = (
-            values(schedules.refined(step, 1.0, smoothing=s)) for s in (0.1, 0)
-        )
+        filtered, raw = (values(from_norms(step, 1.0, smoothing=s)) for s in (0.1, 0))
         np.testing.assert_allclose(filtered, raw, rtol=1e-6)
 
     def test_padding(self):
         # Width 3. Left: median(1, 1, 9). Right: median(9, 4, 9), mirrored about the 4.
         norms = [1.0, 9.0, 3.0, 5.0, 2.0, 8.0, 9.0, 4.0]
         smoothed = [1.0, 3.0, 5.0, 3.0, 5.0, 8.0, 8.0, 9.0]
-        got = schedules.refined(norms, 1.0, smoothing=0.3)
-        want = schedules.refined(smoothed, 1.0, smoothing=0)
+        got = from_norms(norms, 1.0, smoothing=0.3)
+        want = from_norms(smoothed, 1.0, smoothing=0)
         assert values(got).tolist() == values(want).tolist()
 
     def test_other_number_of_steps(self):
         norms = np.geomspace(1.0, 3.0, 21)
-        coarse = values(schedules.refined(norms, 1.0))[:21]
-        fine = values(schedules.refined(norms, 1.0, steps=101))
+        coarse = values(from_norms(norms, 1.0))[:21]
+        fine = values(from_norms(norms, 1.0, steps=101))
         np.testing.assert_allclose(fine[:101:5], coarse, rtol=1e-6)
         middle = (coarse[0] * 3 + coarse[1] * 2) / 5
         assert fine[2] == pytest.approx(middle, rel=1e-6)
         assert fine[101] == 0
-        two = values(schedules.refined(norms, 1.0, steps=2))
+        two = values(from_norms(norms, 1.0, steps=2))
         assert two[:3].tolist() == [coarse[0], 0.0, 0.0]
 
     def test_warmup(self):
-        plain = values(schedules.refined(np.ones(40), 2.0))
-        warm = values(schedules.refined(np.ones(40), 2.0, warmup_steps=8))
+        plain = values(from_norms(np.ones(40), 2.0))
+        warm = values(from_norms(np.ones(40), 2.0, warmup_steps=8))
         ramp = np.minimum((COUNTS + 1) / 8, 1)
         np.testing.assert_allclose(warm, ramp * plain, rtol=1e-6)
 
     def test_extreme_norms(self):
         for norms in ([1e-200, 1e-200, 1e-200], [1e200, 1.0, 1e-200]):
-            got = values(schedules.refined(norms, 1.0, smoothing=0))
+            got = values(from_norms(norms, 1.0, smoothing=0))
             assert np.isfinite(got).all()
             assert got.max() == 1.0
 
     def test_reads_jax_arrays_of_low_precision(self):
         norms = jnp.array([4.0, 2.0, 1.0, 1.0], jnp.bfloat16)
-        got = values(schedules.refined(norms, 1.0, smoothing=0))
+        got = values(from_norms(norms, 1.0, smoothing=0))
         want = refined_reference([4.0, 2.0, 1.0, 1.0], 2, 0)
         np.testing.assert_allclose(got[:4], want, rtol=1e-6)
 
@@ -411,7 +411,7 @@ class TestRefined:
     )
     def test_bad_norms(self, norms, message):
         with pytest.raises(ValueError, match=message):
-            schedules.refined(norms, 1.0)
+            from_norms(norms, 1.0)
 
 
 EXAMPLES = {
@@ -425,7 +425,7 @@ EXAMPLES = {
         v, 10, 20, 30, cooldown="1-sqrt", end_value=0.01
     ),
     "linear_to_zero": lambda v: schedules.linear_to_zero(v, 90, 9),
-    "refined": lambda v: schedules.refined(np.linspace(1, 3, 70), v, steps=90),
+    "from_gradient_norms": lambda v: from_norms(np.linspace(1, 3, 70), v, steps=90),
     "follow_learning_rate": lambda v: schedules.follow_learning_rate(
         optax.linear_schedule(1.0, 0.1, 60), v, 1.0, rho_min=0.02, lr_min=0.1
     ),
@@ -518,7 +518,7 @@ class TestAsOptaxSchedules:
             0.01,
         ),
         (lambda n: schedules.linear_to_zero(0.5, n + 1), 0.0),
-        (lambda n: schedules.refined(np.ones(n + 1), 0.5), 0.0),
+        (lambda n: from_norms(np.ones(n + 1), 0.5), 0.0),
     ],
 )
 def test_ends_are_exact_under_jit(make, end):
@@ -561,13 +561,22 @@ def test_ends_are_exact_under_jit(make, end):
         (lambda: schedules.linear_to_zero(math.inf, 5), "peak_value"),
         (lambda: schedules.linear_to_zero(1.0, 0), "steps must be an integer >= 1"),
         (lambda: schedules.linear_to_zero(1.0, 5, 5), "pass steps > 5"),
-        (lambda: schedules.refined([1, 2], -1.0), "peak_value"),
-        (lambda: schedules.refined([1, 2], 1.0, power=0), "power"),
-        (lambda: schedules.refined([1, 2], 1.0, power=math.inf), "power"),
-        (lambda: schedules.refined([1, 2], 1.0, smoothing=1.5), "smoothing"),
-        (lambda: schedules.refined([1, 2], 1.0, smoothing=-0.1), "smoothing"),
-        (lambda: schedules.refined([1, 2], 1.0, steps=1), "steps"),
-        (lambda: schedules.refined([1, 2], 1.0, warmup_steps=2), "warmup_steps = 2"),
+        (lambda: from_norms([1, 2], -1.0), "peak_value"),
+        (lambda: from_norms([1, 2], 1.0, power=0), "power"),
+        (lambda: from_norms([1, 2], 1.0, power=math.inf), "power"),
+        (
+            lambda: from_norms([1, 2], 1.0, smoothing=1.5),
+            "smoothing",
+        ),
+        (
+            lambda: from_norms([1, 2], 1.0, smoothing=-0.1),
+            "smoothing",
+        ),
+        (lambda: from_norms([1, 2], 1.0, steps=1), "steps"),
+        (
+            lambda: from_norms([1, 2], 1.0, warmup_steps=2),
+            "warmup_steps = 2",
+        ),
         (
             lambda: schedules.follow_learning_rate(lambda t: 1.0, -1.0, 1.0),
             "rho_max",

@@ -90,7 +90,7 @@ def by_calls(rule, loss, params, steps=STEPS):
         params, state = advance(params, state)
         while int(state.evaluation):
             params, state = advance(params, state)
-    return oa.eval_params(state, params)
+    return oa.clean_params(state, params)
 
 
 @pytest.mark.parametrize("name", RULES)
@@ -195,7 +195,7 @@ ZERO_RADIUS = {
     "dnsam": rules.dnsam(0.0),
     "asam": rules.asam(0.0),
     "fisher_sam": rules.fisher_sam(0.0),
-    "fsam": rules.fsam(0.0),
+    "sparse_sam": rules.sparse_sam(0.0),
     "sam_on": rules.sam_on(0.0),
     "amp": rules.amp(0.0),
     "awp": rules.awp(0.0),
@@ -240,7 +240,7 @@ EQUAL_SAM = {
     "fisher_sam": rules.fisher_sam(0.25, 0.0),
     "gam": rules.gam(9.0, 0.25, alpha=1.0, gamma=0.0),
     "esam": rules.esam(0.25, 1.0),
-    "fsam": rules.fsam(0.25, 0.0),
+    "sparse_sam": rules.sparse_sam(0.25, 0.0),
     "every_k": rules.every_k(rules.sam(0.25), 1),
     "row_of_a_vector": rules.sam(0.25),
 }
@@ -254,7 +254,7 @@ def test_special_cases_are_sam(name, x64):
     np.testing.assert_allclose(flat(found), flat(wanted), rtol=1e-13)
 
 
-def test_forward_regularisation_with_gamma_epsilon_is_usam(x64):
+def test_forward_regularisation_with_gamma_rho_is_usam(x64):
     loss, params = loss_of(*ref.problem()), tree_of(start())
     wanted, _ = by_wrapper(rules.usam(0.25), loss, params)
     rule = rules.gradient_regularisation(0.25, 0.25)
@@ -359,7 +359,7 @@ def test_ties_do_not_defeat_the_sparsity(values, sparsity):
         name: jnp.asarray(rng.choice(values, shape), jnp.float32)
         for name, shape in shapes.items()
     }
-    rule = rules.fsam(0.25, sparsity)
+    rule = rules.sparse_sam(0.25, sparsity)
     state = oa.sharpness_aware(jax.value_and_grad(sum), rule).init(grads)
     _, (mask, _) = jax.jit(rule.combine)(grads, [grads, grads], state)
     join = lambda tree: np.concatenate([np.ravel(tree[name]) for name in shapes])
@@ -373,7 +373,7 @@ def test_ties_do_not_defeat_the_sparsity(values, sparsity):
 @pytest.mark.parametrize("start", [0, 2**31 - 40])
 def test_masks_are_renewed_at_the_next_step_that_is_due(k, refresh, start):
     """Not at the common multiples of two numbers that have little in common."""
-    rule = rules.fsam(0.1, 0.5, refresh)
+    rule = rules.sparse_sam(0.1, 0.5, refresh)
     rule = rule if k == 1 else rules.every_k(rule, k)
     draw = lambda i: jax.random.normal(jax.random.fold_in(jax.random.key(0), i), (64,))
     sharp = oa.sharpness_aware(jax.value_and_grad(lambda x, i: draw(i) @ x), rule)
@@ -401,7 +401,7 @@ RADIUS_TREES = {
     "dnsam": rules.dnsam,
     "asam": rules.asam,
     "fisher_sam": rules.fisher_sam,
-    "fsam": rules.fsam,
+    "sparse_sam": rules.sparse_sam,
     "sam_on": rules.sam_on,
     "awp": rules.awp,
     "esam": rules.esam,
@@ -416,11 +416,11 @@ RADIUS_TREES = {
     "gam": lambda r: rules.gam(r, r),
 }
 ONE_RADIUS = {
-    "epsilon of amp": rules.amp,
+    "rho of amp": rules.amp,
     "eta of amp": lambda r: rules.amp(0.5, r),
     "norm of dnsam": lambda r: rules.dnsam(0.1, r),
     "rho of gam_hvp": rules.gam_hvp,
-    "epsilon of gradient_regularisation": lambda r: rules.gradient_regularisation(1, r),
+    "rho of gradient_regularisation": lambda r: rules.gradient_regularisation(1, r),
 }
 
 
@@ -493,7 +493,7 @@ def test_intervals_are_named_as_the_user_did():
         with pytest.raises(ValueError, match=r"^k must be an integer >= 1"):
             rules.look_sam(k=value)
         with pytest.raises(ValueError, match=r"^refresh must be an integer >= 1"):
-            rules.fsam(refresh=value)
+            rules.sparse_sam(refresh=value)
 
 
 def test_radii_in_trees_are_checked():
@@ -578,8 +578,8 @@ def test_names_of_normalisations(name):
     [
         (rules.sam_on, "no leaf belongs to a normalisation by its name"),
         (lambda: rules.sam_on(where=lambda path, x: False), "where is true of no leaf"),
-        (lambda: rules.sam(mask={"w": False, "b": False}), "mask is true of no leaf"),
-        (lambda: rules.usam(mask=lambda path, x: False), "mask is true of no leaf"),
+        (lambda: rules.sam(where={"w": False, "b": False}), "where is true of no leaf"),
+        (lambda: rules.usam(where=lambda path, x: False), "where is true of no leaf"),
         (lambda: rules.asam(where=lambda path, x: False), "this would be sam"),
         (rules.awp, "no leaf has two dimensions"),
     ],
@@ -597,7 +597,7 @@ def test_a_rule_that_would_perturb_nothing_is_refused(make, message):
 
 def test_a_mask_of_a_single_leaf_has_no_names():
     with pytest.raises(ValueError, match=r"be perturbed\. There is one leaf\.$"):
-        oa.sam(mask=False).init(jnp.ones(2))
+        oa.sam(where=False).init(jnp.ones(2))
 
 
 @pytest.mark.parametrize("name", PRODUCTS)

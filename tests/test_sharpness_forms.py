@@ -66,7 +66,7 @@ def test_m_sharpness(perturbation, m, check_vma):
 
 
 # Without the check only memory and shared state may differ: a rule of each kind.
-UNCHECKED = ("sam", "vasso", "fsam", "every_k")
+UNCHECKED = ("sam", "vasso", "sparse_sam", "every_k")
 
 
 @pytest.mark.parametrize(
@@ -335,7 +335,7 @@ def test_clear_errors():
     with pytest.raises(ValueError, match="sam needs the parameters"):
         link.update(x, state, None, grad_fn=lambda p: p)
     masked = optax.masked(oa.sam(0.1), {"w": False})
-    with pytest.raises(ValueError, match="pass mask= to the rule"):
+    with pytest.raises(ValueError, match="pass where= to the rule"):
         masked.init(x)
     for wrong in (
         lambda: oa.sam(-0.1),
@@ -343,15 +343,15 @@ def test_clear_errors():
         lambda: oa.sam(0.1, scope="column"),
         lambda: oa.wsam(gamma=1.0),
         lambda: oa.gam(decomposition="other"),
-        lambda: oa.amp(steps=0),
+        lambda: rules.amp(steps=0),
         lambda: oa.look_sam(k=0),
-        lambda: oa.fsam(sparsity=1.0),
+        lambda: oa.sparse_sam(sparsity=1.0),
         lambda: oa.gradient_regularisation(scheme="upwind"),
         lambda: rules.every_k(rules.momentum_sam(), 2),
         lambda: oa.sharpness_aware(len, rules.sam(), axis_name="a", perturbation="b"),
         lambda: oa.sharpness_aware(len, rules.momentum_sam(), ascent_fn=len),
         lambda: oa.trajectory_loss(jnp.zeros((2, 3)), jnp.zeros((3, 2))),
-        lambda: oa.eval_params(optax.EmptyState(), x),
+        lambda: oa.clean_params(optax.EmptyState(), x),
     ):
         with pytest.raises(ValueError, match=r"must|needs|takes|differ"):
             wrong()
@@ -397,11 +397,14 @@ def test_what_is_due_stays_due_beyond_the_largest_integer(make, period):
 
 def test_masks_and_draws_go_on_beyond_the_largest_integer():
     last, steps = jnp.int32(2**31 - 1), {}
-    for name, rule in {"fsam": rules.fsam(refresh=5), "esam": rules.esam()}.items():
+    for name, rule in {
+        "sparse_sam": rules.sparse_sam(refresh=5),
+        "esam": rules.esam(),
+    }.items():
         state = oa.as_link(rule).init(jnp.ones(2))._replace(rule_step=last)
         state = state._replace(rule_memory=())
         steps[name] = [state := advanced(rule, state, (), ()) for _ in range(7)]
-    assert [int(s.rule_step) % 5 for s in steps["fsam"]] == [3, 4, 0, 1, 2, 3, 4]
+    assert [int(s.rule_step) % 5 for s in steps["sparse_sam"]] == [3, 4, 0, 1, 2, 3, 4]
     assert len({int(s.rule_step) for s in steps["esam"]}) == 7
 
 
@@ -446,7 +449,7 @@ def test_multi_call_keeps_clean_parameters_through_donation(k):
     state, before = tx.init(params), base(params)
     for _ in range(200):
         params, state = step(params, state)
-    clean = oa.eval_params(state, params)
+    clean = oa.clean_params(state, params)
     assert base(clean) < before - 1
     assert (
         functools.reduce(

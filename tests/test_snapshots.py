@@ -331,7 +331,7 @@ def test_small_averages_are_said_to_be_out_of_reach(tmp_path, open_stores):
 
 
 def test_averages_that_are_not_finite_are_not_kept(tmp_path, open_stores):
-    tx = oa.power_ema([0.1], skip_nonfinite=False)
+    tx = oa.power_ema([0.1], nonfinite="keep")
     params = {"b": jnp.ones(2), "w": jnp.array([1.0, jnp.nan])}
     state = tx.update(jax.tree.map(jnp.zeros_like, params), tx.init(params), params)[1]
     store = open_stores(SnapshotStore(tmp_path))

@@ -40,7 +40,7 @@ def values(weight, every=1):
             # In both references the decay of the first step is 0, whatever the bounds.
             lambda t: 1 - (t > 1) * min(max(1 - (1 + (t - 1) / 2) ** -0.75, 0.1), 0.99),
         ),
-        (weights.annealed(0.9), lambda t: 1 - (0.9 * t + 1) / (t + 2)),
+        (weights.gravity(0.9), lambda t: 1 - (0.9 * t + 1) / (t + 2)),
         (
             weights.half_life_linear(0.9, 0.9999, 100),
             # AdEMAMix's own form of the schedule, 2409.03137, appendix A.1.
@@ -214,7 +214,7 @@ def test_traced_hyper_parameters(dtype):
                 weights.polynomial(a[1])(t),
                 weights.half_life(a[0])(t),
                 weights.ramp(a[0])(t),
-                weights.annealed(a[1])(t),
+                weights.gravity(a[1])(t),
                 weights.half_life_linear(a[1], a[0], 10.0)(t),
                 weights.inverse_gamma(a[0], a[1], a[0])(t),
             ]
@@ -227,7 +227,7 @@ def test_traced_hyper_parameters(dtype):
         weights.polynomial(0.25)(t),
         weights.half_life(0.5)(t),
         weights.ramp(0.5)(t),
-        weights.annealed(0.25)(t),
+        weights.gravity(0.25)(t),
         weights.half_life_linear(0.25, 0.5, 10.0)(t),
         weights.inverse_gamma(0.5, 0.25, 0.5)(t),
     ]

@@ -24,7 +24,7 @@ class CommonOptions(TypedDict, total=False):
 
     name: str
     where: Where | None
-    skip_nonfinite: bool
+    nonfinite: Literal["reject", "keep"]
     memory_kind: Literal["device", "pinned_host"] | None
 
 
@@ -54,7 +54,7 @@ _DEFAULTS: dict[str, Any] = {
     "accumulator_dtype": None,
     "rounding": None,
     "where": None,
-    "skip_nonfinite": True,
+    "nonfinite": "reject",
     "memory_kind": None,
 }
 _DOCS = {
@@ -74,8 +74,8 @@ _DOCS = {
     "where": """Leaves to average: a tree of bools like a prefix of the parameters, or
   a predicate ``(key_path, leaf) -> bool``. The others are read from the
   parameters.""",
-    "skip_nonfinite": """Whether to leave out an iterate, whole, if any element of it
-  is NaN or infinite.""",
+    "nonfinite": """``"reject"``, the default, leaves out an iterate, whole, if any
+  element of it is NaN or infinite. ``"keep"`` does not look.""",
     "memory_kind": """``"pinned_host"`` keeps the average in host memory. Under
   explicit sharding this needs jax 0.10.2.""",
 }

@@ -8,7 +8,7 @@ an iterate is absorbed is up to the memories of :mod:`optax_avg.memories`.
 
 import functools
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -61,7 +61,7 @@ def averaging(
     accumulator_dtype: Any = None,
     rounding: Any = None,
     where: _leaves.Where | None = None,
-    skip_nonfinite: bool = True,
+    nonfinite: Literal["reject", "keep"] = "reject",
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the transformation of all averages.
@@ -75,7 +75,7 @@ def averaging(
       accumulator_dtype: Dtype of averages that are given by a weight.
       rounding: Rounding of averages that are given by a weight.
       where: Leaves to average.
-      skip_nonfinite: Whether to leave out iterates that are not finite.
+      nonfinite: What to do with iterates that are not finite.
       memory_kind: Where the average lives.
 
     Returns:
@@ -102,6 +102,8 @@ def averaging(
     every, start = every_and_start(every, start)
     periods = (memory.period for memory in memories.values())
     period = functools.reduce(_numerics.common_multiple, periods, 1)
+    if nonfinite not in ("reject", "keep"):
+        raise ValueError(f"nonfinite must be 'reject' or 'keep', got {nonfinite!r}.")
     if memory_kind not in (None, "device", "pinned_host"):
         raise ValueError(
             f"memory_kind must be None, 'device' or 'pinned_host', got {memory_kind!r}."
@@ -154,7 +156,7 @@ def averaging(
 
         def offer(state):
             state = put(state, jax.memory.Space.Device)
-            if skip_nonfinite:
+            if nonfinite == "reject":
                 finite = _numerics.all_finite(x)
                 state = lax.cond(finite | is_base, take, reject, state)
             else:

@@ -463,7 +463,7 @@ def krum_scores(gram: jax.Array, valid: jax.Array, num_byzantine: int) -> jax.Ar
     return jnp.where(valid, total, INFINITY)
 
 
-def flag(
+def flag_aggregator(
     rank: int,
     *,
     num_iters: int = 5,
@@ -493,7 +493,7 @@ def flag(
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
-      >>> tx = oa.flag(rank=1)
+      >>> tx = oa.flag_aggregator(rank=1)
       >>> stacked = jnp.array([[1.0, 0.0], [1.0, 0.0], [1.0, 0.0], [0.0, 4.0]])
       >>> z, _ = tx.update(stacked, tx.init(jnp.zeros(2)))
       >>> [round(x, 2) + 0.0 for x in z.tolist()]
@@ -508,7 +508,7 @@ def flag(
 
     def rule(stack, memory, step):
         del step
-        _check_count(stack, rank, f"flag({rank})")
+        _check_count(stack, rank, f"flag_aggregator({rank})")
         size = jnp.where(stack.valid, stack.norms, 0)
         least = 64 * jnp.finfo(size.dtype).tiny
         # Rows of length 4: the inverse of the largest number is not a full one.

@@ -64,13 +64,13 @@ def gsam(rho: Radius = 0.05, alpha: float = 0.4) -> SharpnessRule:
     return sam(rho)._replace(combine=_combining(combine), in_result=None)
 
 
-def gnp(r: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
-    """Gradient norm penalty: ``(1 - alpha) g0 + alpha gd`` with ``d = r u(g0)``.
+def gnp(rho: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
+    """Gradient norm penalty: ``(1 - alpha) g0 + alpha gd`` with ``d = rho u(g0)``.
 
     The authors' code mixes in ``u(g0)`` in place of ``g0``; this is the paper's.
 
     Args:
-      r: radius.
+      rho: Radius; the paper writes ``r``.
       alpha: penalty over radius; 1 is SAM.
 
     Returns:
@@ -89,7 +89,7 @@ def gnp(r: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
     """
     alpha = finite("alpha", alpha)
     combine = lambda g0, gd: _linear((1 - alpha, g0), (alpha, gd))
-    rule = sam(check_radius("r", r))
+    rule = sam(rho)
     return rule._replace(combine=_combining(combine), in_result=None)
 
 
@@ -122,17 +122,17 @@ def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
 
 
 def gradient_regularisation(
-    gamma: float = 0.01, epsilon: Radius = 0.01, scheme: str = "forward"
+    gamma: float = 0.01, rho: Radius = 0.01, scheme: str = "forward"
 ) -> SharpnessRule:
     """Gradient of ``L + gamma/2 |grad L|^2`` by finite differences, or exactly.
 
-    ``"forward"``: ``g0 + gamma (g(x + eps g0) - g0)/eps``; ``"backward"``: ``g0 + gamma
-    (g0 - g(x - eps g0))/eps``; ``"central"``: ``g0 + gamma (g(x + eps g0) - g(x - eps
-    g0))/(2 eps)``; ``"exact"``: ``g0 + gamma H g0``.
+    ``"forward"``: ``g0 + gamma (g(x + rho g0) - g0)/rho``; ``"backward"``: ``g0 + gamma
+    (g0 - g(x - rho g0))/rho``; ``"central"``: ``g0 + gamma (g(x + rho g0) - g(x - rho
+    g0))/(2 rho)``; ``"exact"``: ``g0 + gamma H g0``.
 
     Args:
       gamma: weight of the penalty.
-      epsilon: step of the difference; positive.
+      rho: Step of the difference; positive. The paper writes ``epsilon``.
       scheme: of the difference.
 
     Returns:
@@ -153,9 +153,7 @@ def gradient_regularisation(
       Efficient Finite-Difference Computation and Implicit Bias", 2023, 2210.02720.
     """
     gamma = finite("gamma", gamma)
-    epsilon = check_one_radius(
-        "epsilon", epsilon, "gradient_regularisation", open_low=True
-    )
+    rho = check_one_radius("rho", rho, "gradient_regularisation", open_low=True)
     if scheme == "exact":
         return SharpnessRule(
             2,
@@ -170,12 +168,10 @@ def gradient_regularisation(
     def probe(i, params, grads, state):
         if i == 0:
             return None
-        return _numerics.scale(
-            signs[scheme][i - 1] * radius_at(epsilon, state), grads[0]
-        )
+        return _numerics.scale(signs[scheme][i - 1] * radius_at(rho, state), grads[0])
 
     def combine(params, grads, state):
-        g0, r = grads[0], gamma / radius_at(epsilon, state)
+        g0, r = grads[0], gamma / radius_at(rho, state)
         if scheme == "central":
             result = _linear((1, g0), (r / 2, grads[1]), (-r / 2, grads[2]))
         else:

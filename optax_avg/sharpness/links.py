@@ -52,15 +52,13 @@ def _link_of(
     return make
 
 
-amp = _link_of(rules.amp)
 asam = _link_of(rules.asam)
-awp = _link_of(rules.awp)
 cr_sam = _link_of(rules.cr_sam)
 dnsam = _link_of(rules.dnsam)
 esam = _link_of(rules.esam)
 fisher_sam = _link_of(rules.fisher_sam)
 friendly_sam = _link_of(rules.friendly_sam)
-fsam = _link_of(rules.fsam)
+sparse_sam = _link_of(rules.sparse_sam)
 gam = _link_of(rules.gam)
 gam_hvp = _link_of(rules.gam_hvp)
 gnp = _link_of(rules.gnp)

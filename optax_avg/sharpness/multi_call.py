@@ -55,7 +55,7 @@ def multi_call(
     Every call gets the gradient at the parameters that the last call led to. The first
     ``num_evals - 1`` calls move them to the next place where the rule wants a gradient;
     the last one moves them to where ``optimizer`` steps from the clean ones. Evaluate
-    and save :func:`eval_params`, not the parameters in between.
+    and save :func:`clean_params`, not the parameters in between.
 
     The clean parameters are in the state, and what ``optimizer`` makes of them is
     exactly what it would make without a rule. The updates lead to the parameters of
@@ -92,7 +92,7 @@ def multi_call(
       >>> for _ in range(2):
       ...     updates, state = tx.update(x, state, x)  # the gradient of x**2 / 2 is x
       ...     x = optax.apply_updates(x, updates)
-      >>> float(x), float(oa.eval_params(state, x))
+      >>> float(x), float(oa.clean_params(state, x))
       (-0.5, -0.5)
     """
     _mixups.refuse_no_rule("multi_call", rule)
@@ -233,7 +233,7 @@ def multi_call(
     )
 
 
-def eval_params(state: Any, params: Any) -> Any:
+def clean_params(state: Any, params: Any) -> Any:
     """The parameters without offset, from the state of :func:`multi_call`.
 
     Args:
@@ -249,14 +249,14 @@ def eval_params(state: Any, params: Any) -> Any:
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = oa.multi_call(oa.rules.sam(0.5), optax.sgd(1.0))
-      >>> float(oa.eval_params(tx.init(jnp.array(2.0)), jnp.array(2.5)))
+      >>> float(oa.clean_params(tx.init(jnp.array(2.0)), jnp.array(2.5)))
       2.0
     """
     is_ours = lambda node: isinstance(node, MultiCallState)
     found = [x for x in jax.tree.leaves(state, is_leaf=is_ours) if is_ours(x)]
     if len(found) != 1:
         raise ValueError(
-            f"eval_params needs a state with one multi_call in it, found {len(found)}."
+            f"clean_params needs a state with one multi_call in it, found {len(found)}."
         )
     return jax.tree.map(
         lambda x, clean: clean if _leaves.is_float(x) else x,

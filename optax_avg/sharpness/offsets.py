@@ -25,7 +25,7 @@ def ascent(
     grads: Any,
     radius: Any,
     *,
-    mask: _leaves.Where | None = None,
+    where: _leaves.Where | None = None,
     metric: Metric | None = None,
     scope: str = "global",
 ) -> Any:
@@ -35,7 +35,7 @@ def ascent(
       params: ``x``.
       grads: ``g``.
       radius: ``rho``, a number or a tree of them like a prefix of ``params``.
-      mask: leaves to perturb, before the norm is taken.
+      where: leaves to perturb, before the norm is taken.
       metric: ``(params, grads) -> T``, elementwise; 1 by default.
       scope: of the norm: ``"global"``, ``"leaf"``, or ``"row"`` (along the first axis
         of every matrix, for embedding tables).
@@ -43,7 +43,7 @@ def ascent(
     Returns:
       A tree like ``params``, None where there is no offset.
     """
-    g = masked(mask, params, grads)
+    g = masked(where, params, grads)
     t = None if metric is None else metric(params, grads)
     tg = g if t is None else _leaves.over(lambda g, t: t * g, params, g, t)
     direction = tg if t is None else _leaves.over(lambda g, t: t * g, params, tg, t)
@@ -64,21 +64,21 @@ def ascent(
     )
 
 
-def masked(mask: _leaves.Where | None, params: Any, grads: Any) -> Any:
+def masked(where: _leaves.Where | None, params: Any, grads: Any) -> Any:
     """Gradients, None outside the mask."""
-    if mask is None:
+    if where is None:
         return grads
     return jax.tree.map(
         lambda keep, g: g if keep else None,
-        inside_of(mask, params),
+        inside_of(where, params),
         grads,
         is_leaf=lambda x: x is None,
     )
 
 
-def inside_of(mask: _leaves.Where | None, params: Any) -> Any:
+def inside_of(where: _leaves.Where | None, params: Any) -> Any:
     """A tree of bools like ``params``."""
-    selected = _leaves.select(params, mask)
+    selected = _leaves.select(params, where)
     return jax.tree.map(
         lambda leaf: not _leaves.is_masked(leaf), selected, is_leaf=_leaves.is_masked
     )
@@ -155,11 +155,11 @@ def check_one_radius(name: str, radius: Any, rule: str, open_low: bool = False) 
     return radius if callable(radius) else finite(name, radius, open_low)
 
 
-def check_some(mask: _leaves.Where | None, otherwise: str) -> Callable[[Any], Any]:
+def check_some(where: _leaves.Where | None, otherwise: str) -> Callable[[Any], Any]:
     """An ``init_memory`` that remembers nothing and raises if a mask keeps no leaf."""
 
     def init_memory(params):
-        inside = () if mask is None else jax.tree.leaves(inside_of(mask, params))
+        inside = () if where is None else jax.tree.leaves(inside_of(where, params))
         if inside and not any(inside):
             paths = [keystr(path) for path, _ in tree_leaves_with_path(params)]
             shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
@@ -204,7 +204,7 @@ def _descending(
 def sam(
     rho: Radius = 0.05,
     *,
-    mask: _leaves.Where | None = None,
+    where: _leaves.Where | None = None,
     metric: Metric | None = None,
     scope: str = "global",
 ) -> SharpnessRule:
@@ -215,7 +215,7 @@ def sam(
 
     Args:
       rho: radius; a float, a schedule, or a tree of them like a prefix of params.
-      mask: leaves to perturb, a tree of bools or ``(key_path, leaf) -> bool``.
+      where: leaves to perturb, a tree of bools or ``(key_path, leaf) -> bool``.
       metric: ``(params, grads) -> T``, elementwise; 1 by default.
       scope: of the norm, ``"global"``, ``"leaf"`` or ``"row"``.
 
@@ -237,17 +237,17 @@ def sam(
     rho = check_radius("rho", rho)
     _check_scope(scope)
     offset = lambda params, g0, state: ascent(
-        params, g0, radius_at(rho, state), mask=mask, metric=metric, scope=scope
+        params, g0, radius_at(rho, state), where=where, metric=metric, scope=scope
     )
-    return _descending(offset, check_some(mask, f"mask {UNPERTURBED}"))
+    return _descending(offset, check_some(where, f"where {UNPERTURBED}"))
 
 
-def usam(rho: Radius = 0.05, *, mask: _leaves.Where | None = None) -> SharpnessRule:
+def usam(rho: Radius = 0.05, *, where: _leaves.Where | None = None) -> SharpnessRule:
     """Unnormalised SAM: ``d = rho g0``, result ``gd``.
 
     Args:
       rho: radius per unit of gradient.
-      mask: leaves to perturb.
+      where: leaves to perturb.
 
     Returns:
       A rule of 2 gradients. It is not invariant to the scale of the loss.
@@ -263,18 +263,18 @@ def usam(rho: Radius = 0.05, *, mask: _leaves.Where | None = None) -> SharpnessR
       Compagnoni et al., "An SDE for Modeling SAM: Theory and Insights", 2023,
       2301.08203.
     """
-    return dnsam(rho, 1.0, mask=mask)
+    return dnsam(rho, 1.0, where=where)
 
 
 def dnsam(
-    rho: Radius = 0.05, norm: Any = 1.0, *, mask: _leaves.Where | None = None
+    rho: Radius = 0.05, norm: Any = 1.0, *, where: _leaves.Where | None = None
 ) -> SharpnessRule:
     """Deterministically normalised SAM: ``d = rho g0/norm``, result ``gd``.
 
     Args:
       rho: radius.
       norm: in place of ``|g0|``; a float or a schedule, positive.
-      mask: leaves to perturb.
+      where: leaves to perturb.
 
     Returns:
       A rule of 2 gradients.
@@ -296,10 +296,10 @@ def dnsam(
         radii = _spread(radius_at(rho, state), params)
         n = radius_at(norm, state)
         return _leaves.over(
-            lambda g, r: r / n * g, params, masked(mask, params, g0), radii
+            lambda g, r: r / n * g, params, masked(where, params, g0), radii
         )
 
-    return _descending(offset, check_some(mask, f"mask {UNPERTURBED}"))
+    return _descending(offset, check_some(where, f"where {UNPERTURBED}"))
 
 
 def asam(
@@ -377,7 +377,7 @@ def fisher_sam(rho: Radius = 0.1, eta: float = 1.0) -> SharpnessRule:
     return sam(rho, metric=metric)
 
 
-def fsam(
+def sparse_sam(
     rho: Radius = 0.05, sparsity: float = 0.5, refresh: int = 100
 ) -> SharpnessRule:
     """Sparse SAM: perturbs the parameters of the largest diagonal Fisher entries.
@@ -401,7 +401,7 @@ def fsam(
 
     Example:
       >>> import optax_avg as oa
-      >>> rule = oa.rules.fsam(0.05, sparsity=0.5)
+      >>> rule = oa.rules.sparse_sam(0.05, sparsity=0.5)
 
     References:
       Mi et al., "Make Sharpness-Aware Minimization Stronger: A Sparsified Perturbation
@@ -413,7 +413,9 @@ def fsam(
 
     def init(params):
         if sum(jnp.size(x) for x in jax.tree.leaves(params)) >= 2**31:
-            raise ValueError("fsam counts up to 2**31 - 1 parameters; use sam(mask=).")
+            raise ValueError(
+                "sparse_sam counts up to 2**31 - 1 parameters; use sam(where=)."
+            )
         mask = _leaves.over(lambda x: ~_numerics.zeros_like(x, bool), params, params)
         return mask, jnp.array(-refresh, jnp.int32)
 
@@ -500,7 +502,7 @@ def sam_on(
             "where=lambda path, leaf: ..., true of the leaves to perturb"
         )
     check = check_some(where, otherwise)
-    return sam(rho, mask=where, metric=metric)._replace(init_memory=check)
+    return sam(rho, where=where, metric=metric)._replace(init_memory=check)
 
 
 def is_normalisation(path: Any, leaf: Any) -> bool:
@@ -523,19 +525,19 @@ def _key_name(key: Any) -> str:
     return keystr((key,), simple=True)
 
 
-def awp(gamma: Radius = 0.01) -> SharpnessRule:
-    """Adversarial weight perturbation: per leaf ``gamma |x_l| u(g0_l)``.
+def awp(rho: Radius = 0.01) -> SharpnessRule:
+    """Adversarial weight perturbation: per leaf ``rho |x_l| u(g0_l)``.
 
     Leaves of two or more dimensions are perturbed.
 
     Args:
-      gamma: radius relative to the norm of each leaf.
+      rho: Radius relative to the norm of each leaf; the paper writes ``gamma``.
 
     Returns:
       A rule of 2 gradients.
 
     Raises:
-      ValueError: If ``gamma`` is negative.
+      ValueError: If ``rho`` is negative.
 
     Example:
       >>> import optax_avg as oa
@@ -545,15 +547,15 @@ def awp(gamma: Radius = 0.01) -> SharpnessRule:
       Wu et al., "Adversarial Weight Perturbation Helps Robust Generalization", 2020,
       2004.05884.
     """
-    gamma = check_radius("gamma", gamma)
+    rho = check_radius("rho", rho)
 
     def offset(params, g0, state):
         radii = jax.tree.map(
             lambda r, x: r * _numerics.norm(x) if _leaves.is_float(x) else r,
-            _spread(radius_at(gamma, state), params),
+            _spread(radius_at(rho, state), params),
             params,
         )
-        return ascent(params, g0, radii, mask=_is_matrix, scope="leaf")
+        return ascent(params, g0, radii, where=_is_matrix, scope="leaf")
 
     otherwise = "no leaf has two dimensions, so that nothing would be perturbed"
     return _descending(offset, check_some(_is_matrix, otherwise))
@@ -564,14 +566,14 @@ def _is_matrix(path: Any, leaf: Any) -> bool:
     return jnp.ndim(leaf) >= 2
 
 
-def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRule:
+def amp(rho: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRule:
     """Adversarial model perturbation: projected gradient ascent in a ball.
 
-    ``steps`` times ``d <- Proj(d + eta g(x + d))`` onto ``|d| <= epsilon`` over all
+    ``steps`` times ``d <- Proj(d + eta g(x + d))`` onto ``|d| <= rho`` over all
     leaves (the authors project leaf by leaf), result ``gd``.
 
     Args:
-      epsilon: radius of the ball.
+      rho: Radius of the ball; the paper writes ``epsilon``.
       eta: step of the ascent.
       steps: ascent steps; at least 1.
 
@@ -590,7 +592,7 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
       Zheng et al., "Regularizing Neural Networks via Adversarial Model Perturbation",
       2021, 2010.04925.
     """
-    epsilon = check_one_radius("epsilon", epsilon, "amp")
+    rho = check_one_radius("rho", rho, "amp")
     eta = check_one_radius("eta", eta, "amp")
     hint = "; inside optax.inject_hyperparams name it in static_args"
     steps = _checks.static_integer("steps", steps, 1, hint)
@@ -598,7 +600,7 @@ def amp(epsilon: Radius = 0.5, eta: Radius = 1.0, steps: int = 1) -> SharpnessRu
     def probe(i, params, grads, state):
         if i == 0:
             return None
-        ball, step = radius_at(epsilon, state), radius_at(eta, state)
+        ball, step = radius_at(rho, state), radius_at(eta, state)
         d = jax.tree.map(jnp.zeros_like, grads[0])
         for g in grads:
             d = jax.tree.map(lambda d, g: d + step * g, d, g)
