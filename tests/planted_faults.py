@@ -496,9 +496,27 @@ FAULTS = {
     ),
     "huber forgets its share": Fault(
         "optax_avg/robust/distances.py",
-        "found._replace(leaves=[share(tau) * d for d in found.leaves])",
+        "found._replace(leaves=[_share(tau) * d for d in found.leaves])",
         "found",
         f"{LOCATION} -k 'reference and huber'",
+    ),
+    "leaves are joined for a distance that works by leaf": Fault(
+        "optax_avg/robust/location.py",
+        "if not distance.by_leaf:",
+        "if True:",
+        f"{LOCATION} -k 'your_own or unless'",
+    ),
+    "a step size adapts like a radius": Fault(
+        "optax_avg/robust/location.py",
+        "if not distance.tau_is_radius:",
+        "if False:",
+        f"{LOCATION} -k 'bad_samples and mean'",
+    ),
+    "an uncalled distance passes for one of your own": Fault(
+        "optax_avg/robust/location.py",
+        "elif factories.get(name) is distance:",
+        "elif False:",
+        f"{LOCATION} -k refused",
     ),
     "newton stops after one step": Fault(
         "optax_avg/robust/distances.py",

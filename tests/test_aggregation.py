@@ -382,8 +382,8 @@ def test_median_of_as_many_means_is_the_geometric_median():
 
 
 def test_one_pass_location_is_a_tracker_over_the_elements():
-    tx = oa.one_pass_location("huber", 0.3, init="zeros")
-    tracker = oa.track_location("huber", 0.3, init="zeros")
+    tx = oa.one_pass_location(oa.distances.huber(), 0.3, init="zeros")
+    tracker = oa.track_location(oa.distances.huber(), 0.3, init="zeros")
     params = like_one(stacked())
     a, b = tx.init(params), tracker.init(params)
     for seed in range(2):
@@ -398,7 +398,9 @@ def test_one_pass_location_is_a_tracker_over_the_elements():
 
 
 DISTRIBUTED = {name: case[0] for name, case in CASES.items()} | {
-    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5),
+    "one_pass_location": functools.partial(
+        oa.one_pass_location, oa.distances.l2(), 0.5
+    ),
     "upgrad": oa.upgrad,
 }
 
@@ -587,7 +589,10 @@ def test_the_counter_saturates():
         (lambda: once(oa.krum(6), stacked()), "at least 9 elements, got 8"),
         (lambda: oa.krum(2, 0), "num_selected must be an integer"),
         (lambda: once(oa.flag_aggregator(9), stacked()), "at least 9 elements, got 8"),
-        (lambda: oa.one_pass_location("l3", 1.0), "distance must be one of"),
+        (
+            lambda: oa.one_pass_location(oa.distances.l2(), 1.0, init="last"),
+            "init must be",
+        ),
         (
             lambda: once(
                 oa.coordinate_median(), {"a": jnp.zeros((3, 2)), "b": jnp.zeros((4,))}
@@ -637,7 +642,9 @@ def summed_rows(tx, check_vma, varying):
 NAMED = {
     "coordinate_median": oa.coordinate_median,
     "geometric_median": oa.geometric_median,
-    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5),
+    "one_pass_location": functools.partial(
+        oa.one_pass_location, oa.distances.l2(), 0.5
+    ),
     "upgrad": oa.upgrad,
 }
 

@@ -15,6 +15,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from optax.experimental import aggregating
 
@@ -30,7 +31,8 @@ from optax_avg.robust._centred import (
 )
 from optax_avg.robust._row_checks import check_rows
 from optax_avg.robust._stack import Stack
-from optax_avg.robust.location import track_location
+from optax_avg.robust.distances import Distance
+from optax_avg.robust.location import AdaptiveRadius, track_location
 
 INFINITY = float("inf")
 # From a stack, what the rule remembers and the step to leaves, and what it remembers.
@@ -547,11 +549,9 @@ def flag_basis(gram: jax.Array, rank: int, num_iters: int) -> jax.Array:
 
 
 def one_pass_location(
-    distance: str,
-    tau: Any,
+    distance: Distance,
+    tau: optax.ScalarOrSchedule | AdaptiveRadius,
     *,
-    mu: float = 1.0,
-    quantile: float = 0.5,
     scope: Any = "global",
     init: str = "first",
     per_elt_axis: int | None = None,
@@ -560,15 +560,13 @@ def one_pass_location(
     """One proximal step per element from the location so far: no sort, no rounds.
 
     :func:`optax_avg.track_location` over the elements in their order; the location is
-    carried over to the next call. Where the first element may be anything, start with
-    ``init="zeros"``: with ``"l2"`` each element then moves it by ``tau`` at most.
+    carried over to the next call. If the first element may be anything, start with
+    ``init="zeros"``. Each element then moves it by at most ``tau`` in the l2 distance.
 
     Args:
       distance: see :func:`optax_avg.track_location`.
       tau: a float, a schedule of the elements so far, or an
         :func:`optax_avg.adaptive_radius`.
-      mu: see :func:`optax_avg.track_location`.
-      quantile: see :func:`optax_avg.track_location`.
       scope: see :func:`optax_avg.track_location`.
       init: ``"first"`` or ``"zeros"``.
       per_elt_axis: axis of the elements, see :func:`coordinate_median`.
@@ -582,7 +580,7 @@ def one_pass_location(
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
-      >>> tx = oa.one_pass_location("l2", 0.5)
+      >>> tx = oa.one_pass_location(oa.distances.l2(), 0.5)
       >>> stacked = jnp.array([1.0, 2.0, 99.0])
       >>> float(tx.update(stacked, tx.init(jnp.zeros([])))[0])
       2.0
@@ -590,9 +588,7 @@ def one_pass_location(
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    tracker = track_location(
-        distance, tau, mu=mu, quantile=quantile, scope=scope, init=init
-    )
+    tracker = track_location(distance, tau, scope=scope, init=init)
     axis = 0 if per_elt_axis is None and axis_name is None else per_elt_axis
 
     def update_fn(

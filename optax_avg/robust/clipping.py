@@ -14,6 +14,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_avg import _checks, _leaves, _numerics
+from optax_avg.robust import distances
 from optax_avg.robust.location import adaptive_radius, track_location
 
 INFINITY = float("inf")
@@ -172,7 +173,7 @@ def clip_by_quantile(
       Andrew et al., 2021, 1905.03871.
     """
     radius = adaptive_radius(quantile, rate)
-    return track_location("l2", radius, scope=scope, init="zeros", reset=True)
+    return track_location(distances.l2(), radius, scope=scope, init="zeros", reset=True)
 
 
 def clip_by_coordinate_quantile(
@@ -199,7 +200,7 @@ def clip_by_coordinate_quantile(
       Andrew et al., 2021, 1905.03871.
     """
     radius = adaptive_radius(quantile, rate)
-    return track_location("l1", radius, scope=scope, init="zeros", reset=True)
+    return track_location(distances.l1(), radius, scope=scope, init="zeros", reset=True)
 
 
 def clip_by_ema_norm(

@@ -8,7 +8,6 @@ ordinary clipping. A constant ``tau`` finds a location between the two: the medi
 ``tau`` goes to 0, the mean as it grows.
 """
 
-from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -17,6 +16,7 @@ import optax
 
 from optax_avg import _checks, _leaves, _mesh, _numerics
 from optax_avg.robust import distances
+from optax_avg.robust.distances import Distance
 
 INFINITY = float("inf")
 
@@ -91,53 +91,44 @@ def adaptive_radius(
 
 
 def track_location(
-    distance: str,
-    tau: Any,
+    distance: Distance,
+    tau: optax.ScalarOrSchedule | AdaptiveRadius,
     *,
-    mu: float = 1.0,
-    quantile: float = 0.5,
     scope: Any = "global",
     init: str = "first",
     reset: bool = False,
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient by a robust location of the gradients so far.
+    """Replaces the gradient by a robust location ``m`` of the gradients so far.
 
-    With ``delta = g - m`` the step of ``m`` is, by distance,
+        m <- m + step(g - m, tau)
 
-    ==================== ==========================================================
-    "mean"               ``tau/(1 + tau) delta``, an EMA of decay ``1/(1 + tau)``
-    "l2"                 ``min(1, tau/|delta|) delta``
-    "l1"                 ``clip(delta, -tau, tau)``
-    "linf"               projection of ``delta`` onto the l1 ball of radius ``tau``
-    "huber"              ``tau mu/max(|delta|, mu (1 + tau)) delta``
-    "huber_elementwise"  ``tau/(1 + tau) clip(delta, -mu (1 + tau), mu (1 + tau))``
-    "pinball"            ``clip(delta, -tau (1 - quantile), tau quantile)``
-    "spectral"           ``U min(S, tau) V'`` of each matrix ``delta = U S V'``
-    ==================== ==========================================================
-
-    A sample that is not finite changes nothing but a counter.
+    The step is that of the distance, see :mod:`optax_avg.distances`. A sample that is
+    not finite changes nothing but a counter.
 
     Args:
-      distance: one of the above.
-      tau: a float (infinity: ``m`` is the gradient), a schedule of the samples so far,
-        or an :func:`adaptive_radius`.
-      mu: width of the quadratic part of Huber's function.
-      quantile: of the pinball distance; ``m`` goes to this quantile of each element.
-      scope: of norms and adaptive radii: ``"global"``, ``"leaf"``, or a tree of labels
-        like a prefix of the gradients, one group a label.
-      init: ``"first"``: ``m`` starts at the first finite gradient; ``"zeros"``.
-      reset: ``m = 0`` at every step, ordinary clipping; needs ``init="zeros"``.
+      distance: A distance, such as ``oa.distances.l2()``. It decides of what ``m`` is
+        an estimate: the mean, a median, a quantile, or what lies between.
+      tau: Radius or step size, not negative: a float, a schedule of the samples so far,
+        or an :func:`adaptive_radius`. At infinity ``m`` is the gradient.
+      scope: Leaves that share a norm and an adaptive radius: ``"global"`` for all,
+        ``"leaf"`` for each alone, or a tree of labels like a prefix of the gradients,
+        for one group a label.
+      init: Start of ``m``: ``"first"`` for the first finite gradient, or ``"zeros"``.
+      reset: Whether ``m = 0`` at every step, which is ordinary clipping. It needs
+        ``init="zeros"``.
 
     Returns:
       A transformation with the state :class:`LocationState`; it stands before the
       optimizer.
 
     Raises:
-      ValueError: If an argument is out of range or a name unknown.
+      TypeError: If ``distance`` is not a distance.
+      ValueError: If another argument is out of range or unknown, or if ``tau`` is an
+        adaptive radius and the ``tau`` of the distance is a step size.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(oa.track_location("l1", 0.5), optax.sgd(0.1))
+      >>> tx = optax.chain(oa.track_location(oa.distances.l1(), 0.5), optax.sgd(0.1))
       >>> x = jnp.zeros(2)
       >>> state = tx.init(x)
       >>> for g in (jnp.array([1.0, 1.0]), jnp.array([9.0, 1.25])):
@@ -149,13 +140,9 @@ def track_location(
       Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
       2024, 2402.12828.
     """
-    mu = _checks.within("mu", mu, 0, INFINITY, open_low=True)
-    quantile = _checks.within(
-        "quantile", quantile, 0, 1, open_low=True, closed_high=False
-    )
+    _check_distance(distance)
     tau = _checked_radius(distance, tau)
     _check_choices(scope, init, reset)
-    proximal = distances.step_of(distance, mu, quantile)
 
     def init_fn(params: Any) -> LocationState:
         m, radius = _leaves.zeros_like_wide(params), ()
@@ -189,8 +176,7 @@ def track_location(
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
         radii = _radii(tau, state, len(groups))
-        by_shape = distance == "spectral"
-        step, inside, sizes = _by_group(proximal, groups, delta, radii, by_shape)
+        step, inside, sizes = _by_group(distance, groups, delta, radii)
         # Sizes are norms or means: finite if and only if all differences are.
         finite = _mesh.agreed(jnp.all(jnp.isfinite(sizes)))
         cut = jnp.any(inside < 1) & ~first
@@ -223,13 +209,38 @@ def track_location(
     )
 
 
-def _checked_radius(distance: str, tau: Any) -> Any:
+def _check_distance(distance: object) -> None:
+    """Raises if a distance is given by its name or by a function that returns one."""
+    if isinstance(distance, Distance):
+        return
+    factories = {
+        name: getattr(distances, name)
+        for name in distances.__all__
+        if name not in ("Distance", "Step")
+    }
+    name = distance if isinstance(distance, str) else getattr(distance, "__name__", "")
+    call = f"pass oa.distances.{name}()."
+    if isinstance(distance, str):
+        came = f"the string {name!r}"
+        if name not in factories:
+            call = f"pass one of {', '.join(f'oa.distances.{n}()' for n in factories)}."
+    elif not callable(distance):
+        came, call = type(distance).__name__, "pass one such as oa.distances.l2()."
+    elif factories.get(name) is distance:
+        came = f"the function {name}, which has to be called first"
+    else:
+        came = f"the function {name}"
+        call = "pass oa.distances.Distance(step) for a proximal step of your own."
+    raise TypeError(f"distance must be an oa.distances.Distance. It is {came}; {call}")
+
+
+def _checked_radius(distance: Distance, tau: Any) -> Any:
     """``tau`` as it is used; raises where it does not fit the distance."""
     if isinstance(tau, AdaptiveRadius):
-        if distance in ("mean", "huber", "huber_elementwise"):
+        if not distance.tau_is_radius:
             raise ValueError(
-                f"tau of {distance!r} is a step, not a radius; pass a float or a "
-                "schedule."
+                "tau of this distance is a step size, not a radius that can adapt; "
+                "pass a float or a schedule, or a distance such as oa.distances.l2()."
             )
         return tau
     return tau if callable(tau) else _checks.within("tau", tau, 0, INFINITY)
@@ -267,7 +278,7 @@ def vclip(
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    return track_location("l2", tau, scope=scope, init=init)
+    return track_location(distances.l2(), tau, scope=scope, init=init)
 
 
 def cclip(
@@ -293,7 +304,7 @@ def cclip(
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    return track_location("l1", tau, scope=scope, init=init)
+    return track_location(distances.l1(), tau, scope=scope, init=init)
 
 
 def clipped_ema(
@@ -301,8 +312,8 @@ def clipped_ema(
 ) -> optax.GradientTransformationExtraArgs:
     """``m <- m + (1 - decay) min(1, max_norm/|g - m|) (g - m)``, a Huber location.
 
-    The EMA of gradients whose distance to it is clipped: ``"huber"`` with ``tau = (1 -
-    decay)/decay`` and ``mu = decay max_norm``.
+    The EMA of gradients whose distance to it is clipped: ``distances.huber(mu)``
+    with ``tau = (1 - decay)/decay`` and ``mu = decay max_norm``.
 
     Args:
       decay: of the EMA, in (0, 1).
@@ -325,9 +336,8 @@ def clipped_ema(
     """
     decay = _checks.within("decay", decay, 0, 1, open_low=True, closed_high=False)
     max_norm = _checks.within("max_norm", max_norm, 0, INFINITY, open_low=True)
-    return track_location(
-        "huber", (1 - decay) / decay, mu=decay * max_norm, scope=scope, init=init
-    )
+    huber = distances.huber(decay * max_norm)
+    return track_location(huber, (1 - decay) / decay, scope=scope, init=init)
 
 
 def _groups(scope: Any, tree: Any) -> list[list[int]]:
@@ -361,11 +371,10 @@ def _radii(tau: Any, state: LocationState, count: int) -> jax.Array:
 
 
 def _by_group(
-    proximal: Callable[[Any, Any], distances.Step],
+    distance: Distance,
     groups: list[list[int]],
     delta: dict[int, jax.Array],
     radii: jax.Array,
-    by_shape: bool,
 ) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
     """Steps by position, and shares inside and sizes by group."""
     step, inside, sizes = {}, [jnp.ones(0)], [jnp.ones(0)]
@@ -376,10 +385,10 @@ def _by_group(
             sizes.append(jnp.zeros(1))
             continue
         leaves, split = [delta[i] for i in members], lambda parts: parts
-        if not by_shape:
+        if not distance.by_leaf:
             leaves, split = _numerics.join_small(leaves)
-        found = proximal(leaves, radius)
+        found = distance.step(leaves, radius)
         step |= dict(zip(members, split(found.leaves), strict=True))
-        inside.append(found.inside[None])
-        sizes.append(found.size[None])
+        inside.append(jnp.asarray(found.inside)[None])
+        sizes.append(jnp.asarray(found.size)[None])
     return step, jnp.concatenate(inside), jnp.concatenate(sizes)
