@@ -74,8 +74,7 @@ from optax_avg.averages.migration import migrate_state
 from optax_avg.averages.readout import average_names, averaged_params
 from optax_avg.averages.write_back import lookahead, switch_ema, write_back
 from optax_avg.chain_check import check_chain
-from optax_avg.robust import distances, tail_index
-from optax_avg.robust import objectives as surgery
+from optax_avg.robust import distances, surgery, tail_index
 from optax_avg.robust.aggregation import (
     AggregationState,
     centered_clip,
@@ -107,15 +106,8 @@ from optax_avg.robust.location import (
     track_location,
     vclip,
 )
-from optax_avg.robust.objectives import (
-    BloopState,
-    bloop,
-    cagrad,
-    mgda,
-    pcgrad,
-    perp_grad,
-    upgrad,
-)
+from optax_avg.robust.objectives import cagrad, mgda, pcgrad, upgrad
+from optax_avg.robust.surgery import BloopState, bloop, perp_grad
 from optax_avg.robust.tail_index import (
     TailIndices,
     TailState,

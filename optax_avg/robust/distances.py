@@ -16,6 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 
 from optax_avg import _checks, _mesh, _numerics
+from optax_avg.robust._gradients import clip_factor
+from optax_avg.robust._options import INFINITY
 
 __all__ = [
     "Distance",
@@ -29,8 +31,6 @@ __all__ = [
     "pinball",
     "spectral",
 ]
-
-INFINITY = float("inf")
 
 # The arrays of one group, in float32 or wider, and the radius of the group.
 Leaves = list[jax.Array]
@@ -288,7 +288,7 @@ def _mean(delta: Leaves, tau: Radius) -> Step:
 def _l2(delta: Leaves, tau: Radius) -> Step:
     n = _numerics.norm(delta)
     inside = n <= tau
-    factor = jnp.where(inside, 1, tau / jnp.where(n > 0, n, 1))
+    factor = clip_factor(tau, n)
     return Step([factor * d for d in delta], inside.astype(n.dtype), n)
 
 

@@ -8,7 +8,7 @@ ordinary clipping. A constant ``tau`` finds a location between the two: the medi
 ``tau`` goes to 0, the mean as it grows.
 """
 
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -16,35 +16,65 @@ import optax
 
 from optax_avg import _checks, _leaves, _mesh, _numerics
 from optax_avg.robust import distances
+from optax_avg.robust._gradients import (
+    ByPosition,
+    Leaf,
+    counter,
+    flatten,
+    positions_in_both,
+)
+from optax_avg.robust._options import (
+    INFINITY,
+    LocationOptions,
+    Scope,
+    at,
+    check_choice,
+    number_or_schedule,
+    with_location_options,
+)
 from optax_avg.robust.distances import Distance
 
-INFINITY = float("inf")
+__all__ = [
+    "AdaptiveRadius",
+    "LocationState",
+    "adaptive_radius",
+    "cclip",
+    "clipped_ema",
+    "track_location",
+    "vclip",
+]
 
 
 class AdaptiveRadius(NamedTuple):
-    """A radius that follows a quantile, see :func:`adaptive_radius`.
+    """A radius that follows a quantile; see :func:`adaptive_radius`.
 
     Attributes:
-      quantile: of the sizes of ``g - m``.
-      rate: of the geometric updates.
-      init: first radius, None for the first size that is seen.
+      quantile: Quantile of the sizes of ``g - m`` that the radius follows.
+      rate: Rate of the geometric updates.
+      init: First radius, or None for the first size that is seen.
     """
 
-    quantile: Any
-    rate: Any
-    init: Any
+    quantile: float | jax.Array
+    rate: float | jax.Array
+    init: float | jax.Array | None
+
+
+# A radius or a step size, by distance.
+Tau = optax.ScalarOrSchedule | AdaptiveRadius
 
 
 class LocationState(NamedTuple):
     """State of :func:`track_location`.
 
     Attributes:
-      location_step: int32, samples that counted; schedules are called with it.
-      location: ``m`` in float32 or wider, ``()`` where it is reset at every step.
-      location_radius: shape (groups,), adaptive radii (0: not yet known), or ``()``.
-      accepted: int32, samples within the radius.
-      clipped: int32, samples that were cut.
-      rejected: int32, samples that were not finite.
+      location_step: Number of samples that counted, int32; schedules are called with
+        it.
+      location: The location ``m`` in float32 or wider, ``()`` if it is reset at every
+        step.
+      location_radius: Adaptive radii, shape (groups,), 0 while unknown; or ``()``.
+      accepted: Number of samples within the radius, int32.
+      clipped: Number of samples that were cut, int32.
+      rejected: Number of samples that were not finite, int32.
     """
 
     location_step: jax.Array
@@ -56,7 +86,9 @@ class LocationState(NamedTuple):
 
 
 def adaptive_radius(
-    quantile: float = 0.5, rate: float = 0.2, init: float | None = None
+    quantile: float | jax.Array = 0.5,
+    rate: float | jax.Array = 0.2,
+    init: float | jax.Array | None = None,
 ) -> AdaptiveRadius:
     """A radius that follows a quantile of the sizes of ``g - m``, whatever their scale.
 
@@ -64,20 +96,25 @@ def adaptive_radius(
     the share of elements stands in place of the indicator.
 
     Args:
-      quantile: in [0, 1]; 0.5 clips every other sample.
-      rate: of the updates; a factor of 10^4 takes ``ln(10^4)/(rate quantile)`` steps
-        upwards, and ``ln(10^4)/(rate (1 - quantile))`` downwards.
-      init: first radius; by default the first size that is seen.
+      quantile: Share of the samples that stay within the radius, in [0, 1]; 0.5 clips
+        every other sample.
+      rate: Rate of the updates, positive. A factor of 10^4 takes ``ln(10^4)/(rate
+        quantile)`` steps upwards, and ``ln(10^4)/(rate (1 - quantile))`` downwards.
+      init: First radius, positive. The default is the first size that is seen.
 
     Returns:
-      For the argument ``tau`` of :func:`track_location`.
+      The argument ``tau`` of :func:`track_location`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax_avg as oa
-      >>> tx = oa.vclip(oa.adaptive_radius(quantile=0.9))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.vclip(oa.adaptive_radius(quantile=0.5), init="zeros")
+      >>> state = tx.init(jnp.zeros(2))
+      >>> _, state = tx.update(jnp.array([3.0, 4.0]), state)
+      >>> state.location_radius.tolist()
+      [5.0]
 
     References:
       Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021,
@@ -90,32 +127,29 @@ def adaptive_radius(
     return AdaptiveRadius(quantile, rate, init)
 
 
+@with_location_options
 def track_location(
     distance: Distance,
-    tau: optax.ScalarOrSchedule | AdaptiveRadius,
+    tau: Tau,
     *,
-    scope: Any = "global",
-    init: str = "first",
     reset: bool = False,
+    **options: Unpack[LocationOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """Replaces the gradient by a robust location ``m`` of the gradients so far.
 
         m <- m + step(g - m, tau)
 
-    The step is that of the distance, see :mod:`optax_avg.distances`. A sample that is
+    The step is that of the distance; see :mod:`optax_avg.distances`. A sample that is
     not finite changes nothing but a counter.
 
     Args:
-      distance: A distance, such as ``oa.distances.l2()``. It decides of what ``m`` is
-        an estimate: the mean, a median, a quantile, or what lies between.
+      distance: A distance, such as ``oa.distances.l2()``. It decides what ``m``
+        estimates: the mean, a median, a quantile, or a point between them.
       tau: Radius or step size, not negative: a float, a schedule of the samples so far,
         or an :func:`adaptive_radius`. At infinity ``m`` is the gradient.
-      scope: Leaves that share a norm and an adaptive radius: ``"global"`` for all,
-        ``"leaf"`` for each alone, or a tree of labels like a prefix of the gradients,
-        for one group a label.
-      init: Start of ``m``: ``"first"`` for the first finite gradient, or ``"zeros"``.
       reset: Whether ``m = 0`` at every step, which is ordinary clipping. It needs
         ``init="zeros"``.
+      **options: Options of every location.
 
     Returns:
       A transformation with the state :class:`LocationState`; it stands before the
@@ -140,39 +174,32 @@ def track_location(
       Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
       2024, 2402.12828.
     """
+    scope, init = options.get("scope", "global"), options.get("init", "first")
     _check_distance(distance)
     tau = _checked_radius(distance, tau)
     _check_choices(scope, init, reset)
 
-    def init_fn(params: Any) -> LocationState:
+    def init_fn(params: optax.Params) -> LocationState:
         m, radius = _leaves.zeros_like_wide(params), ()
         if isinstance(tau, AdaptiveRadius):
-            first = tau.init or 0.0
-            radius = jnp.full(
-                len(_groups(scope, m)), first, _numerics.dtype_of_norms(m)
-            )
-        count = lambda: jnp.zeros([], jnp.int32)
+            count, dtype = len(_groups(scope, m)), _numerics.dtype_of_norms(m)
+            radius = jnp.full(count, tau.init or 0.0, dtype)
         return LocationState(
-            count(), () if reset else m, radius, count(), count(), count()
+            counter(), () if reset else m, radius, counter(), counter(), counter()
         )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LocationState]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
         tree = _leaves.zeros_like_wide(updates) if reset else state.location
-        old, _ = jax.tree.flatten(tree, is_leaf=_leaves.is_absent)
-        if len(old) != len(leaves):
-            raise ValueError(
-                f"{len(leaves)} gradients for a location of {len(old)} leaves; pass "
-                "gradients like the parameters of init."
-            )
-        delta = {
-            i: _numerics.wide(g) - m
-            for i, (g, m) in enumerate(zip(leaves, old, strict=True))
-            if not (_leaves.is_absent(g) or _leaves.is_absent(m))
-        }
+        leaves, structure = flatten(updates)
+        m, layout = flatten(tree)
+        there = positions_in_both(leaves, m)
+        delta = {i: _numerics.wide(leaves[i]) - m[i] for i in there}
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
         radii = _radii(tau, state, len(groups))
@@ -180,24 +207,20 @@ def track_location(
         # Sizes are norms or means: finite if and only if all differences are.
         finite = _mesh.agreed(jnp.all(jnp.isfinite(sizes)))
         cut = jnp.any(inside < 1) & ~first
-        new = list(old)
-        for i, d in delta.items():
-            taken = jnp.where(first, d, step[i])
-            new[i] = jnp.where(finite, old[i] + taken, old[i]).astype(old[i].dtype)
-            leaves[i] = new[i].astype(leaves[i].dtype)
+        # The first gradient is the first location.
+        taken = {i: jnp.where(first, delta[i], step[i]) for i in there}
+        m = _advanced(m, taken, finite)
+        for i in there:
+            leaves[i] = m[i].astype(leaves[i].dtype)
         radius = state.location_radius
         if isinstance(tau, AdaptiveRadius):
-            followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
-            followed = jnp.where(jnp.isfinite(radii), followed, sizes)
-            followed = followed.astype(radius.dtype)
-            followed = jnp.maximum(followed, jnp.finfo(followed.dtype).tiny)
             # A first gradient, a repeated or a missing one say nothing about distances.
             telling = finite & ~first & (sizes > 0)
+            followed = _followed(tau, radii, inside, sizes, radius.dtype)
             radius = jnp.where(telling, followed, radius)
-        located = jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
         return structure.unflatten(leaves), LocationState(
             location_step=_numerics.count_if(finite, state.location_step),
-            location=() if reset else located,
+            location=() if reset else layout.unflatten(m),
             location_radius=radius,
             accepted=_numerics.count_if(finite & ~cut, state.accepted),
             clipped=_numerics.count_if(finite & cut, state.clipped),
@@ -207,6 +230,99 @@ def track_location(
     return optax.GradientTransformationExtraArgs(
         _leaves.shapes_for_shapes(init_fn), update_fn
     )
+
+
+@with_location_options
+def vclip(
+    tau: Tau, **options: Unpack[LocationOptions]
+) -> optax.GradientTransformationExtraArgs:
+    """VClip: ``m <- m + min(1, tau/|g - m|) (g - m)``, a median of gradient vectors.
+
+    Args:
+      tau: Radius, not negative: a float, a schedule, or an :func:`adaptive_radius`.
+      **options: Options of every location.
+
+    Returns:
+      A transformation with the state :class:`LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.vclip(2.5, init="zeros")
+      >>> tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0].tolist()
+      [1.5, 2.0]
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    return track_location(distances.l2(), tau, **options)
+
+
+@with_location_options
+def cclip(
+    tau: Tau, **options: Unpack[LocationOptions]
+) -> optax.GradientTransformationExtraArgs:
+    """CClip: ``m <- m + clip(g - m, -tau, tau)``, a median element by element.
+
+    Args:
+      tau: Radius, not negative: a float, a schedule, or an :func:`adaptive_radius`.
+      **options: Options of every location.
+
+    Returns:
+      A transformation with the state :class:`LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range, or a gradient is complex.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.cclip(0.5, init="zeros")
+      >>> tx.update(jnp.array([3.0, -0.25]), tx.init(jnp.zeros(2)))[0].tolist()
+      [0.5, -0.25]
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    return track_location(distances.l1(), tau, **options)
+
+
+@with_location_options
+def clipped_ema(
+    decay: float | jax.Array,
+    max_norm: float | jax.Array,
+    **options: Unpack[LocationOptions],
+) -> optax.GradientTransformationExtraArgs:
+    """``m <- m + (1 - decay) min(1, max_norm/|g - m|) (g - m)``, a Huber location.
+
+    The EMA of gradients whose distance to it is clipped: ``oa.distances.huber(mu)``
+    with ``tau = (1 - decay)/decay`` and ``mu = decay max_norm``.
+
+    Args:
+      decay: Decay of the EMA, in (0, 1).
+      max_norm: Largest distance that counts in full, positive.
+      **options: Options of every location.
+
+    Returns:
+      A transformation with the state :class:`LocationState`.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clipped_ema(0.5, max_norm=2.5, init="zeros")
+      >>> tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0].tolist()
+      [0.75, 1.0]
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    decay = _checks.within("decay", decay, 0, 1, open_low=True, closed_high=False)
+    max_norm = _checks.within("max_norm", max_norm, 0, INFINITY, open_low=True)
+    huber = distances.huber(decay * max_norm)
+    return track_location(huber, (1 - decay) / decay, **options)
 
 
 def _check_distance(distance: object) -> None:
@@ -234,7 +350,7 @@ def _check_distance(distance: object) -> None:
     raise TypeError(f"distance must be an oa.distances.Distance. It is {came}; {call}")
 
 
-def _checked_radius(distance: Distance, tau: Any) -> Any:
+def _checked_radius(distance: Distance, tau: Tau) -> Tau:
     """``tau`` as it is used; raises where it does not fit the distance."""
     if isinstance(tau, AdaptiveRadius):
         if not distance.tau_is_radius:
@@ -243,106 +359,20 @@ def _checked_radius(distance: Distance, tau: Any) -> Any:
                 "pass a float or a schedule, or a distance such as oa.distances.l2()."
             )
         return tau
-    return tau if callable(tau) else _checks.within("tau", tau, 0, INFINITY)
+    return number_or_schedule("tau", tau, 0, INFINITY)
 
 
-def _check_choices(scope: Any, init: str, reset: bool) -> None:
-    if init not in ("first", "zeros"):
-        raise ValueError(f"init must be 'first' or 'zeros', got {init!r}.")
+def _check_choices(scope: Scope, init: str, reset: bool) -> None:
+    check_choice("init", init, "first", "zeros")
     if reset and init != "zeros":
         raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
     if isinstance(scope, str) and scope not in ("global", "leaf"):
         raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
 
 
-def vclip(
-    tau: Any, *, scope: Any = "global", init: str = "first"
-) -> optax.GradientTransformationExtraArgs:
-    """VClip: ``m <- m + min(1, tau/|g - m|) (g - m)``, a median of gradient vectors.
-
-    Args:
-      tau: a float, a schedule, or an :func:`adaptive_radius`.
-      scope: of the norm, see :func:`track_location`.
-      init: ``"first"`` or ``"zeros"``.
-
-    Returns:
-      A transformation with the state :class:`LocationState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-
-    Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.vclip(oa.adaptive_radius(0.5)), optax.sgd(0.1))
-
-    References:
-      Schaipp et al., 2024, 2402.12828.
-    """
-    return track_location(distances.l2(), tau, scope=scope, init=init)
-
-
-def cclip(
-    tau: Any, *, scope: Any = "global", init: str = "first"
-) -> optax.GradientTransformationExtraArgs:
-    """CClip: ``m <- m + clip(g - m, -tau, tau)``, a median element by element.
-
-    Args:
-      tau: a float, a schedule, or an :func:`adaptive_radius`.
-      scope: of an adaptive radius, see :func:`track_location`.
-      init: ``"first"`` or ``"zeros"``.
-
-    Returns:
-      A transformation with the state :class:`LocationState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-
-    Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.cclip(0.01), optax.sgd(0.1))
-
-    References:
-      Schaipp et al., 2024, 2402.12828.
-    """
-    return track_location(distances.l1(), tau, scope=scope, init=init)
-
-
-def clipped_ema(
-    decay: float, max_norm: float, *, scope: Any = "global", init: str = "first"
-) -> optax.GradientTransformationExtraArgs:
-    """``m <- m + (1 - decay) min(1, max_norm/|g - m|) (g - m)``, a Huber location.
-
-    The EMA of gradients whose distance to it is clipped: ``distances.huber(mu)``
-    with ``tau = (1 - decay)/decay`` and ``mu = decay max_norm``.
-
-    Args:
-      decay: of the EMA, in (0, 1).
-      max_norm: largest distance that counts in full; positive.
-      scope: of the norm, see :func:`track_location`.
-      init: ``"first"`` or ``"zeros"``.
-
-    Returns:
-      A transformation with the state :class:`LocationState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
-
-    Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clipped_ema(0.9, max_norm=1.0), optax.sgd(0.1))
-
-    References:
-      Schaipp et al., 2024, 2402.12828.
-    """
-    decay = _checks.within("decay", decay, 0, 1, open_low=True, closed_high=False)
-    max_norm = _checks.within("max_norm", max_norm, 0, INFINITY, open_low=True)
-    huber = distances.huber(decay * max_norm)
-    return track_location(huber, (1 - decay) / decay, scope=scope, init=init)
-
-
-def _groups(scope: Any, tree: Any) -> list[list[int]]:
+def _groups(scope: Scope, tree: Any) -> list[list[int]]:
     """Positions of the leaves of each group among all, absent ones counted."""
-    leaves = jax.tree.leaves(tree, is_leaf=_leaves.is_absent)
+    leaves, _ = flatten(tree)
     labels: list[Any] = [0] * len(leaves)
     if scope == "leaf":
         labels = list(range(len(leaves)))
@@ -361,21 +391,33 @@ def _groups(scope: Any, tree: Any) -> list[list[int]]:
     return list(groups.values())
 
 
-def _radii(tau: Any, state: LocationState, count: int) -> jax.Array:
+def _radii(tau: Tau, state: LocationState, count: int) -> jax.Array:
     """The radius of each group; infinite while an adaptive one is not yet known."""
     if isinstance(tau, AdaptiveRadius):
         known = state.location_radius > 0
         return jnp.where(known, state.location_radius, INFINITY)
-    now = tau(state.location_step) if callable(tau) else tau
-    return jnp.full(count, jnp.asarray(now, jnp.float32))
+    return jnp.full(count, jnp.asarray(at(tau, state.location_step), jnp.float32))
+
+
+def _followed(
+    tau: AdaptiveRadius,
+    radii: jax.Array,
+    inside: jax.Array,
+    sizes: jax.Array,
+    dtype: Any,
+) -> jax.Array:
+    """``tau exp(-rate (inside - quantile))``, or the size where ``tau`` is unknown."""
+    followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
+    followed = jnp.where(jnp.isfinite(radii), followed, sizes).astype(dtype)
+    return jnp.maximum(followed, jnp.finfo(dtype).tiny)
 
 
 def _by_group(
     distance: Distance,
     groups: list[list[int]],
-    delta: dict[int, jax.Array],
+    delta: ByPosition,
     radii: jax.Array,
-) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
+) -> tuple[ByPosition, jax.Array, jax.Array]:
     """Steps by position, and shares inside and sizes by group."""
     step, inside, sizes = {}, [jnp.ones(0)], [jnp.ones(0)]
     for group, radius in zip(groups, radii, strict=True):
@@ -392,3 +434,11 @@ def _by_group(
         inside.append(jnp.asarray(found.inside)[None])
         sizes.append(jnp.asarray(found.size)[None])
     return step, jnp.concatenate(inside), jnp.concatenate(sizes)
+
+
+def _advanced(m: list[Leaf], step: ByPosition, finite: jax.Array) -> list[Leaf]:
+    """``m + step`` where the sample is finite."""
+    new = list(m)
+    for i, s in step.items():
+        new[i] = jnp.where(finite, m[i] + s, m[i]).astype(m[i].dtype)
+    return new
