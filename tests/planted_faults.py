@@ -490,15 +490,33 @@ FAULTS = {
     ),
     "a bad sample moves the location": Fault(
         "optax_avg/robust/location.py",
-        "new[i] = jnp.where(finite, old[i] + taken, old[i])",
-        "new[i] = old[i] + taken",
+        "jnp.where(finite, m[i] + s, m[i])",
+        "(m[i] + s)",
         f"{LOCATION} -k bad_samples",
     ),
     "huber forgets its share": Fault(
         "optax_avg/robust/distances.py",
-        "found._replace(leaves=[share(tau) * d for d in found.leaves])",
+        "found._replace(leaves=[_share(tau) * d for d in found.leaves])",
         "found",
         f"{LOCATION} -k 'reference and huber'",
+    ),
+    "leaves are joined for a distance that works by leaf": Fault(
+        "optax_avg/robust/location.py",
+        "if not distance.by_leaf:",
+        "if True:",
+        f"{LOCATION} -k 'your_own or unless'",
+    ),
+    "a step size adapts like a radius": Fault(
+        "optax_avg/robust/location.py",
+        "if not distance.tau_is_radius:",
+        "if False:",
+        f"{LOCATION} -k 'bad_samples and mean'",
+    ),
+    "an uncalled distance passes for one of your own": Fault(
+        "optax_avg/robust/location.py",
+        "elif factories.get(name) is distance:",
+        "elif False:",
+        f"{LOCATION} -k refused",
     ),
     "newton stops after one step": Fault(
         "optax_avg/robust/distances.py",
@@ -526,8 +544,8 @@ FAULTS = {
     ),
     "stationary points depend on lengths": Fault(
         "optax_avg/robust/objectives.py",
-        "stationary = w @ cosines @ w <= STATIONARY**2",
-        "stationary = w @ cosines @ w <= 0.1",
+        "return w @ cosines @ w <= STATIONARY**2",
+        "return w @ cosines @ w <= 0.1",
         f"{SURGERY} -k other_lengths",
     ),
     "a later link may change the updates": Fault(
@@ -586,7 +604,7 @@ FAULTS = {
     ),
     "the farthest row sets the unit": Fault(
         "optax_avg/robust/_centred.py",
-        "typical = distance[_stack.nth(distance, valid, rank(jnp.sum(valid)))]",
+        "typical = distance[_ranks.nth(distance, valid, rank(jnp.sum(valid)))]",
         "typical = jnp.max(distance)",
         f"{ATTACKS} -k 'minority and krum or majority'",
     ),
@@ -604,8 +622,8 @@ FAULTS = {
     ),
     "stacked gradients are not checked": Fault(
         "optax_avg/robust/_row_checks.py",
-        "if tuple(shape) != jnp.shape(part):",
-        "if len(shape) < 0:",
+        "if tuple(row) != shape:",
+        "if len(row) < 0:",
         f"{AGGREGATION} -k must_have",
     ),
     "CAGrad goes too far at Pareto-stationary points": Fault(
@@ -628,7 +646,7 @@ FAULTS = {
     ),
     "a bad row is multiplied by zero": Fault(
         "optax_avg/robust/_stack.py",
-        "return product(jnp.where(like(stack.valid, x), x, 0))",
+        "return product(jnp.where(per_row(stack.valid, x), x, 0))",
         "return product(x)",
         f"{AGGREGATION} -k bad_rows",
     ),
@@ -639,31 +657,31 @@ FAULTS = {
         f"{AGGREGATION} -k chunks",
     ),
     "the network leaves out its last stage": Fault(
-        "optax_avg/robust/_stack.py",
+        "optax_avg/robust/_ranks.py",
         "            if q == p:\n",
         "            if q == p or p == 1 == q // 2:\n",
         f"{AGGREGATION} -k zeros_and_ones",
     ),
     "Krum counts itself among its neighbours": Fault(
-        "optax_avg/robust/aggregation.py",
+        "optax_avg/robust/_gram_rules.py",
         "others = valid[None] & ~jnp.eye(n, dtype=bool)",
         "others = valid[None] & jnp.ones((n, n), dtype=bool)",
         f"{AGGREGATION} -k krum_scores",
     ),
     "centered clipping forgets its location": Fault(
         "optax_avg/robust/aggregation.py",
-        "return leaves, stack.place(leaves, memory)",
+        "return leaves, _layout.place(stack.layout, leaves, memory)",
         "return leaves, memory",
         f"{AGGREGATION} -k vclip",
     ),
     "the solver keeps negative coordinates": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "low = jnp.where(free, v < -tolerance * length, slope < -tolerance * most)",
         "low = jnp.where(free, False, slope < -tolerance * most)",
         f"{SURGERY} -k equals_the_definition",
     ),
     "Bloop projects on the first gradient": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/surgery.py",
         "reference = {i: jnp.where(first, 0, r) for i, r in reference.items()}",
         "reference = {i: jnp.where(False, 0, r) for i, r in reference.items()}",
         f"{SURGERY} -k bloop_by_hand",
@@ -912,8 +930,8 @@ FAULTS = {
     ),
     "scales of wide leaves overflow in narrow ones": Fault(
         "optax_avg/robust/_stack.py",
-        "part = like(scale, x) * x",
-        "part = like(scale.astype(x.dtype), x) * x",
+        "part = per_row(scale, x) * x",
+        "part = per_row(scale.astype(x.dtype), x) * x",
         f"{ATTACKS} -k mixed_width",
     ),
     "norms are scaled in the dtype of each leaf": Fault(
@@ -929,9 +947,9 @@ FAULTS = {
         f"{MERGING} -k dare_drops",
     ),
     "counters of a device lose an axis": Fault(
-        "optax_avg/robust/_stack.py",
-        "    if axis is None:\n        return x\n    _check",
-        "    axis = axis or 0\n    _check",
+        "optax_avg/robust/_layout.py",
+        "    if axis is None:\n        return x\n    check_axis",
+        "    axis = axis or 0\n    check_axis",
         f"{ATTACKS} -k counters_on",
     ),
     "the step of resumption is removed": Fault(
@@ -941,13 +959,13 @@ FAULTS = {
         f"{SNAPSHOTS} -k replaced",
     ),
     "dependent objectives are pivoted for ever": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "slope < -tolerance * most",
         "slope < -tolerance",
         f"{SURGERY} -k more_objectives",
     ),
     "dependent objectives keep the shift of the ridge": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "PROXIMAL_ROUNDS = 3",
         "PROXIMAL_ROUNDS = 1",
         f"{SURGERY} -k more_objectives",
@@ -1212,14 +1230,14 @@ FAULTS = {
     ),
     "a location grows as wide as the norm": Fault(
         "optax_avg/robust/location.py",
-        "old[i] + taken, old[i]).astype(old[i].dtype)",
-        "old[i] + taken, old[i])",
+        "m[i] + s, m[i]).astype(m[i].dtype)",
+        "m[i] + s, m[i])",
         f"{OPTAX} -k 'mixed and vclip'",
     ),
     "the radius of a float64 location is float32": Fault(
         "optax_avg/robust/location.py",
-        ("first, _numerics.dtype_of_norms(m)\n            )"),
-        "first, jnp.float32)",
+        "jnp.full(count, tau.init or 0.0, dtype)",
+        "jnp.full(count, tau.init or 0.0, jnp.float32)",
         f"{LOCATION} -k keeps_its_range",
     ),
     "statistics of float64 norms are float32": Fault(
@@ -1326,8 +1344,8 @@ FAULTS = {
     ),
     "an aggregator does not ask for stacked gradients": Fault(
         "optax_avg/robust/_row_checks.py",
-        "alike = axis is not None and",
-        "alike = axis is None and",
+        "if axis is not None and stacked == shape",
+        "if axis is None and stacked == shape",
         f"{CHAIN_CHECK} -k stacked_gradients",
     ),
     "a radius may be None": Fault(
@@ -1362,18 +1380,18 @@ FAULTS = {
     ),
     "cagrad trusts the Gram matrix": Fault(
         "optax_avg/robust/objectives.py",
-        "beyond = pull > c * g0",
-        "beyond = pull < 0",
+        "factor = clip_factor(c * g0, pull)",
+        "factor = jnp.ones_like(pull)",
         f"{SURGERY} -k cancel_stays",
     ),
     "cagrad measures what lies on one device": Fault(
         "optax_avg/robust/objectives.py",
-        "_stack.row_norms(both, axis_name)",
+        "_stack.row_norms(both, stack.layout.axis_name)",
         "_stack.row_norms(both)",
         f"{SURGERY} -k same_ball",
     ),
     "the ridge weighs rows beside a zero one": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "jnp.where(jnp.any(zero > 0), zero, v)",
         "v",
         f"{SURGERY} -k exactly_zero",
