@@ -115,17 +115,15 @@ from optax_avg.robust.tail_index import (
     track_tail_index,
 )
 from optax_avg.sharpness import RuleState, SharpnessRule
-from optax_avg.sharpness.forms import (
-    SharpnessAware,
-    as_link,
-    sharpness_aware,
+from optax_avg.sharpness.decoupled import (
+    DecoupledState,
+    decoupled_wsam,
     trajectory_loss,
 )
+from optax_avg.sharpness.forms import SharpnessAware, as_link, sharpness_aware
 from optax_avg.sharpness.links import (
-    DecoupledState,
     asam,
     cr_sam,
-    decoupled_wsam,
     dnsam,
     esam,
     fisher_sam,

@@ -14,7 +14,8 @@ from sharpness_cases import ALL, PRODUCTS, RADII, RULES, SGD, flat, loss_of, tre
 
 import optax_avg as oa
 from optax_avg import rules
-from optax_avg.sharpness.offsets import Radius, is_normalisation
+from optax_avg.sharpness._ascent import Radius
+from optax_avg.sharpness.offsets import is_normalisation
 
 STEPS = 7
 every_rule = pytest.mark.parametrize("name", ALL)
@@ -467,7 +468,7 @@ RADII_OF_RULES = [
     (factory, parameter.name)
     for factory in (getattr(rules, name) for name in rules.__all__)
     for parameter in inspect.signature(factory).parameters.values()
-    if parameter.annotation is Radius and parameter.name != "key"
+    if parameter.annotation in (Radius, optax.ScalarOrSchedule)
 ]
 
 
