@@ -16,7 +16,7 @@ Checking the order of a chain, once before training
 Gradients at perturbed parameters
     sharpness_aware             a drop-in for value_and_grad, from a rule
     sam, gam, ...               a rule as the first link of a chain
-    multi_call, clean_params     for trainers that compute one gradient a call
+    multi_call, clean_params    for trainers that compute one gradient a call
     decoupled_wsam              adds the sharpness after the optimizer
     as_link, SharpnessRule, RuleState, MultiCallState, DecoupledState
     trajectory_loss             MESA's, with an average as the teacher

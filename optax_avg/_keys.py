@@ -13,8 +13,8 @@ def key_maker(key: Any, call: str) -> Callable[[], jax.Array]:
     """A function that makes a key of its own each time: a state may be donated.
 
     Args:
-      key: a PRNG key, new or raw, or an integer of any kind.
-      call: to write instead, for the message.
+      key: A PRNG key, new or raw, or an integer of any kind.
+      call: To write instead, for the message.
 
     Raises:
       ValueError: If it is neither a key nor an integer.

@@ -48,10 +48,10 @@ def derivative_along(
     """``H(x) v``, forward over reverse.
 
     Args:
-      gradient: function of one tree.
-      x: where.
-      v: along what, a tree like ``x``.
-      instead: what to take where there is no forward derivative.
+      gradient: Function of one tree.
+      x: Where.
+      v: Along what, a tree like ``x``.
+      instead: What to take where there is no forward derivative.
 
     Returns:
       A tree like the gradient.

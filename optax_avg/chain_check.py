@@ -19,6 +19,8 @@ from optax_avg.sharpness import RuleState
 from optax_avg.sharpness.links import DecoupledState
 from optax_avg.sharpness.multi_call import MultiCallState
 
+__all__ = ["check_chain"]
+
 _PATIENCE = 128  # calls after which a link that has not been reached is given up
 _LARGE = 100.0  # size of gradients on which the usual clips act
 _SMALL = 1e-3  # size of gradients beside which a small weight decay can be seen

@@ -23,12 +23,22 @@ from jax.typing import ArrayLike
 
 from optax_avg import _checks
 
-# Shapes as functions of the share of a phase that is left.
-_ANNEALS: dict[str, Callable[[Any], Any]] = {
+__all__ = [
+    "follow_learning_rate",
+    "from_gradient_norms",
+    "linear_to_zero",
+    "swa_constant",
+    "swa_cyclic",
+    "warmup_stable_decay",
+]
+
+# A function of the share of a phase that is left.
+Shape = Callable[[jax.Array], jax.Array]
+_ANNEALS: dict[str, Shape] = {
     "linear": lambda left: left,
     "cosine": lambda left: (1 - jnp.cos(jnp.pi * left)) / 2,
 }
-_COOLDOWNS: dict[str, Callable[[Any], Any]] = {
+_COOLDOWNS: dict[str, Shape] = {
     "linear": lambda left: left,
     "1-sqrt": lambda left: 1 - jnp.sqrt(1 - left),
 }
@@ -50,12 +60,12 @@ def swa_cyclic(
     steps that ``oa.swa(every=cycle, start=start)`` absorbs.
 
     Args:
-      alpha_1: highest rate of the cycle, at least ``alpha_2``. The first step of a
+      alpha_1: Highest rate of the cycle, at least ``alpha_2``. The first step of a
         cycle is already ``1/c`` of the way down.
-      alpha_2: lowest rate of the cycle.
+      alpha_2: Lowest rate of the cycle.
       cycle: ``c``, optimizer steps in a cycle; 1 is the constant rate ``alpha_2``.
-      start: optimizer steps before the first cycle.
-      before: rate, or schedule of the same count, for the steps ``1 ... start``; by
+      start: Optimizer steps before the first cycle.
+      before: Rate, or schedule of the same count, for the steps ``1 ... start``; by
         default ``alpha_1``.
 
     Returns:
@@ -114,10 +124,10 @@ def swa_constant(
     whole budget as ``start`` and ``swa_value = 0.01 init_value``.
 
     Args:
-      init_value: rate at first.
-      swa_value: rate while averaging, and after the end.
-      start: optimizer steps before averaging, the ``start`` of ``oa.swa``.
-      anneal_steps: steps that the annealing takes from ``start`` on; 0 is a jump.
+      init_value: Rate at first.
+      swa_value: Rate while averaging, and after the end.
+      start: Optimizer steps before averaging, the ``start`` of ``oa.swa``.
+      anneal_steps: Steps that the annealing takes from ``start`` on; 0 is a jump.
       anneal: ``"linear"`` or ``"cosine"``.
 
     Returns:
@@ -175,12 +185,12 @@ def warmup_stable_decay(
     can be added later from any point.
 
     Args:
-      peak_value: rate of the constant phase.
+      peak_value: Rate of the constant phase.
       warmup_steps: ``W``; 0 starts at the peak.
       stable_steps: ``S``.
       decay_steps: ``D``; 0 leaves the cooldown out and stays at the peak.
-      init_value: rate at count 0 if there is a warm-up.
-      end_value: rate from count ``W + S + D`` on.
+      init_value: Rate at count 0 if there is a warm-up.
+      end_value: Rate from count ``W + S + D`` on.
       cooldown: ``"linear"`` or ``"1-sqrt"``.
 
     Returns:
@@ -230,7 +240,7 @@ def linear_to_zero(
     ``linear_schedule(peak_value, 0, steps)`` is this schedule one step later.
 
     Args:
-      peak_value: rate at ``s = W``, so without a warm-up just before the first step.
+      peak_value: Rate at ``s = W``, so without a warm-up just before the first step.
       steps: ``T``, all optimizer steps of the run, the warm-up included.
       warmup_steps: ``W``, less than ``steps``.
 
@@ -289,17 +299,17 @@ def from_gradient_norms(
     before the start, and the norms are mirrored about the last one past the end.
 
     Args:
-      grad_norms: shape (T,), ``|g_t|`` at ``t = 1 ... T``, evenly spaced over the run:
+      grad_norms: Shape (T,), ``|g_t|`` at ``t = 1 ... T``, evenly spaced over the run:
         l2 norms for SGD (``power=2``), l1 norms for Adam (``power=1``). A thinned
         record will do (say 10 000 norms, with ``steps``).
-      peak_value: highest rate.
+      peak_value: Highest rate.
       power: 2 for SGD, 1 for Adam.
-      smoothing: width of the median filter as a share of the run, in [0, 1]; 0
+      smoothing: Width of the median filter as a share of the run, in [0, 1]; 0
         leaves the norms as they are.
-      steps: optimizer steps of the run to come; by default ``T``. The schedule is
+      steps: Optimizer steps of the run to come; by default ``T``. The schedule is
         stretched linearly, its two ends kept.
-      warmup_steps: where ``s = count + 1`` is less, the rate is multiplied by
-        ``s / warmup_steps``; not part of the paper's algorithm.
+      warmup_steps: Number of steps on which the rate is multiplied by ``s /
+        warmup_steps``, ``s = count + 1``. The paper's algorithm has no warm-up.
 
     Returns:
       A schedule, zero from step ``steps`` on.
@@ -360,11 +370,11 @@ def follow_learning_rate(
     ``rho_t = max(0, rho_min + (rho_max - rho_min) (lr_t - lr_min)/(lr_max - lr_min))``
 
     Args:
-      learning_rate: the optimizer's schedule.
-      rho_max: radius at ``lr_max``.
-      lr_max: learning rate of the largest radius; above ``lr_min``.
-      rho_min: radius at ``lr_min``.
-      lr_min: learning rate of the smallest radius.
+      learning_rate: The optimizer's schedule.
+      rho_max: Radius at ``lr_max``.
+      lr_max: Learning rate of the largest radius; above ``lr_min``.
+      rho_min: Radius at ``lr_min``.
+      lr_min: Learning rate of the smallest radius.
 
     Returns:
       A schedule of the radius.
@@ -395,7 +405,7 @@ def follow_learning_rate(
     return _schedule(rate)
 
 
-def _schedule(rate: Callable[[jax.Array], Any]) -> optax.Schedule:
+def _schedule(rate: Callable[[jax.Array], ArrayLike]) -> optax.Schedule:
     """``rate`` for anything array-like, in float32 and the shape of the counts."""
 
     def schedule(count):
@@ -411,7 +421,7 @@ def _between(end: Any, begin: Any, left: Any) -> Any:
     return (1 - left) * end + left * begin
 
 
-def _rate(name: str, value: Any) -> Any:
+def _rate(name: str, value: ArrayLike) -> Any:
     """A finite, non-negative learning rate; arrays are not checked."""
     return _checks.within(name, value, 0, math.inf, closed_high=False)
 
@@ -427,7 +437,7 @@ def _steps(name: str, value: Any, low: int = 0) -> int:
     return int(value)
 
 
-def _one_of(name: str, value: str, table: dict[str, Callable[[Any], Any]]) -> Any:
+def _one_of(name: str, value: str, table: dict[str, Shape]) -> Shape:
     """The entry of a table of shapes."""
     if value not in table:
         names = " or ".join(map(repr, table))
@@ -435,7 +445,7 @@ def _one_of(name: str, value: str, table: dict[str, Callable[[Any], Any]]) -> An
     return table[value]
 
 
-def _check_norms(grad_norms: Any) -> np.ndarray:
+def _check_norms(grad_norms: ArrayLike) -> np.ndarray:
     """Gradient norms as a float64 vector that a schedule can be made of."""
     norms = np.asarray(grad_norms)
     if norms.ndim != 1 or norms.size < 2:

@@ -20,11 +20,47 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_avg import _checks, _numerics
 
-# A float, a traced scalar, or a schedule of optimizer steps since the average began.
-ScalarOrSchedule = Any
+__all__ = [
+    "Mass",
+    "Profile",
+    "ScalarOrSchedule",
+    "Weight",
+    "advance",
+    "decay_from_half_life",
+    "ema",
+    "gamma_from_half_life",
+    "gamma_from_sigma_rel",
+    "gamma_of",
+    "gravity",
+    "half_life",
+    "half_life_from_decay",
+    "half_life_from_gamma",
+    "half_life_linear",
+    "inverse_gamma",
+    "mass",
+    "on_iterates",
+    "polynomial",
+    "power_function",
+    "profile",
+    "ramp",
+    "scale_decay",
+    "sequence",
+    "sigma_rel_from_gamma",
+    "uniform",
+    "with_stride",
+]
+
+# A number, or a schedule of the optimizer steps since the average began.
+ScalarOrSchedule = ArrayLike | optax.Schedule
+# A conversion makes a float of a float and an array of an array.
+Number = Any
+# The number of an iterate, or a stride in optimizer steps: traced, or plain numbers.
+Count = jax.Array | np.ndarray | float
 _LN2 = math.log(2.0)
 # Conversions between horizons take arrays of several numbers too.
 _each_within = functools.partial(_checks.within, elementwise=True)
@@ -41,21 +77,22 @@ class Mass(NamedTuple):
       add: ``m(t, dt)``, the mass of the newest iterate.
     """
 
-    retain: Callable[[Any, Any], Any]
-    add: Callable[[Any, Any], Any]
+    retain: Callable[[Count, Count], ArrayLike]
+    add: Callable[[Count, Count], ArrayLike]
 
 
-Weight = Callable[..., Any] | Mass
+# A function of ``t`` or of ``(t, dt)``, or one with memory.
+Weight = Callable[..., ArrayLike] | Mass
 
 
 class Profile(NamedTuple):
     """The weights that an average puts on each iterate.
 
     Attributes:
-      weights: float64 array of shape (steps,), the weight on iterate ``1 ... steps``.
-      initial: weight on the initial parameters; with ``weights`` it sums to one.
-      mean_age: mean number of iterates by which the average lags behind the newest.
-      relative_width: standard deviation of the weights over ``steps`` (``sigma_rel``).
+      weights: Float64 array of shape (steps,), the weight on iterate ``1 ... steps``.
+      initial: Weight on the initial parameters; with ``weights`` it sums to one.
+      mean_age: Mean number of iterates by which the average lags behind the newest.
+      relative_width: Standard deviation of the weights over ``steps`` (``sigma_rel``).
     """
 
     weights: np.ndarray
@@ -75,7 +112,7 @@ def ema(decay: ScalarOrSchedule, debias: bool = True) -> Weight:
       decay: ``d`` in [0, 1], per absorbed iterate. ``d = 1`` is the uniform mean. A
         schedule is called with the optimizer steps since the average began, an int32
         from 0. Steps whose iterate was not finite, and so was left out, do not count.
-      debias: whether the weights on the iterates sum to one.
+      debias: Whether the weights on the iterates sum to one.
 
     Returns:
       A weight.
@@ -129,11 +166,11 @@ def uniform() -> Weight:
     return lambda t, dt=1: 1 / t
 
 
-def polynomial(eta: Any) -> Weight:
+def polynomial(eta: ArrayLike) -> Weight:
     """Polynomial-decay average, ``w(t) = (eta+1) / (t+eta)``.
 
     Args:
-      eta: at least 0; 0 is the uniform mean, larger values forget the start faster.
+      eta: At least 0; 0 is the uniform mean, larger values forget the start faster.
 
     Returns:
       A weight.
@@ -154,7 +191,9 @@ def polynomial(eta: Any) -> Weight:
     return lambda t, dt=1: (eta + 1) / (t + eta)
 
 
-def power_function(gamma: Any = None, *, sigma_rel: Any = None) -> Weight:
+def power_function(
+    gamma: ArrayLike | None = None, *, sigma_rel: ArrayLike | None = None
+) -> Weight:
     """Power-function average, ``w(t) = 1 - (1-1/t)^(gamma+1)``.
 
     The profile on ``[0, t]`` is proportional to ``tau^gamma``: its width is a fixed
@@ -162,8 +201,8 @@ def power_function(gamma: Any = None, *, sigma_rel: Any = None) -> Weight:
     steps ``1/t`` is ``dt/t``).
 
     Args:
-      gamma: exponent, above -1; 0 is the uniform mean.
-      sigma_rel: instead of ``gamma``, the standard deviation of the profile relative
+      gamma: Exponent, above -1; 0 is the uniform mean.
+      sigma_rel: Instead of ``gamma``, the standard deviation of the profile relative
         to the length of training, in (0, 12^-1/2).
 
     Returns:
@@ -193,11 +232,11 @@ def power_function(gamma: Any = None, *, sigma_rel: Any = None) -> Weight:
     return functools.partial(_power, g)
 
 
-def gamma_of(weight: Weight) -> Any:
+def gamma_of(weight: Weight) -> Number | None:
     """The exponent of a power function, None for other weights.
 
     Args:
-      weight: any weight of this module, or a function of ``t`` or ``(t, dt)``.
+      weight: Any weight of this module, or a function of ``t`` or ``(t, dt)``.
 
     Returns:
       The ``gamma`` that :func:`power_function` was given or found from ``sigma_rel``.
@@ -212,7 +251,9 @@ def gamma_of(weight: Weight) -> Any:
     return None
 
 
-def half_life(h: ScalarOrSchedule = math.inf, *, fraction: Any = None) -> Weight:
+def half_life(
+    h: ScalarOrSchedule = math.inf, *, fraction: ArrayLike | None = None
+) -> Weight:
     """Exponential average stated by its half-life, ``w = 1 - 2^(-dt/h)``.
 
     The half-life is in optimizer steps and does not change with ``every``. With
@@ -220,8 +261,8 @@ def half_life(h: ScalarOrSchedule = math.inf, *, fraction: Any = None) -> Weight
     are short; without it the initial parameters count.
 
     Args:
-      h: half-life in optimizer steps, or a schedule of it.
-      fraction: ceiling of the half-life as a fraction of the steps since the start.
+      h: Half-life in optimizer steps, or a schedule of it.
+      fraction: Ceiling of the half-life as a fraction of the steps since the start.
 
     Returns:
       A weight.
@@ -260,7 +301,7 @@ def ramp(decay: ScalarOrSchedule) -> Weight:
     """Warm-up of the decay, ``w(t) = 1 - min(d, (1+t)/(10+t))``.
 
     Args:
-      decay: final decay ``d`` in [0, 1], or a schedule of it.
+      decay: Final decay ``d`` in [0, 1], or a schedule of it.
 
     Returns:
       A weight.
@@ -282,20 +323,20 @@ def ramp(decay: ScalarOrSchedule) -> Weight:
 
 
 def inverse_gamma(
-    gamma: Any = 1.0,
-    power: Any = 2 / 3,
+    gamma: ArrayLike = 1.0,
+    power: ArrayLike = 2 / 3,
     max_decay: ScalarOrSchedule = 0.9999,
-    min_decay: Any = 0.0,
+    min_decay: ArrayLike = 0.0,
 ) -> Weight:
     """Inverse-gamma warm-up, ``w = 1 - clip(1 - (1+s/gamma)^-power, min, max)``.
 
     ``s = t - 1``. The first iterate gets weight 1 whatever the bounds: its decay is 0.
 
     Args:
-      gamma: iterates over which the decay rises; positive.
-      power: exponent of the rise; positive. 2/3 suits a million steps, 3/4 less.
-      max_decay: upper bound of the decay, in [0, 1], or a schedule of it.
-      min_decay: lower bound of the decay from the second iterate on, in [0, 1]; at
+      gamma: Iterates over which the decay rises; positive.
+      power: Exponent of the rise; positive. 2/3 suits a million steps, 3/4 less.
+      max_decay: Upper bound of the decay, in [0, 1], or a schedule of it.
+      min_decay: Lower bound of the decay from the second iterate on, in [0, 1]; at
         most ``max_decay``.
 
     Returns:
@@ -312,31 +353,30 @@ def inverse_gamma(
     References:
       The warm-up of timm's ``ModelEmaV3`` and of ema-pytorch.
     """
-    gamma = _checks.within("gamma", gamma, 0, math.inf, open_low=True)
-    power = _checks.within("power", power, 0, math.inf, open_low=True)
+    g = _checks.within("gamma", gamma, 0, math.inf, open_low=True)
+    p = _checks.within("power", power, 0, math.inf, open_low=True)
     low = _checks.within("min_decay", min_decay, 0, 1)
-    if not callable(max_decay):
-        max_decay = _checks.within("max_decay", max_decay, 0, 1)
-    if isinstance(low, float) and isinstance(max_decay, float) and low > max_decay:
-        raise ValueError(
-            f"min_decay = {low:g} must not exceed max_decay = {max_decay:g}."
-        )
-    max_at = _schedule(max_decay)
+    high = max_decay
+    if not callable(high):
+        high = _checks.within("max_decay", high, 0, 1)
+    if isinstance(low, float) and isinstance(high, float) and low > high:
+        raise ValueError(f"min_decay = {low:g} must not exceed max_decay = {high:g}.")
+    max_at = _schedule(high)
 
     def weight(t, dt=1):
-        w = jnp.clip((1 + (t - 1) / gamma) ** -power, 1 - max_at(t, dt), 1 - low)
+        w = jnp.clip((1 + (t - 1) / g) ** -p, 1 - max_at(t, dt), 1 - low)
         return jnp.where(t > 1, w, 1)
 
     return weight
 
 
-def gravity(beta: Any) -> Weight:
+def gravity(beta: ArrayLike) -> Weight:
     """Annealed decay of the Gravity optimizer, ``w(t) = 1 - (beta t + 1)/(t + 2)``.
 
     The decay rises from ``(beta+1)/3`` to ``beta``; the initial parameters count.
 
     Args:
-      beta: final decay, in [0, 1].
+      beta: Final decay, in [0, 1].
 
     Returns:
       A weight.
@@ -353,20 +393,22 @@ def gravity(beta: Any) -> Weight:
       Bahrami and Pouriyan Zadeh, "Gravity Optimizer: a Kinematic Approach on
       Optimization in Deep Learning", 2021, 2101.09192.
     """
-    beta = _checks.within("beta", beta, 0, 1)
-    return lambda t, dt=1: ((1 - beta) * t + 1) / (t + 2)
+    final = _checks.within("beta", beta, 0, 1)
+    return lambda t, dt=1: ((1 - final) * t + 1) / (t + 2)
 
 
-def half_life_linear(beta_start: Any, beta_end: Any, steps: Any) -> Weight:
+def half_life_linear(
+    beta_start: ArrayLike, beta_end: ArrayLike, steps: ArrayLike
+) -> Weight:
     """Decay whose half-life grows linearly, ``w(t) = 1 - beta(t)``.
 
     ``1/ln beta(t) = (1-u)/ln beta_start + u/ln beta_end``, ``u = min(t/steps, 1)``; in
     optimizer steps, so ``beta(t dt)^dt`` when iterates are ``dt`` steps apart.
 
     Args:
-      beta_start: decay per step at the start, in (0, 1).
-      beta_end: decay per step from ``steps`` on, in (0, 1).
-      steps: optimizer steps until ``beta_end``; positive.
+      beta_start: Decay per step at the start, in (0, 1).
+      beta_end: Decay per step from ``steps`` on, in (0, 1).
+      steps: Optimizer steps until ``beta_end``; positive.
 
     Returns:
       A weight.
@@ -395,11 +437,11 @@ def half_life_linear(beta_start: Any, beta_end: Any, steps: Any) -> Weight:
     return weight
 
 
-def mass(m: Callable[[Any], Any]) -> Weight:
+def mass(m: Callable[[Count], ArrayLike]) -> Weight:
     """Average by masses, ``w(t) = m(t) / sum_{i<=t} m(i)``.
 
     Args:
-      m: mass of iterate ``t = 1, 2, ...``, not negative; a learning rate or its square,
+      m: Mass of iterate ``t = 1, 2, ...``, not negative; a learning rate or its square,
         for instance (:func:`optax_avg.lr_weighted_average`). While all masses are 0
         the average follows the newest iterate. ``t`` is a float32 as for every weight;
         a table is read as ``lambda t: table[t.astype(int) - 1]``.
@@ -431,7 +473,7 @@ def with_stride(weight: Weight) -> Weight:
     """Makes a weight of ``t`` alone callable as ``weight(t, dt)``.
 
     Args:
-      weight: a :class:`Mass`, or a function of ``t`` or of ``(t, dt)``. The second
+      weight: A :class:`Mass`, or a function of ``t`` or of ``(t, dt)``. The second
         argument gets the stride if it is called ``dt`` or has no default.
 
     Returns:
@@ -457,7 +499,7 @@ def with_stride(weight: Weight) -> Weight:
     return weight if _takes_stride(weight) else lambda t, dt=1: weight(t)
 
 
-def _takes_stride(weight: Callable[..., Any]) -> bool:
+def _takes_stride(weight: Callable[..., ArrayLike]) -> bool:
     """Whether the second argument of a weight is ``dt``.
 
     An argument of another name with a default is the user's own, as in the idiom
@@ -474,13 +516,15 @@ def _takes_stride(weight: Callable[..., Any]) -> bool:
     return places[1].name == "dt" or places[1].default is inspect.Parameter.empty
 
 
-def advance(weight: Weight, t: Any, dt: Any, total: Any) -> tuple[Any, Any]:
+def advance(
+    weight: Weight, t: Count, dt: Count, total: tuple[ArrayLike, ArrayLike]
+) -> tuple[jax.Array, tuple[ArrayLike, ArrayLike]]:
     """One step of a weight: the weight of the newest iterate and the carried sum.
 
     Args:
-      weight: a weight of ``(t, dt)``.
-      t: float32 number of the iterate, from 1.
-      dt: optimizer steps between iterates.
+      weight: A weight of ``(t, dt)``.
+      t: Float32 number of the iterate, from 1.
+      dt: Optimizer steps between iterates.
       total: ``S(t-1)`` of a :class:`Mass` as a pair of float32 numbers whose sum it is:
         the second holds what rounding took from the first. Other weights leave it
         alone.
@@ -517,9 +561,9 @@ def sequence(weight: Weight, steps: int, *, every: int = 1) -> np.ndarray:
     """The weights ``w(1), ..., w(steps)`` that an average gives to its newest iterate.
 
     Args:
-      weight: any weight of this module, or a function of ``t`` or ``(t, dt)``.
-      steps: number of iterates absorbed; at least 1.
-      every: optimizer steps between iterates.
+      weight: Any weight of this module, or a function of ``t`` or ``(t, dt)``.
+      steps: Number of iterates absorbed; at least 1.
+      every: Optimizer steps between iterates.
 
     Returns:
       A float64 array of shape (steps,).
@@ -559,9 +603,9 @@ def profile(weight: Weight, steps: int, *, every: int = 1) -> Profile:
     ``p_i = w(i) prod_{j>i} (1 - w(j))``, computed in float64.
 
     Args:
-      weight: any weight of this module, or a function of ``t`` or ``(t, dt)``.
-      steps: number of iterates absorbed; at least 1.
-      every: optimizer steps between iterates.
+      weight: Any weight of this module, or a function of ``t`` or ``(t, dt)``.
+      steps: Number of iterates absorbed; at least 1.
+      every: Optimizer steps between iterates.
 
     Returns:
       A :class:`Profile`.
@@ -590,7 +634,7 @@ def on_iterates(w: np.ndarray) -> np.ndarray:
     for the parameters from before.
 
     Args:
-      w: float64 of shape (..., n), as :func:`sequence` gives it.
+      w: Float64 of shape (..., n), as :func:`sequence` gives it.
 
     Returns:
       A float64 array of shape (..., n + 1) that sums to one along its last axis.
@@ -605,12 +649,12 @@ def on_iterates(w: np.ndarray) -> np.ndarray:
     return np.concatenate([kept, one], axis=-1) * np.concatenate([one, w], axis=-1)
 
 
-def scale_decay(decay: Any, kappa: Any) -> Any:
+def scale_decay(decay: ArrayLike, kappa: ArrayLike) -> Number:
     """Decay for a batch ``kappa`` times as large, ``d^kappa``.
 
     Args:
-      decay: decay per step at the old batch size, in [0, 1].
-      kappa: new batch size over the old one; positive.
+      decay: Decay per step at the old batch size, in [0, 1].
+      kappa: New batch size over the old one; positive.
 
     Returns:
       The decay per step with the same horizon in examples.
@@ -630,11 +674,11 @@ def scale_decay(decay: Any, kappa: Any) -> Any:
     return _each_within("decay", decay, 0, 1) ** kappa
 
 
-def decay_from_half_life(h: Any) -> Any:
+def decay_from_half_life(h: ArrayLike) -> Number:
     """Decay per step of an EMA with half-life ``h`` steps, ``2^(-1/h)``.
 
     Args:
-      h: half-life in steps; positive.
+      h: Half-life in steps; positive.
 
     Returns:
       The decay, in (0, 1).
@@ -650,11 +694,11 @@ def decay_from_half_life(h: Any) -> Any:
     return 2 ** (-1 / _each_within("h", h, 0, math.inf, open_low=True))
 
 
-def half_life_from_decay(decay: Any) -> Any:
+def half_life_from_decay(decay: ArrayLike) -> Number:
     """Half-life in steps of an EMA with this decay per step, ``-ln 2 / ln d``.
 
     Args:
-      decay: decay per step, in (0, 1).
+      decay: Decay per step, in (0, 1).
 
     Returns:
       The half-life in steps.
@@ -671,11 +715,11 @@ def half_life_from_decay(decay: Any) -> Any:
     return -_LN2 / _log(d)
 
 
-def sigma_rel_from_gamma(gamma: Any) -> Any:
+def sigma_rel_from_gamma(gamma: ArrayLike) -> Number:
     """Relative width of ``tau^gamma`` on [0, 1], ``((g+1)/((g+2)^2 (g+3)))^(1/2)``.
 
     Args:
-      gamma: exponent, at least 0.
+      gamma: Exponent, at least 0.
 
     Returns:
       ``sigma_rel``, in (0, 12^-1/2].
@@ -695,7 +739,7 @@ def sigma_rel_from_gamma(gamma: Any) -> Any:
     return ((g + 1) / ((g + 2) ** 2 * (g + 3))) ** 0.5
 
 
-def gamma_from_sigma_rel(sigma_rel: Any) -> Any:
+def gamma_from_sigma_rel(sigma_rel: ArrayLike) -> Number:
     """Exponent of the power function with this relative width.
 
     The largest real root of ``g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) = 0``.
@@ -725,12 +769,12 @@ def gamma_from_sigma_rel(sigma_rel: Any) -> Any:
     return 2 * r * xp.cos(xp.acos(-q / (2 * r**3)) / 3) - 7 / 3
 
 
-def half_life_from_gamma(gamma: Any, steps: Any) -> Any:
+def half_life_from_gamma(gamma: ArrayLike, steps: ArrayLike) -> Number:
     """Age that holds half the weight of a power function, ``T (1 - 2^(-1/(g+1)))``.
 
     Args:
-      gamma: exponent, at least 0.
-      steps: length of training ``T``; positive.
+      gamma: Exponent, at least 0.
+      steps: Length of training ``T``; positive.
 
     Returns:
       The half-life, in the unit of ``steps``.
@@ -747,14 +791,14 @@ def half_life_from_gamma(gamma: Any, steps: Any) -> Any:
     return _each_within("steps", steps, 0, math.inf, True) * (1 - 2 ** (-1 / (g + 1)))
 
 
-def gamma_from_half_life(h: Any, steps: Any) -> Any:
+def gamma_from_half_life(h: ArrayLike, steps: ArrayLike) -> Number:
     """Exponent of the power function whose half-life is ``h`` of ``steps``.
 
     ``g = -1/log2(1 - h/T) - 1``.
 
     Args:
-      h: half-life, in (0, steps/2].
-      steps: length of training ``T``, in the unit of ``h``.
+      h: Half-life, in (0, steps/2].
+      steps: Length of training ``T``, in the unit of ``h``.
 
     Returns:
       ``gamma``, at least 0.
@@ -771,7 +815,7 @@ def gamma_from_half_life(h: Any, steps: Any) -> Any:
     return -_LN2 / _log(1 - f) - 1
 
 
-def _refuse_uncalled(weight: Any) -> None:
+def _refuse_uncalled(weight: Callable[..., ArrayLike]) -> None:
     """Raises for a public function or class of this library: weights are closures."""
     module = str(getattr(weight, "__module__", None))
     name = getattr(weight, "__qualname__", "<none>")
@@ -787,20 +831,20 @@ def _refuse_uncalled(weight: Any) -> None:
     raise ValueError(f"a weight is a function of t, and {name} is none: {way}.")
 
 
-def _power(gamma: Any, t: Any, dt: Any = 1) -> Any:
+def _power(gamma: ArrayLike, t: Count, dt: Count = 1) -> jax.Array:
     """``1 - (1-1/t)^(gamma+1)``, without its cancellation for large t."""
     del dt
     return -jnp.expm1((gamma + 1) * jnp.log1p(-1 / t))
 
 
-def _schedule(value: ScalarOrSchedule) -> Callable[[Any, Any], Any]:
+def _schedule(value: ScalarOrSchedule) -> Callable[[Count, Count], Number]:
     """``value`` as a function of ``(t, dt)``; a schedule counts steps from 0."""
     if callable(value):
         return lambda t, dt: _called(value(_numerics.step_of(t, dt)))
     return lambda t, dt: value
 
 
-def _called(value: Any) -> Any:
+def _called(value: Number) -> Number:
     """``value``, unless it is a function still."""
     if callable(value):
         raise ValueError(
@@ -810,7 +854,7 @@ def _called(value: Any) -> Any:
     return value
 
 
-def _scalar(value: Any, dtype: Any) -> jax.Array:
+def _scalar(value: ArrayLike, dtype: DTypeLike) -> jax.Array:
     """What a weight returned, as one number."""
     if jnp.ndim(_called(value)):
         raise ValueError(
@@ -820,7 +864,7 @@ def _scalar(value: Any, dtype: Any) -> jax.Array:
     return jnp.asarray(value, dtype)
 
 
-def _log(value: Any) -> Any:
+def _log(value: Number) -> Number:
     """Logarithm in float64 for a Python number, traced otherwise."""
     if isinstance(value, float):
         return math.log(value) if value > 0 else -math.inf

@@ -418,7 +418,8 @@ def test_state_may_be_donated_at_once(tmp_path, open_stores):
     later = step(state, jax.tree.map(lambda x: -9 * x, params))
     jax.block_until_ready(later)
     found = store.reconstruct(params, sigma_rel=0.05)
-    np.testing.assert_array_equal(found["w"], wanted)
+    # After one step both widths hold the same: a sum of parts of it, rounded once.
+    np.testing.assert_allclose(found["w"], wanted, rtol=float(jnp.finfo("f4").eps))
 
 
 @pytest.mark.parametrize("explicit", [True, False])

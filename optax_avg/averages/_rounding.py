@@ -1,6 +1,6 @@
 """One step of a running average on a tree, in three roundings.
 
-a <- a + w (x - a)
+    a <- a + w (x - a)
 
 On the first iterate (``first``), which meets what the average starts from, an element
 that is not finite is replaced by the iterate's.

@@ -27,6 +27,18 @@ from optax_avg.averages._options import (
 )
 from optax_avg.averages._rule import averaging, every_and_start
 
+__all__ = [
+    "average",
+    "bema",
+    "ema_params",
+    "lr_weighted_average",
+    "polyak_average",
+    "power_ema",
+    "swa",
+    "tail_average",
+    "window_average",
+]
+
 
 @with_options(AverageOptions)
 def average(

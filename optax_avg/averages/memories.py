@@ -21,6 +21,18 @@ from jax import lax
 from optax_avg import _checks, _numerics, weights
 from optax_avg.averages import _rounding
 
+__all__ = [
+    "CorrectedMemory",
+    "Kept",
+    "Memory",
+    "RunningMemory",
+    "Turn",
+    "WindowMemory",
+    "corrected",
+    "running",
+    "window",
+]
+
 Params = optax.Params
 Rounding = Literal["stochastic", "compensated"]
 

@@ -4,7 +4,7 @@ What both chains hold is carried over unchanged or refused by name; nothing is f
 """
 
 import warnings
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jax.core import Tracer
 from optax_avg import _leaves
 from optax_avg.averages.readout import is_average_state
 
+__all__ = ["migrate_state"]
+
+State = TypeVar("State")
 INJECTED = (optax.InjectHyperparamsState, optax.InjectStatefulHyperparamsState)
 # Fields that the averages of one link have in common.
 SHARED = ("step", "absorbed", "rejected", "start", "every")
@@ -23,7 +26,7 @@ COUNTERS = ("count", "step", "gradient_step", "rule_step")
 AFRESH = "to start it afresh, give it another name="
 
 
-def migrate_state(new_state: Any, old_state: Any) -> Any:
+def migrate_state(new_state: State, old_state: Any) -> State:
     """Moves an old optimizer state into a chain to which averages were added.
 
     Checkpoint libraries refuse a state whose structure has changed. Restore the old one
@@ -40,7 +43,7 @@ def migrate_state(new_state: Any, old_state: Any) -> Any:
 
     Args:
       new_state: ``new_tx.init(params)``.
-      old_state: the restored state of the old optimizer.
+      old_state: The restored state of the old optimizer.
 
     Returns:
       A state for the new chain.

@@ -1,6 +1,6 @@
 """Reading averages out of an optimizer state, wherever in it they are."""
 
-from typing import Any
+from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -8,8 +8,12 @@ import jax.numpy as jnp
 from optax_avg import _leaves
 from optax_avg.averages._rule import AverageState
 
+__all__ = ["average_names", "averaged_params"]
 
-def averaged_params(state: Any, params: Any, name: str | None = None) -> Any:
+Params = TypeVar("Params")
+
+
+def averaged_params(state: Any, params: Params, name: str | None = None) -> Params:
     """The averaged parameters, in the structure and dtypes of ``params``.
 
     Finds averages in any nesting of ``optax.chain``, ``MultiSteps``, ``masked``,
@@ -21,10 +25,10 @@ def averaged_params(state: Any, params: Any, name: str | None = None) -> Any:
     by member.
 
     Args:
-      state: an optimizer state, or an object with an ``opt_state`` (a Flax
+      state: An optimizer state, or an object with an ``opt_state`` (a Flax
         ``TrainState``, an ``nnx.Optimizer``).
-      params: the current parameters, structured as the optimizer was initialised.
-      name: which average; may be left out if there is just one.
+      params: The current parameters, structured as the optimizer was initialised.
+      name: Name of the average. It may be left out if there is just one.
 
     Returns:
       A tree like ``params``.
@@ -54,7 +58,7 @@ def average_names(state: Any) -> list[str]:
     """Names of the averages in an optimizer state, sorted.
 
     Args:
-      state: as in :func:`averaged_params`.
+      state: An optimizer state, or an object with an ``opt_state``.
 
     Returns:
       The names, without repetition.
@@ -67,18 +71,20 @@ def average_names(state: Any) -> list[str]:
     return sorted({name for node in average_states(state) for name in node.averages})
 
 
-def is_average_state(node: Any) -> bool:
+def is_average_state(node: Any) -> TypeGuard[AverageState]:
     """Whether a node of an optimizer state is the state of an average."""
     return isinstance(node, AverageState)
 
 
-def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
+def read_leaves(
+    state: Any, params: Any, name: str | None
+) -> list[tuple[jax.Array, jax.Array] | None]:
     """For each leaf of ``params``, ``(is there an iterate, average)`` or None.
 
     Args:
-      state: as in :func:`averaged_params`, as all that follow.
-      params: the current parameters.
-      name: which average.
+      state: An optimizer state, or an object with an ``opt_state``.
+      params: The current parameters.
+      name: Name of the average. None stands for the only one.
 
     Returns:
       A list as long as ``params`` has leaves; averages have the dtypes of ``params``.
@@ -97,7 +103,7 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
     if name not in names:
         raise ValueError(f"there is no average named {name!r}; there is {names}.")
     paths = jax.tree.flatten_with_path(params)[0]
-    found: list[Any] = [None] * len(paths)
+    found: list[tuple[jax.Array, jax.Array] | None] = [None] * len(paths)
     for node in average_states(state):
         if name not in node.averages:
             continue
@@ -115,14 +121,14 @@ def read_leaves(state: Any, params: Any, name: str | None) -> list[Any]:
     return found
 
 
-def average_states(state: Any) -> list[Any]:
+def average_states(state: Any) -> list[AverageState]:
     """The states of averages, in the order of the chain."""
     state = getattr(state, "opt_state", state)
     leaves = jax.tree.leaves(state, is_leaf=is_average_state)
     return [node for node in leaves if is_average_state(node)]
 
 
-def read_average(node: Any, name: str) -> Any:
+def read_average(node: AverageState, name: str) -> Any:
     """The average itself, from what the state keeps; stacked as the state is.
 
     Raises:

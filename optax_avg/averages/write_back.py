@@ -10,9 +10,11 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _checks, _mixups, _numerics, _sight
+from optax_avg import _checks, _mixups, _numerics, _sight, weights
 from optax_avg.averages.links import ema_params
 from optax_avg.averages.readout import average_names, is_average_state, read_leaves
+
+__all__ = ["lookahead", "switch_ema", "write_back"]
 
 
 def write_back(
@@ -26,9 +28,9 @@ def write_back(
     nothing is written.
 
     Args:
-      average: a transformation of this library with one average, such as
+      average: A transformation of this library with one average, such as
         ``ema_params(0.999)``.
-      every: optimizer steps between write-backs; at least 1.
+      every: Optimizer steps between write-backs; at least 1.
 
     Returns:
       A transformation with the state of ``average``; the last link of a chain.
@@ -39,21 +41,28 @@ def write_back(
       TypeError: If ``average`` is no transformation.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adam(1e-3), oa.write_back(oa.window_average(6), 100))
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(optax.sgd(1.0), oa.write_back(oa.window_average(2), 2))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(2):  # to 1, then to 2 and back to the mean of both
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> float(x)
+      1.5
     """
     return _write_back("write_back", average, _checks.check_integer("every", every, 1))
 
 
 def switch_ema(
-    decay: Any, every: int, *, debias: bool = True
+    decay: weights.ScalarOrSchedule, every: int, *, debias: bool = True
 ) -> optax.GradientTransformationExtraArgs:
     """Switch EMA: every ``every`` steps, an epoch, training continues from the EMA.
 
     Args:
-      decay: of the EMA, in [0, 1], or a schedule of it.
-      every: optimizer steps between switches; at least 1.
-      debias: whether the EMA leaves out the initial parameters.
+      decay: Decay of the EMA, in [0, 1], or a schedule of it.
+      every: Optimizer steps between switches; at least 1.
+      debias: Whether the EMA leaves out the initial parameters.
 
     Returns:
       A transformation; the last link of a chain.
@@ -62,8 +71,15 @@ def switch_ema(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adamw(1e-3), oa.switch_ema(0.999, every=500))
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(optax.sgd(1.0), oa.switch_ema(0.5, every=2))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(2):  # to 3, then to 6 and back to the EMA of both
+      ...     u, state = tx.update(jnp.array(-3.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> float(x)
+      5.0
 
     References:
       Li et al., "Switch EMA: A Free Lunch for Better Flatness and Sharpness", 2024,
@@ -94,8 +110,15 @@ def lookahead(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adam(1e-3), oa.lookahead(5, 0.5))
+      >>> import jax.numpy as jnp, optax, optax_avg as oa
+      >>> tx = optax.chain(optax.sgd(1.0), oa.lookahead(2, 0.5))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(2):  # to 1, then to 2 and half of the way back to 0
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> float(x)
+      1.0
 
     References:
       Zhang et al., "Lookahead Optimizer: k steps forward, 1 step back", 2019,

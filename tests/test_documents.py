@@ -1,0 +1,66 @@
+"""What README and docs say: their code runs, their links and names exist."""
+
+import inspect
+import operator
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+import optax_avg as oa
+
+ROOT = Path(__file__).resolve().parent.parent
+PAGES = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
+each_page = pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+
+
+def names_in(text):
+    """What a page calls ``oa.name`` or ``oa.family.name``."""
+    return set(re.findall(r"\boa((?:\.[a-zA-Z_]\w*)+)", text))
+
+
+@each_page
+def test_names_exist(page):
+    for name in names_in(page.read_text()):
+        operator.attrgetter(name[1:])(oa)
+
+
+@each_page
+def test_links_lead_to_files(page):
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).is_file(), link
+
+
+@each_page
+def test_commands_name_files_that_exist(page):
+    text = page.read_text()
+    for name in re.findall(r"\b(?:examples|benchmarks|notebooks|tests)/\w+\.\w+", text):
+        assert (ROOT / name).is_file(), name
+
+
+def test_every_function_stands_in_the_methods():
+    text = (ROOT / "docs" / "methods.md").read_text()
+    functions = [n for n in oa.__all__ if inspect.isfunction(getattr(oa, n))]
+    missing = [name for name in functions if not re.search(rf"\b{name}\b", text)]
+    assert not missing
+
+
+def loss(params, batch):
+    return jnp.sum((jnp.broadcast_to(params["w"], batch.shape) - batch) ** 2)
+
+
+def test_code_of_the_readme_runs():
+    blocks = re.findall(r"```python\n(.*?)```", PAGES[0].read_text(), re.DOTALL)
+    assert len(blocks) == 3
+    batch = jnp.arange(6.0).reshape(3, 2)
+    spaces = {"jax": jax, "jnp": jnp, "loss": loss, "batch": batch}
+    spaces["params"] = {"w": jnp.ones(2)}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), spaces)
+    assert spaces["averaged"]["w"].tolist() == [1.0, 1.0]
+    # The first step of Adam is as long as its learning rate.
+    assert jnp.abs(spaces["updates"]["w"]).tolist() == pytest.approx(
+        [1e-3] * 2, rel=1e-4
+    )
