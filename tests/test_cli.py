@@ -21,7 +21,8 @@ import safetensors.numpy
 
 import optax_avg as oa
 from optax_avg import merging
-from optax_avg.cli import _checkpoints, _leafwise, _sources
+from optax_avg._checkpoints import opening, sources
+from optax_avg.cli import _leafwise
 from optax_avg.merging import soups
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -153,7 +154,7 @@ def save_orbax(path, flat, only=None):
 
 @pytest.mark.parametrize("batch", [1, 2**25])
 def test_orbax_in_and_out(batch, files, run, monkeypatch):
-    monkeypatch.setattr(_sources, "BATCH", batch)
+    monkeypatch.setattr(sources, "BATCH", batch)
     trees = [save_orbax(f"{name}_dir", files[name], "params") for name in "ab"]
     out = ["--out", "merged", "--only", "params"]
     checked(run("merge", "soup", "a_dir", "b_dir", *out))
@@ -246,7 +247,7 @@ def test_reconstruct_names_what_is_broken_and_out_of_reach(tmp_path, run):
         if path.is_file():
             path.write_bytes(b"")
     for target, said in (
-        (["--sigma-rel", "0.08"], "snapshot of step 16 is left out"),
+        (["--sigma-rel", "0.08"], "snapshot of step 16 is skipped"),
         (["--sigma-rel", "0.01"], "miss the weights"),
     ):
         out = ["--out", tmp_path / f"{target[1]}.safetensors"]
@@ -394,9 +395,9 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
     for name in "xy":
         leaves = {f"l{i:02}": np.ones(1000, np.float32) for i in range(16)}
         safetensors.numpy.save_file(leaves, f"{name}.safetensors")
-    monkeypatch.setattr(_sources, "BATCH", 4000)
+    monkeypatch.setattr(sources, "BATCH", 4000)
     sizes = []
-    read = _checkpoints.open_checkpoint
+    read = opening.open_checkpoint
 
     def counted(path, only):
         source = read(path, only)
@@ -424,10 +425,10 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
         (
             "merge soup a.safetensors odd.safetensors",
             1,
-            r"layer.w has shape (2,) in odd",
+            "odd.safetensors has shape (2,) at layer.w, where a",
         ),
         ("merge soup a.safetensors less.safetensors", 1, "has no leaf emb, which a"),
-        ("merge soup less.safetensors a.safetensors", 1, "has a leaf emb, less"),
+        ("merge soup less.safetensors a.safetensors", 1, "has a leaf emb, which less"),
         ("merge soup a.safetensors --only x", 1, "has no subtree 'x'; at its top are"),
         ("merge soup a.safetensors --weights 1,2", 2, "must be 1 numbers of sum one"),
         ("merge soup a.safetensors --weights x", 2, "are not numbers"),

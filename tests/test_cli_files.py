@@ -16,8 +16,9 @@ import orbax.checkpoint as ocp
 import pytest
 import safetensors.numpy
 
+from optax_avg._checkpoints import opening
+from optax_avg._checkpoints.leaves import Leaf
 from optax_avg.cli import (
-    _checkpoints,
     _commit,
     _leafwise,
     _merge,
@@ -71,7 +72,7 @@ def names():
 
 def number_of(path):
     """The first element of ``b``, by which a result is told from others."""
-    return float(_checkpoints.open_checkpoint(str(path)).read([0])[0].flat[1])
+    return float(opening.open_checkpoint(str(path)).read([0])[0].flat[1])
 
 
 # --- paths that no result may have ---
@@ -480,7 +481,7 @@ def test_of_two_merges_one_is_done(out, links, run, monkeypatch):
     code, _, errors = run(*SOUP, "--out", out)
     assert (codes, code) == ([0], 1)
     assert "error: " in errors
-    merged = _checkpoints.open_checkpoint(out)
+    merged = opening.open_checkpoint(out)
     where = [leaf.name for leaf in merged.leaves].index("w")
     mine = safetensors.numpy.load_file("b.safetensors")["w"]
     np.testing.assert_array_equal(merged.read([where])[0], mine)
@@ -858,7 +859,7 @@ def test_errors_of_arguments_come_before_the_bar(run):
 @pytest.mark.parametrize("form", [_writing.SAFETENSORS, _writing.ORBAX])
 def test_names_that_would_become_one(form):
     paths = [("a.b",), ("a", "b"), ("c",)]
-    leaves = [_checkpoints.Leaf(path, (2,), "float32") for path in paths]
+    leaves = [Leaf(path, (2,), "float32") for path in paths]
     with pytest.raises(ValueError, match=r"2 leaves would be called a\.b"):
         form.check(leaves)
     form.check(leaves[1:])
@@ -898,7 +899,7 @@ def test_a_dry_run_says_what_would_be_done(place, run, monkeypatch):
     for path in MODELS:
         leaves = {"w": np.ones((3, 2), np.float32), "n": np.arange(3)}
         safetensors.numpy.save_file(leaves, path)
-    opened = _checkpoints.open_checkpoint
+    opened = opening.open_checkpoint
     unread = lambda *args: opened(*args)._replace(read=None)
     monkeypatch.setattr(_leafwise, "open_checkpoint", unread)
     save_orbax("out")

@@ -16,12 +16,13 @@ import safetensors
 import safetensors.numpy
 
 from optax_avg import merging
-from optax_avg.cli import _leafwise, _sources
-from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg._checkpoints import sources
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.opening import open_checkpoint
+from optax_avg.cli import _leafwise
 from optax_avg.cli._leafwise import by_rule
-from optax_avg.cli._sources import Leaf
 from optax_avg.merging import curvature, soups, spheres, task_vectors
-from optax_avg.merging._leaves import over
+from optax_avg.merging._trees import merged
 
 W = [0.5, 0.3, 0.2]
 
@@ -255,7 +256,7 @@ def test_parts_make_the_whole(name, dtype, scale):
                 np.float64(found) / scale, np.float64(whole) / scale, 16 * eps, 1e-6
             )
     np.testing.assert_allclose(
-        np.float64(over(rule, xs)) / scale, np.float64(whole) / scale, 1e-2, 1e-6
+        np.float64(merged(rule, xs)) / scale, np.float64(whole) / scale, 1e-2, 1e-6
     )
 
 
@@ -274,7 +275,7 @@ def test_a_leaf_larger_than_a_batch(method, suffix, run, monkeypatch):
             with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as writer:
                 writer.save(Path(name).absolute(), args=ocp.args.PyTreeSave(leaves))
     checked(run(*command(method, suffix), "--out", "whole" + suffix))
-    monkeypatch.setattr(_sources, "BATCH", 1000)
+    monkeypatch.setattr(sources, "BATCH", 1000)
     sizes = []
     read = _leafwise.open_checkpoint
 
@@ -308,7 +309,7 @@ def test_a_leaf_larger_than_a_batch(method, suffix, run, monkeypatch):
 @every_method
 @pytest.mark.parametrize(("batch", "value"), [(1000, np.nan), (2**25, np.inf)])
 def test_a_model_that_is_not_finite_is_named(method, batch, value, run, monkeypatch):
-    monkeypatch.setattr(_sources, "BATCH", batch)
+    monkeypatch.setattr(sources, "BATCH", batch)
     good = {"a": np.ones(9, np.float32), "layer.w": np.ones(500, np.float32)}
     for name in ("x0", "x1", "x2", *FILES):
         save(name, good)

@@ -20,9 +20,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from optax_avg import merging
-from optax_avg.cli import _orbax_parts, _orbax_reads, _sources
-from optax_avg.cli._checkpoints import open_checkpoint
-from optax_avg.cli._sources import Leaf
+from optax_avg._checkpoints import _orbax_reads, orbax_parts, sources
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.opening import open_checkpoint
 from optax_avg.cli._targets import target_of
 from optax_avg.cli._writing import ORBAX, write_checkpoint
 
@@ -34,7 +34,7 @@ def test_boxes_make_a_range(shape, data):
     x = np.arange(math.prod(shape)).reshape(shape)
     begin = data.draw(st.integers(0, x.size))
     end = data.draw(st.integers(begin, x.size))
-    found = [np.ravel(x[box]) for box in _orbax_parts.boxes(shape, begin, end)]
+    found = [np.ravel(x[box]) for box in orbax_parts.boxes(shape, begin, end)]
     np.testing.assert_array_equal(np.concatenate([[], *found]), np.arange(begin, end))
     assert len(found) <= 2 * max(len(shape), 1)
 
@@ -42,12 +42,12 @@ def test_boxes_make_a_range(shape, data):
 @given(shapes, st.integers(1, 30), st.data())
 def test_parts_are_regrouped_to_chunks(shape, most, data):
     x = np.arange(math.prod(shape))
-    chunk = _orbax_parts.chunk_of(shape, most)
+    chunk = orbax_parts.chunk_of(shape, most)
     assert math.prod(chunk) <= most
     cuts = data.draw(st.lists(st.integers(0, x.size), max_size=5).map(sorted))
     parts = np.split(x, cuts)
     made, count = np.full(shape, -1), 0
-    for box, elements in _orbax_parts.in_chunks(shape, chunk, parts):
+    for box, elements in orbax_parts.in_chunks(shape, chunk, parts):
         assert elements.size <= math.prod(chunk)
         made[box] = elements.reshape(made[box].shape)
         count += 1
@@ -91,7 +91,7 @@ def no_copy():
     "shape", [(997,), (40, 25), (3, 1, 331), (1000, 1), (7, 11, 13)]
 )
 def test_orbax_reads_what_is_written_by_parts(shape, tmp_path, monkeypatch):
-    monkeypatch.setattr(_sources, "BATCH", 500)
+    monkeypatch.setattr(sources, "BATCH", 500)
     tree = tree_of(shape)
     written(tree, tmp_path / "made", 7)
     found = restored(tmp_path / "made")
@@ -201,7 +201,7 @@ def test_however_it_is_saved_the_same_comes_out(method, tmp_path, run, monkeypat
     models = [rng.normal(size=(40, 30)).astype(np.float32) for _ in range(2)]
     options = {"task-arithmetic": ["0", "--base", "1"]}
     made = set()
-    monkeypatch.setattr(_sources, "BATCH", 1000)
+    monkeypatch.setattr(sources, "BATCH", 1000)
     for how in ("in chunks", "as it is", "over columns"):
         for i, x in enumerate(models):
             save(Path(str(i)), how, x)
@@ -260,14 +260,14 @@ def test_what_is_being_written_is_waited_for():
         raise RuntimeError("no more")
 
     with pytest.raises(RuntimeError, match="no more"):
-        _orbax_parts.write_parts(Store(), (1,), parts())
+        orbax_parts.write_parts(Store(), (1,), parts())
     assert waited == [0, 1, 2]
 
 
 def test_a_disk_that_fails_while_parts_are_written(tmp_path, monkeypatch):
     """The error is the disk's, and nothing stays."""
-    monkeypatch.setattr(_sources, "BATCH", 500)
-    write, count = _orbax_parts.write_parts, []
+    monkeypatch.setattr(sources, "BATCH", 500)
+    write, count = orbax_parts.write_parts, []
 
     def failing(store, chunk, parts):
         def some():

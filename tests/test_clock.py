@@ -210,7 +210,7 @@ def test_only_the_newest_run_is_combined(labels, again, store_of):
     store, save = store_of()
     trained(tx, 80, save=save, stride=20, unit=labels)
     trained(tx, again, None, 80, save=save, stride=20, unit=labels)
-    with pytest.warns(UserWarning, match="begun anew after step 80|after step 240"):
+    with pytest.warns(UserWarning, match="created anew after step 80|after step 240"):
         plan = store.plan(sigma_rel=0.1)
     assert min(part.step for part in plan.parts) == 100 * labels
     assert plan.residual < 1e-6
@@ -228,7 +228,7 @@ def test_a_restart_with_one_snapshot_of_each_run(store_of):
     store, save = store_of()
     save(trained(tx, 40), 40)
     save(trained(tx, 100, None, 40), 140)
-    with pytest.warns(UserWarning, match="begun anew after step 40"):
+    with pytest.warns(UserWarning, match="created anew after step 40"):
         plan = store.plan(sigma_rel=0.1)
     assert {part.step for part in plan.parts} == {140}
 
@@ -388,7 +388,7 @@ def test_snapshots_of_another_store_are_not_combined(store_of, tmp_path):
     ):
         assert store.plan(sigma_rel=0.08) == wanted
     with pytest.warns(
-        UserWarning, match=r"steps \[20, 40\] are left out.* step=40 takes"
+        UserWarning, match=r"steps \[20, 40\] are skipped.* step=40 uses"
     ):
         plan = store.plan(sigma_rel=0.08, step=50)
     assert {part.step for part in plan.parts} == {30, 50}
@@ -411,7 +411,7 @@ def test_means_are_of_one_store_unless_steps_are_named(tmp_path):
                 store.save(None, step, {"w": jnp.full(2, float(step))})
     store = SnapshotStore(tmp_path / "one")
     copied(3, tmp_path / "other", store)
-    with pytest.warns(UserWarning, match=r"snapshots of steps \[3\] are left out"):
+    with pytest.warns(UserWarning, match=r"snapshots of steps \[3\] are skipped"):
         np.testing.assert_allclose(store.mean()["w"], 7 / 3, rtol=1e-6)
     assert store.mean(steps=[3, 4])["w"][0] == 3.5
     path = tmp_path / "one" / "1" / "record" / "metadata"
@@ -419,7 +419,7 @@ def test_means_are_of_one_store_unless_steps_are_named(tmp_path):
     del record["store"], record["underflow"]
     record["checksum"] = _integrity.digest(record | {"checksum": ""})
     path.write_text(json.dumps(record))
-    with pytest.warns(UserWarning, match=r"snapshots of steps \[3\] are left out"):
+    with pytest.warns(UserWarning, match=r"snapshots of steps \[3\] are skipped"):
         np.testing.assert_allclose(store.mean()["w"], 7 / 3, rtol=1e-6)
 
 

@@ -1,4 +1,4 @@
-"""Damage to snapshots on disk: what is hurt is left out by name, the rest is right."""
+"""Damage to snapshots on disk: what is hurt is skipped by name, the rest is right."""
 
 import contextlib
 import gc
@@ -76,7 +76,7 @@ def answers(directory):
         with warnings.catch_warnings(record=True) as seen:
             warnings.simplefilter("always")
             answer = query(store)
-        said = [str(w.message) for w in seen if "left out" in str(w.message)]
+        said = [str(w.message) for w in seen if "skipped" in str(w.message)]
         found[name] = jax.tree.map(np.asarray, answer), said
     return found
 
@@ -212,7 +212,7 @@ def test_snapshots_under_the_names_of_others(intact, tmp_path):
     shutil.copytree(intact, tmp_path / "moved")
     (tmp_path / "moved" / "12").rename(tmp_path / "moved" / "16")
     store = SnapshotStore(tmp_path / "moved")
-    with pytest.warns(RuntimeWarning, match="step 16 is left out .* of step 12"):
+    with pytest.warns(RuntimeWarning, match="step 16 is skipped .* of step 12"):
         found = store.mean()
     chex.assert_trees_all_equal(found, SnapshotStore(intact).mean(steps=[8]))
     (tmp_path / "moved" / "8").rename(tmp_path / "moved" / "12")

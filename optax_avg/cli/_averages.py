@@ -3,8 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from enum import StrEnum
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax.numpy as jnp
 import numpy as np
@@ -13,21 +12,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg import posthoc
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.opening import open_checkpoint
+from optax_avg._checkpoints.orbax import is_remote
+from optax_avg._checkpoints.sources import Checkpoint
 from optax_avg.cli._output import Only, Output, check, write, writes
-from optax_avg.cli._sources import Checkpoint, Leaf
-from optax_avg.posthoc import _clock, _disk, _plan, _reconstruct
-from optax_avg.posthoc._plan import target_of
-
-Row = tuple[str, int, Any]  # name, iterates, and which average it is, if known
-
-
-class Normalize(StrEnum):
-    """How the weights of snapshots are normalised."""
-
-    constrained = "constrained"
-    sum = "sum"
-    none = "none"
 
 
 @writes
@@ -49,7 +39,10 @@ def reconstruct(
     name: Annotated[
         list[str] | None, typer.Option(help="Averages to make it of; by default all.")
     ] = None,
-    normalize: Annotated[Normalize, typer.Option()] = Normalize.constrained,
+    normalize: Annotated[
+        posthoc.Normalization,
+        typer.Option(help="How the weights of snapshots are normalised."),
+    ] = "constrained",
     dtype: Annotated[str, typer.Option(help="Of the result.")] = "float32",
 ) -> None:
     """Make an average that was not kept, from the snapshots of others.
@@ -65,43 +58,39 @@ def reconstruct(
         raise typer.BadParameter(
             f"pass one of --sigma-rel, --half-life and --window, got {len(given)}."
         )
-    goal = target_of(sigma_rel, half_life, window)
     check(output, [store])
     _check_directory(store)
-    with _disk.reader_of(_disk.absolute(store)) as reader:
-        records = _reconstruct.records_of(reader)
-        if not _disk.steps_of(reader.directory):
-            raise ValueError(f"{store} holds no snapshots; {_wanted(store)}")
 
-        def summed(left: dict[int, _disk.Record]) -> None:
-            plan = _plan.planned(
-                reader, left, goal, step, name or None, normalize.value
-            )
-            _plan.warn_of_residual(plan)
-            stored = _reconstruct.leaves_of(left, plan.parts)
-            place = _reconstruct.sharding_of(None)
+    def summed(stream: posthoc.Stream) -> None:
+        def make(batch: list[int]) -> list[list[np.ndarray]]:
+            return [[np.asarray(x).astype(kind)] for x in stream.compute(batch)]
 
-            def make(batch: list[int]) -> list[list[np.ndarray]]:
-                found = _reconstruct.summed_leaves(
-                    reader, left, plan.parts, batch, [place] * len(batch)
-                )
-                return [[np.asarray(x).astype(kind)] for x in found]
+        leaves = [Leaf(leaf.path, leaf.shape, str(kind)) for leaf in stream.leaves]
+        parts = stream.plan.parts
+        wanted = ", ".join(f"--{name} {x}" for name, x in given.items())
+        what = f"{wanted} at step {parts[-1].step} of {len(parts)} snapshots"
+        write(output, [(store, stream.nbytes)], leaves, make, what)
 
-            leaves = [Leaf(leaf.path, leaf.shape, str(kind)) for leaf in stored]
-            size = sum(math.prod(x.shape) * jnp.dtype(x.dtype).itemsize for x in stored)
-            reads = [(store, size * len(plan.parts))]
-            wanted = ", ".join(f"--{name} {x}" for name, x in given.items())
-            what = (
-                f"{wanted} at step {plan.parts[-1].step} of {len(plan.parts)} snapshots"
-            )
-            write(output, reads, leaves, make, what)
-
-        _reconstruct.without_broken(reader, records, summed)
+    try:
+        posthoc.stream_average(
+            store,
+            summed,
+            sigma_rel=sigma_rel,
+            half_life=half_life,
+            window=window,
+            step=step,
+            names=name or None,
+            normalize=normalize,
+        )
+    except posthoc.NoSnapshotError:
+        if posthoc.SnapshotStore(store).steps():
+            raise
+        raise ValueError(f"{store} holds no snapshots; {_wanted(store)}") from None
 
 
 def _check_directory(store: str) -> None:
     """Raises unless there is a directory, which may be that of a store."""
-    if _disk.is_remote(store) or os.path.isdir(store):
+    if is_remote(store) or os.path.isdir(store):
         return
     said = "is not a directory" if os.path.exists(store) else "does not exist"
     raise ValueError(f"{store} {said}; {_wanted(store)}")
@@ -114,7 +103,7 @@ def _wanted(store: str) -> str:
     )
 
 
-def _dtype(name: str) -> Any:
+def _dtype(name: str) -> np.dtype:
     try:
         kind = jnp.dtype(name)
     except TypeError as error:
@@ -130,35 +119,15 @@ def inspect(
 ) -> None:
     """Show leaves, dtypes and bytes; of a store, its averages, widths and mean ages."""
     shown = Console()
-    if path and _disk.is_store(path):
-        with _disk.reader_of(_disk.absolute(path)) as reader:
-
-            def newest(left: dict[int, _disk.Record]) -> tuple[Any, ...]:
-                if not left:
-                    raise ValueError(f"{path} has no snapshot that can be read.")
-                last = left[max(left)]
-                chosen = [(last, name) for name in last.leaves]
-                return left, last, _plan.kinds_of(reader, chosen, {last.step: 0})
-
-            records, last, kinds = _reconstruct.without_broken(
-                reader, _reconstruct.records_of(reader), newest
-            )
-            shown.print(
-                f"{len(records)} snapshots, steps {min(records)} to {max(records)}"
-            )
-            shown.print(
-                _table((name, last.absorbed[name], k) for (_, name), k in kinds.items())
-            )
-            leaves = [
-                Leaf((name, *leaf.path), leaf.shape, leaf.dtype)
-                for name, found in last.leaves.items()
-                for leaf in found
-            ]
+    if path and posthoc.is_store(path):
+        found = posthoc.summarize_store(path)
+        steps, leaves, averages = found.steps, found.leaves, found.averages
+        shown.print(f"{len(steps)} snapshots, steps {steps[0]} to {steps[-1]}")
     else:
         source = open_checkpoint(path, only)
         leaves, averages = source.leaves, _averages_in(source)
-        if averages:
-            shown.print(_table(averages))
+    if averages:
+        shown.print(_table(averages))
     table = Table(Column("leaf", overflow="fold"), "shape", "dtype", "bytes")
     for leaf in leaves:
         table.add_row(
@@ -170,40 +139,41 @@ def inspect(
     shown.print(f"{len(leaves)} leaves, {count:,} numbers, {total:,} bytes")
 
 
-def _averages_in(source: Checkpoint) -> list[Row]:
+def _averages_in(source: Checkpoint) -> list[posthoc.AverageSummary]:
     """Averages in a checkpoint of an optimizer state, by the names of its fields."""
     where = {leaf.path: i for i, leaf in enumerate(source.leaves)}
-    rows: dict[tuple[int, str], Row] = {}
+    found: dict[tuple[int, str], posthoc.AverageSummary] = {}
     for leaf in source.leaves:
         for depth, field in enumerate(leaf.path[:-1]):
             count = where.get((*leaf.path[:depth], "absorbed"))
             if field != "averages" or count is None or len(leaf.path) < depth + 3:
                 continue
             name, part = leaf.path[depth + 1 : depth + 3]
-            if (count, name) not in rows:
+            if (count, name) not in found:
                 gamma = where.get((*leaf.path[:depth], "averages", name, "gamma"))
-                kind: Any = None
-                if part == "ring":
-                    kind = _clock.Window(leaf.shape[0])
-                elif gamma is not None:
-                    kind = _clock.Power(float(np.max(source.read([gamma])[0])))
-                rows[count, name] = (name, int(np.max(source.read([count])[0])), kind)
-    return [*rows.values()]
+                window = leaf.shape[0] if part == "ring" else None
+                if window is not None or gamma is None:
+                    power = None
+                else:
+                    power = _largest(source, gamma)
+                found[count, name] = posthoc.summarize_average(
+                    name, int(_largest(source, count)), gamma=power, window=window
+                )
+    return [*found.values()]
 
 
-def _table(rows: Iterable[Row]) -> Table:
+def _largest(source: Checkpoint, i: int) -> float:
+    """The largest element of a leaf, as that of a stacked state."""
+    return float(np.max(source.read([i])[0]))
+
+
+def _table(averages: Iterable[posthoc.AverageSummary]) -> Table:
     names = Column("average", overflow="fold")
     table = Table(names, "iterates", "sigma_rel", "mean age", "kind")
-    for bare, t, kind in rows:
-        name = escape(bare)
-        if kind is None or not t:
-            table.add_row(name, str(t))
-            continue
-        p = _clock.weights_on_iterates(kind, t)
-        mean = float(p @ np.arange(t + 1))
-        width = math.sqrt(max(float(p @ (np.arange(t + 1) - mean) ** 2), 0)) / t
-        described = type(kind).__name__.lower()
-        table.add_row(
-            escape(name), str(t), f"{width:.3g}", f"{t - mean:.4g}", described
-        )
+    for average in averages:
+        cells = [escape(average.name), str(average.iterates)]
+        if average.sigma_rel is not None and average.mean_age is not None:
+            cells += [f"{average.sigma_rel:.3g}", f"{average.mean_age:.4g}"]
+            cells.append(average.kind or "")
+        table.add_row(*cells)
     return table

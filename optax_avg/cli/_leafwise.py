@@ -11,12 +11,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg.cli import _output, _sources
-from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg._checkpoints import sources
+from optax_avg._checkpoints.alike import difference
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.opening import open_checkpoint
+from optax_avg._checkpoints.rules import Rule, Slices, check_fault, widened
+from optax_avg._checkpoints.sources import Checkpoint
+from optax_avg.cli import _output
 from optax_avg.cli._signals import check_signals
-from optax_avg.cli._sources import Checkpoint, Leaf
 from optax_avg.cli._targets import Format
-from optax_avg.merging._leaves import Rule, Slices, check, widened
 
 READERS = 2  # models that are read at the same time
 PARTS = 4  # a part of a large leaf, in all trees together, is this share of a batch
@@ -74,7 +77,7 @@ def by_rule(rule: Rule) -> Method:
         found, start = rule.find(slices), 0
         for xs in slices():
             made, fault = combine(rule.after(found, start), xs)
-            check(rule, fault, leaf.name)
+            check_fault(rule, fault, leaf.name)
             start += made.size
             yield made
 
@@ -117,18 +120,18 @@ def merge_checkpoints(
       ValueError: If the checkpoints differ, or one or the result is not finite.
     """
     target = _output.check(output, paths, lambda path: format_of(path, {}))
-    sources = [open_checkpoint(path, only) for path in paths]
-    columns = _columns(sources, paths)
+    trees = [open_checkpoint(path, only) for path in paths]
+    columns = _columns(trees, paths)
     leaves = [column.leaf for column in columns]
     sizes = [0] * len(paths)
     for column in columns:
         for t in range(len(paths) if _is_inexact(column.leaf) else 1):
-            sizes[t] += sources[t].leaves[column.places[t]].nbytes
+            sizes[t] += trees[t].leaves[column.places[t]].nbytes
     what = f"{output.command} of {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}"
-    final = lambda path: format_of(path, sources[0].metadata)
+    final = lambda path: format_of(path, trees[0].metadata)
     with ThreadPoolExecutor(READERS) as readers:
         scratch = os.path.dirname(target.path)
-        job = Job(method, paths, sources, allow_nonfinite, readers, scratch)
+        job = Job(method, paths, trees, allow_nonfinite, readers, scratch)
         make = lambda batch: _made(job, [columns[i] for i in batch])
         reads = list(zip(paths, sizes, strict=True))
         _output.write(output, reads, leaves, make, what, final)
@@ -136,7 +139,7 @@ def merge_checkpoints(
 
 def _made(job: Job, columns: list[Column]) -> list[Iterable[np.ndarray]]:
     """The merged elements of some leaves; integers come from the first tree."""
-    if len(columns) == 1 and columns[0].leaf.nbytes > _sources.BATCH:
+    if len(columns) == 1 and columns[0].leaf.nbytes > sources.BATCH:
         return [_merged_by_parts(job, columns[0])]
     floats = [column for column in columns if _is_inexact(column.leaf)]
     kept = [column for column in columns if not _is_inexact(column.leaf)]
@@ -163,13 +166,13 @@ def _made(job: Job, columns: list[Column]) -> list[Iterable[np.ndarray]]:
 def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
     """The merged elements of a leaf that is never in memory as a whole."""
     is_float = _is_inexact(column.leaf)
-    sources = job.sources if is_float else job.sources[:1]
-    size = _sources.BATCH // PARTS // len(sources)
+    trees = job.sources if is_float else job.sources[:1]
+    size = sources.BATCH // PARTS // len(trees)
     step = max(1, size // max(4, column.itemsize))
     with contextlib.ExitStack() as files:
         reads = [
             source.parts(place, lambda: _unnamed_file(job.scratch, files))
-            for source, place in zip(sources, column.places, strict=False)
+            for source, place in zip(trees, column.places, strict=False)
         ]
 
         def parts() -> Iterator[list[np.ndarray]]:
@@ -240,39 +243,24 @@ def _is_inexact(leaf: Leaf) -> bool:
     return jnp.issubdtype(jnp.dtype(leaf.dtype), jnp.inexact)
 
 
-def _columns(sources: list[Checkpoint], paths: Sequence[str]) -> list[Column]:
+def _columns(trees: list[Checkpoint], paths: Sequence[str]) -> list[Column]:
     """The leaves of the first tree with their places in all.
 
     Raises:
       ValueError: If the trees differ.
     """
-    where = [{x.name: i for i, x in enumerate(source.leaves)} for source in sources]
+    first = trees[0].leaves
+    for path, source in zip(paths[1:], trees[1:], strict=True):
+        odd = difference(first, source.leaves, paths[0])
+        if odd:
+            raise ValueError(f"{path} {odd}; the checkpoints must be alike.")
+    where = [{x.name: i for i, x in enumerate(source.leaves)} for source in trees]
     columns = []
-    for leaf in sources[0].leaves:
-        for path, places, source in zip(paths, where, sources, strict=True):
-            if leaf.name not in places:
-                raise ValueError(
-                    f"{path} has no leaf {leaf.name}, which {paths[0]} has."
-                )
-            other = source.leaves[places[leaf.name]]
-            if other.shape != leaf.shape:
-                raise ValueError(
-                    f"{leaf.name} has shape {other.shape} in {path}, {leaf.shape} in "
-                    f"{paths[0]}."
-                )
-            if "complex" in other.dtype and "float" in leaf.dtype:
-                raise ValueError(
-                    f"{leaf.name} is {other.dtype} in {path}, {leaf.dtype} in "
-                    f"{paths[0]}; cast one of them."
-                )
+    for leaf in first:
         own = [places[leaf.name] for places in where]
-        found = zip(sources, own, strict=True)
+        found = zip(trees, own, strict=True)
         dtypes = [jnp.dtype(source.leaves[i].dtype) for source, i in found]
         size = max(dtype.itemsize for dtype in dtypes)
         wide = any(dtype.name in WIDE for dtype in dtypes)
         columns.append(Column(leaf, own, size, wide))
-    for path, places in zip(paths, where, strict=True):
-        for name in places:
-            if name not in where[0]:
-                raise ValueError(f"{path} has a leaf {name}, {paths[0]} has not.")
     return columns

@@ -8,10 +8,10 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from optax_avg.cli._huggingface import folder_of
+from optax_avg._checkpoints.huggingface import folder_of
+from optax_avg._checkpoints.safetensors import SUFFIX
 from optax_avg.cli._leafwise import Method, merge_checkpoints
 from optax_avg.cli._output import Output, bundles, say, writes
-from optax_avg.cli._safetensors import SUFFIX
 from optax_avg.cli._shards import bytes_of, folder_like
 from optax_avg.cli._targets import Format
 from optax_avg.cli._writing import format_of, safetensors_with

@@ -15,11 +15,11 @@ from rich.console import Console
 from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
-from optax_avg.cli import _sources
+from optax_avg._checkpoints import sources
+from optax_avg._checkpoints.huggingface import folder_of
+from optax_avg._checkpoints.leaves import Leaf, batches
 from optax_avg.cli._commit import warn_of_leftovers
-from optax_avg.cli._huggingface import folder_of
 from optax_avg.cli._signals import check_signals
-from optax_avg.cli._sources import Leaf
 from optax_avg.cli._targets import Format, Target, check_room, room, target_of
 from optax_avg.cli._writing import format_of, write_checkpoint
 
@@ -143,35 +143,22 @@ def write(
         print(_plan(target, reads, leaves, what))
         return
     order = sorted(range(len(leaves)), key=lambda i: leaves[i].path)
-    batch_of = _batches(leaves, order)
+    groups = batches([leaves[i].nbytes for i in order], sources.BATCH)
+    batch_of = {j: [order[k] for k in group] for group in groups for j in group}
     made: dict[int, Iterable[np.ndarray]] = {}
     with _progress(target.shown, total) as advance:
 
         def load(j: int) -> Iterator[np.ndarray]:
             check_signals()
-            i = order[j]
-            if i not in made:
+            if order[j] not in made:
                 made.clear()
-                made.update(zip(batch_of[i], make(batch_of[i]), strict=True))
-            for part in made.pop(i):
+                made.update(zip(batch_of[j], make(batch_of[j]), strict=True))
+            for part in made.pop(order[j]):
                 check_signals()
                 advance(part.nbytes)
                 yield part
 
         write_checkpoint(target, [leaves[i] for i in order], load)
-
-
-def _batches(leaves: list[Leaf], order: list[int]) -> dict[int, list[int]]:
-    """From each leaf to those that are made with it."""
-    batch_of: dict[int, list[int]] = {}
-    batch, total = [], 0
-    for i in order:
-        if batch and total + leaves[i].nbytes > _sources.BATCH:
-            batch, total = [], 0
-        batch.append(i)
-        batch_of[i] = batch
-        total += leaves[i].nbytes
-    return batch_of
 
 
 def _plan(

@@ -12,9 +12,9 @@ import os
 import re
 import shutil
 
-from optax_avg.cli._huggingface import INDEX, PICKLED, SINGLE
-from optax_avg.cli._safetensors import SUFFIX
-from optax_avg.cli._sources import Leaf
+from optax_avg._checkpoints.huggingface import INDEX, PICKLED, SINGLE
+from optax_avg._checkpoints.leaves import Leaf, batches
+from optax_avg._checkpoints.safetensors import SUFFIX
 from optax_avg.cli._targets import Format, Load
 from optax_avg.cli._writing import check_safetensors, write_safetensors
 
@@ -49,19 +49,6 @@ def bytes_of(size: str) -> int:
     return math.floor(nbytes)
 
 
-def shards_of(leaves: list[Leaf], max_bytes: int) -> list[list[int]]:
-    """Indices of the leaves of each shard, in order; a leaf is never divided."""
-    shards: list[list[int]] = [[]]
-    total = 0
-    for i, leaf in enumerate(leaves):
-        if shards[-1] and total + leaf.nbytes > max_bytes:
-            shards.append([])
-            total = 0
-        shards[-1].append(i)
-        total += leaf.nbytes
-    return shards
-
-
 def folder_like(model: str, max_bytes: int, metadata: dict[str, str]) -> Format:
     """The format of a Hugging Face folder with the files of another one.
 
@@ -89,7 +76,7 @@ def _write(
     os.mkdir(path)
     for name in _companions(model):
         shutil.copyfile(os.path.join(model, name), os.path.join(path, name))
-    shards = shards_of(leaves, max_bytes)
+    shards = batches([leaf.nbytes for leaf in leaves], max_bytes) or [[]]
     weight_map = {}
     for number, shard in enumerate(shards, start=1):
         name = f"model-{number:05}-of-{len(shards):05}{SUFFIX}"

@@ -15,13 +15,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from optax_avg.cli._safetensors import SUFFIX
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.orbax import MARKS, RECORD, is_remote
+from optax_avg._checkpoints.safetensors import SUFFIX
 from optax_avg.cli._signals import check_signals
-from optax_avg.cli._sources import Leaf
-from optax_avg.posthoc import _disk
 
 INDEX_SUFFIX = f"{SUFFIX}.index.json"  # of the list of a model's shards
-MARKS = ("_CHECKPOINT_METADATA", "_METADATA")  # of a directory that Orbax wrote
 LONGEST = 120  # bytes of a name that is kept as it is where something is added
 EXACT = ("ext2", "ext3", "ext4", "xfs", "tmpfs")  # they store a byte as a byte
 
@@ -98,7 +97,7 @@ def _normalised(out: str) -> tuple[str, str]:
     """A path without dots and links, and how to show it."""
     if not out:
         raise ValueError("--out is empty; pass the path of the result.")
-    if _disk.is_remote(out):
+    if is_remote(out):
         raise ValueError(
             f"--out {out} is not on a local disk; write to one and copy the result."
         )
@@ -115,7 +114,7 @@ def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
             f"{shown} is, or holds, the current directory; pass a path within it."
         )
     for given in inputs:
-        if _disk.is_remote(given) or not os.path.exists(given):
+        if is_remote(given) or not os.path.exists(given):
             continue
         if os.path.exists(path) and os.path.samefile(given, path):
             raise ValueError(f"{shown} is an input, which is read; pass another --out.")
@@ -132,7 +131,7 @@ def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
     for folder in Path(path).parents:
         if any((folder / mark).exists() for mark in MARKS):
             raise ValueError(f"{shown} lies in {folder}, a checkpoint.")
-    if any(Path(path).parent.glob(f"[0-9]*/{_disk.RECORD}")):
+    if any(Path(path).parent.glob(f"[0-9]*/{RECORD}")):
         raise ValueError(f"{shown} lies in {Path(path).parent}, a SnapshotStore.")
     parent = next(p for p in Path(path).parents if os.path.lexists(p))
     if not parent.is_dir():

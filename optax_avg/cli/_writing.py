@@ -18,14 +18,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg.cli import _sources
-from optax_avg.cli._checkpoints import open_checkpoint
+from optax_avg._checkpoints import sources
+from optax_avg._checkpoints.leaves import Leaf, nested
+from optax_avg._checkpoints.opening import open_checkpoint
+from optax_avg._checkpoints.orbax import METADATA as ORBAX_METADATA
+from optax_avg._checkpoints.orbax import orbax
+from optax_avg._checkpoints.orbax_parts import WRITTEN, chunk_of, write_parts
+from optax_avg._checkpoints.safetensors import METADATA, SUFFIX, TYPES
 from optax_avg.cli._commit import commit, partial
-from optax_avg.cli._orbax_parts import WRITTEN, chunk_of, write_parts
-from optax_avg.cli._safetensors import METADATA, SUFFIX, TYPES
-from optax_avg.cli._sources import Leaf
 from optax_avg.cli._targets import Format, Load, Target
-from optax_avg.posthoc import _disk
 
 # All that Orbax puts into a checkpoint of arrays, relative to its directory.
 OF_ORBAX = re.compile(
@@ -108,7 +109,7 @@ def check_safetensors(leaves: list[Leaf]) -> None:
 
 def _check_orbax(leaves: list[Leaf]) -> None:
     _check_names(leaves)
-    _disk.nested({leaf.path: leaf for leaf in leaves})
+    nested({leaf.path: leaf for leaf in leaves})
     for leaf in leaves:
         if not leaf.nbytes:
             raise ValueError(
@@ -132,7 +133,7 @@ def _stranger_to_orbax(path: str) -> str:
             inner = os.path.relpath(found, path).replace(os.sep, "/")
             if not OF_ORBAX.fullmatch(inner) or os.path.islink(found):
                 return f"holds {inner}, which is not of an Orbax checkpoint"
-    if os.path.exists(os.path.join(path, "_METADATA")):
+    if os.path.exists(os.path.join(path, ORBAX_METADATA)):
         return ""
     return "is not an Orbax checkpoint of arrays"
 
@@ -163,7 +164,7 @@ def write_safetensors(
 
 
 def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
-    ocp = _disk.orbax()
+    ocp = orbax()
 
     class Unmade:
         def __init__(self, i: int) -> None:
@@ -177,7 +178,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
         def __init__(self, leaf: Leaf) -> None:
             self.shape, self.dtype = leaf.shape, jnp.dtype(leaf.dtype)
             self.size, self.nbytes = leaf.size, leaf.nbytes
-            most = min(WRITTEN, _sources.BATCH) // self.dtype.itemsize
+            most = min(WRITTEN, sources.BATCH) // self.dtype.itemsize
             self.chunk = chunk_of(leaf.shape, max(1, most))
 
         def __deepcopy__(self, memo: Any) -> Any:
@@ -191,7 +192,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
                 for value, info, arg in zip(values, infos, args, strict=True):
                     leaf, parts = leaves[value.i], load(value.i)
                     own = [info], arg and [arg]
-                    if leaf.nbytes <= _sources.BATCH:
+                    if leaf.nbytes <= sources.BATCH:
                         array = [_whole(parts, leaf)]  # while the last one is written
                         for done in written:
                             done.result()
@@ -225,7 +226,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
         def memory_size(self, values: Any) -> Any:
             return [(leaves[v.i].nbytes, leaves[v.i].nbytes) for v in values]
 
-    tree = _disk.nested({leaf.path: Unmade(i) for i, leaf in enumerate(leaves)})
+    tree = nested({leaf.path: Unmade(i) for i, leaf in enumerate(leaves)})
     registry = ocp.type_handlers.create_type_handler_registry((Unmade, OneByOne()))
     # Trained weights hardly shrink, and squeezing them takes most of the time.
     handler = ocp.PyTreeCheckpointHandler(

@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from optax_avg import _numerics
-from optax_avg.merging._leaves import Slices
+from optax_avg._checkpoints.rules import Slices
 
 DIGIT = 16  # bits of a magnitude that are counted in one pass
 PART = 2**22  # elements that are counted at once

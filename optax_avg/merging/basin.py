@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg.merging._leaves import check_alike
+from optax_avg.merging._trees import check_alike
 
 
 class _Place(NamedTuple):

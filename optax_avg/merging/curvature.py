@@ -12,7 +12,8 @@ import jax.numpy as jnp
 from jax import lax
 
 from optax_avg import _checks, _leaves, _numerics
-from optax_avg.merging._leaves import Rule, checked_weights, over
+from optax_avg._checkpoints.rules import Rule
+from optax_avg.merging._trees import checked_weights, merged
 
 
 def fisher(
@@ -51,7 +52,7 @@ def fisher(
     """
     n = len(models)
     _check_count("fishers", fishers, n)
-    return over(fisher_rule(n, weights), [*models, *fishers])
+    return merged(fisher_rule(n, weights), [*models, *fishers])
 
 
 def fisher_rule(n: int, weights: Sequence[float] | None) -> Rule:
@@ -128,7 +129,7 @@ def gradient_matching(
     n = len(models)
     _check_count("hessians", hessians, n)
     rule = gradient_matching_rule(n, scale, damping)
-    return over(rule, [*models, *hessians, base, base_hessian])
+    return merged(rule, [*models, *hessians, base, base_hessian])
 
 
 def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:

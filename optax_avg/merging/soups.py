@@ -12,13 +12,13 @@ import jax
 import jax.numpy as jnp
 
 from optax_avg import _numerics
-from optax_avg.merging._leaves import (
-    Rule,
+from optax_avg._checkpoints.rules import Rule
+from optax_avg.merging._products import unit_of
+from optax_avg.merging._trees import (
     check_alike,
     checked_weights,
-    over,
+    merged,
     total,
-    unit_of,
     weighted_sum,
 )
 
@@ -44,7 +44,7 @@ def uniform(models: Sequence[Any]) -> Any:
       Wortsman et al., "Model Soups: Averaging Weights of Multiple Fine-Tuned Models
       Improves Accuracy without Increasing Inference Time", 2022, 2203.05482.
     """
-    return over(weighted_rule(len(models), None), models)
+    return merged(weighted_rule(len(models), None), models)
 
 
 def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
@@ -65,7 +65,7 @@ def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
       >>> oa.merging.weighted([jnp.array(1.0), jnp.array(5.0)], [0.25, 0.75]).item()
       4.0
     """
-    return over(weighted_rule(len(models), weights), models)
+    return merged(weighted_rule(len(models), weights), models)
 
 
 def weighted_rule(n: int, weights: Sequence[float] | None) -> Rule:
@@ -96,7 +96,7 @@ def wise_ft(base: Any, tuned: Any, alpha: float) -> Any:
     References:
       Wortsman et al., "Robust Fine-Tuning of Zero-Shot Models", 2022, 2109.01903.
     """
-    return over(wise_ft_rule(alpha), [base, tuned])
+    return merged(wise_ft_rule(alpha), [base, tuned])
 
 
 def wise_ft_rule(alpha: Any) -> Rule:
@@ -196,7 +196,7 @@ def variance_corrected(
       Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation
       Repair", 2023, 2211.08403, states the collapse of variance that this undoes.
     """
-    return over(variance_rule(len(models), weights), models)
+    return merged(variance_rule(len(models), weights), models)
 
 
 class _Moments(NamedTuple):

@@ -9,19 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from optax_avg import _checks
-from optax_avg.merging._leaves import (
-    Products,
-    Rule,
-    added,
-    checked_weights,
-    cosines,
-    joined_products,
-    over,
-    products,
-    total,
-    weighted_sum,
-)
+from optax_avg import _checks, _numerics
+from optax_avg._checkpoints.rules import Rule
+from optax_avg.merging._products import Products, cosines, joined_products, products
+from optax_avg.merging._trees import checked_weights, merged, total, weighted_sum
 
 
 def slerp(a: Any, b: Any, t: float) -> Any:
@@ -49,7 +40,7 @@ def slerp(a: Any, b: Any, t: float) -> Any:
     References:
       Shoemake, "Animating Rotation with Quaternion Curves", 1985.
     """
-    return over(slerp_rule(t), [a, b])
+    return merged(slerp_rule(t), [a, b])
 
 
 def slerp_rule(t: Any) -> Rule:
@@ -59,7 +50,9 @@ def slerp_rule(t: Any) -> Rule:
         sizes = total(slices, products, joined_products)
         norms, _ = cosines(sizes)
         # The angle from half chords: exact where the cosine is not.
-        apart, along = total(slices, lambda xs: _chords(sizes.units, norms, xs), added)
+        apart, along = total(
+            slices, lambda xs: _chords(sizes.units, norms, xs), _numerics.add
+        )
         w = 2 * jnp.arctan2(jnp.sqrt(apart), jnp.sqrt(along))
         sine = jnp.sin(w)
         straight = (sine < 1e-3) | jnp.any(norms == 0)
@@ -121,7 +114,7 @@ def karcher(
       Karcher, "Riemannian Center of Mass and Mollifier Smoothing", 1977.
     """
     _checks.check_integer("num_iters", num_iters, 1)
-    return over(karcher_rule(len(models), weights, num_iters), models)
+    return merged(karcher_rule(len(models), weights, num_iters), models)
 
 
 def karcher_rule(n: int, weights: Sequence[float] | None, num_iters: int = 20) -> Rule:

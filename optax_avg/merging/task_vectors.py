@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from optax_avg import _checks, _leaves
+from optax_avg._checkpoints.rules import Rule
 from optax_avg._keys import key_maker
 from optax_avg.merging._largest import (
     Largest,
@@ -19,16 +20,8 @@ from optax_avg.merging._largest import (
     largest_in,
     largest_on_host,
 )
-from optax_avg.merging._leaves import (
-    Rule,
-    check_alike,
-    cosines,
-    joined_products,
-    over,
-    products,
-    total,
-    weighted_sum,
-)
+from optax_avg.merging._products import cosines, joined_products, products
+from optax_avg.merging._trees import check_alike, merged, total, weighted_sum
 
 
 def task_arithmetic(models: Sequence[Any], base: Any, scale: float = 1.0) -> Any:
@@ -55,7 +48,7 @@ def task_arithmetic(models: Sequence[Any], base: Any, scale: float = 1.0) -> Any
       Ilharco et al., "Editing Models with Task Arithmetic", 2023, 2212.04089.
     """
     check_alike(models)
-    return over(task_arithmetic_rule(scale), [*models, base])
+    return merged(task_arithmetic_rule(scale), [*models, base])
 
 
 def task_arithmetic_rule(scale: Any) -> Rule:
@@ -119,7 +112,7 @@ def ties(
     for group in groups:
         columns = [[xs[i] for xs in leaves] for i in group]
         found |= zip(group, largest_in(columns, density), strict=True)
-    return over(rule, trees, found)
+    return merged(rule, trees, found)
 
 
 def ties_rule(n: int, density: Any, scale: Any) -> Rule:
@@ -203,10 +196,10 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
         return jnp.asarray(x, jnp.promote_types(own, of_base))
 
     return [
-        over(
+        merged(
             Rule(one),
             [jax.tree.map(as_wide, model, base), base],
-            [(own, t) for own in owns],
+            {i: (own, t) for i, own in enumerate(owns)},
         )
         for t, model in enumerate(models)
     ]
@@ -247,7 +240,7 @@ def model_stock(models: Sequence[Any], base: Any) -> Any:
       Jang et al., "Model Stock: All We Need Is Just a Few Fine-Tuned Models", 2024,
       2403.19522, equation 4.
     """
-    return over(model_stock_rule(len(models)), [*models, base])
+    return merged(model_stock_rule(len(models)), [*models, base])
 
 
 def model_stock_rule(n: int) -> Rule:

@@ -3,24 +3,25 @@
     p_s = (1 - w(s)) p_{s-1} + w(s) e_s
 
 ``p_s`` are the weights on the iterates of all steps, ``e_s`` is the iterate of step
-``s``, and ``w(s)`` is 0 at the steps that an average does not absorb. So averages with
-other starts and strides have their weights in one space, and inner products follow the
-same line:
+``s``, and ``w(s)`` is 0 at the steps that an average does not absorb. Averages with
+different starts and strides therefore have their weights in one space, and their inner
+products follow from the same recursion:
 
     <p_s, q_s> = (1 - w(s)) (1 - v(s)) <p_{s-1}, q_{s-1}> + w(s) v(s),
     <p_s, q_t> = <p_s, q_s> prod_{s < r <= t} (1 - v(r))    for s < t.
 
-Time is linear in the steps, and nothing as large as snapshots times steps is held.
+Time is linear in the steps. No array has the size snapshots times steps.
 """
 
 import math
 from collections.abc import Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from optax_avg import weights
-from optax_avg.posthoc._profiles import CONSTRAINED, Coefficients, solve
+from optax_avg.posthoc._profiles import Coefficients, Normalization, solve
 
 CHUNK = 2**16  # steps whose weights are held at once
 ROWS = 256  # averages whose inner products are made at once
@@ -39,7 +40,7 @@ class Window(NamedTuple):
 
 
 class Recorded(NamedTuple):
-    """Any running average by its sequence ``w(1), w(2), ...``, float64."""
+    """Any running average, by its weights ``w(1), ..., w(n)``, float64."""
 
     w: np.ndarray
 
@@ -48,13 +49,13 @@ Kind = Power | Window | Recorded
 
 
 class Placed(NamedTuple):
-    """An average of certain steps.
+    """An average on the clock.
 
     Attributes:
-      kind: which average.
-      iterates: how many are in it; at least 1.
-      origin: the step whose parameters it starts from, before the first iterate.
-      every: steps between iterates; they come from the steps ``origin + every i``.
+      kind: Which average it is.
+      iterates: Number of iterates in it, at least 1.
+      origin: Step whose parameters it starts from, before the first iterate.
+      every: Steps between iterates, which come from the steps ``origin + every i``.
     """
 
     kind: Kind
@@ -64,7 +65,7 @@ class Placed(NamedTuple):
 
 
 class _Term(NamedTuple):
-    """``factor`` times a running average, its number among them, at a step."""
+    """``factor`` times the running average with the index ``average``, at a step."""
 
     average: int
     step: int
@@ -77,7 +78,7 @@ def newest(average: Placed) -> int:
 
 
 def common_stride(averages: Sequence[Placed]) -> int:
-    """The stride of the coarsest regular steps that hold the iterates of all."""
+    """The largest stride of regular steps that contain the iterates of all averages."""
     first = averages[0].origin
     return math.gcd(*(x for a in averages for x in (a.every, a.origin - first)))
 
@@ -86,16 +87,18 @@ def combination(
     kept: Sequence[Placed],
     target: Placed,
     *,
-    normalize: str = CONSTRAINED,
-    rounding: Any = 0.0,
+    normalize: Normalization = "constrained",
+    rounding: ArrayLike = 0.0,
 ) -> Coefficients:
     """The combination of averages that is closest to another one.
 
     Args:
-      kept: the averages that there are.
-      target: the average that is wanted.
-      normalize: see :func:`optax_avg.posthoc.coefficients`.
-      rounding: relative error of the averages that there are.
+      kept: Averages that were kept.
+      target: Average that is wanted.
+      normalize: How the weights are normalised, as in
+        :func:`optax_avg.posthoc.coefficients`.
+      rounding: Relative error of the averages that were kept, a number or of shape
+        (n,).
 
     Returns:
       A :class:`Coefficients`.
@@ -112,7 +115,15 @@ def combination(
 
 
 def weights_on_iterates(kind: Kind, count: int) -> np.ndarray:
-    """Weights on what an average starts from and its iterates, shape (count + 1,)."""
+    """Weights on what an average starts from, and on its iterates.
+
+    Args:
+      kind: Which average it is.
+      count: Number of iterates.
+
+    Returns:
+      A float64 array of shape (count + 1,).
+    """
     if isinstance(kind, Window):
         k = min(kind.k, count)
         return np.repeat([0, 1 / k], [count + 1 - k, k])
@@ -120,9 +131,9 @@ def weights_on_iterates(kind: Kind, count: int) -> np.ndarray:
 
 
 def _newest_weights(kind: Kind, i: np.ndarray) -> np.ndarray:
-    """``w(i)`` of a running average, 0 after the end of a recorded sequence."""
+    """``w(i)`` of a running average; 0 after the end of a recorded sequence."""
     if isinstance(kind, Window):
-        raise TypeError("a window is no running average.")
+        raise TypeError("a window is not a running average.")
     if isinstance(kind, Recorded):
         known = i <= len(kind.w)
         return np.where(known, kind.w[np.where(known, i, 1) - 1], 0)
@@ -137,8 +148,8 @@ def _expanded(rows: Sequence[Placed]) -> tuple[list[Placed], list[list[_Term]]]:
     ``(n mean_n - (n-k) mean_{n-k})/k``.
     """
     unit, zero = common_stride(rows), min(row.origin for row in rows)
-    running: dict[Any, Placed] = {}
-    numbers: dict[Any, int] = {}
+    running: dict[tuple[Power | int, int, int], Placed] = {}
+    numbers: dict[tuple[Power | int, int, int], int] = {}
     terms = []
     for row in rows:
         origin, every = (row.origin - zero) // unit, row.every // unit
@@ -159,10 +170,10 @@ def _expanded(rows: Sequence[Placed]) -> tuple[list[Placed], list[list[_Term]]]:
 def _segments(
     averages: list[Placed], ends: np.ndarray, *, backwards: bool = False
 ) -> Iterator[tuple[int, np.ndarray, np.ndarray]]:
-    """``(j, kept, p)`` for the steps after ``ends[j - 1]`` up to ``ends[j]``.
+    """Yields ``(j, kept, p)`` for the steps after ``ends[j - 1]`` up to ``ends[j]``.
 
-    ``p``, shape (averages, steps), are the weights of the averages at ``ends[j]`` on
-    these steps, ``kept``, shape (averages,), what is left of the weights before them.
+    ``p`` of shape (averages, steps) holds the weights of the averages at ``ends[j]`` on
+    these steps. ``kept`` of shape (averages,) is what remains of the weights before.
     """
     order = range(len(ends))
     for j in reversed(order) if backwards else order:
@@ -173,7 +184,7 @@ def _segments(
 
 
 def _on_clock(average: Placed, steps: np.ndarray) -> np.ndarray:
-    """``w`` at some steps; the parameters at the origin are taken whole."""
+    """``w`` at some steps; it is 1 at the origin, whose parameters are taken whole."""
     i, between = np.divmod(steps - average.origin, average.every)
     absorbed = (between == 0) & (i >= 1)
     w = np.where(steps == average.origin, 1.0, 0.0)
@@ -184,7 +195,7 @@ def _on_clock(average: Placed, steps: np.ndarray) -> np.ndarray:
 def _gram(
     averages: list[Placed], terms: list[list[_Term]], ends: np.ndarray
 ) -> np.ndarray:
-    """Inner products of all rows."""
+    """Inner products of all rows, float64 of shape (rows, rows)."""
     n = len(averages)
     inner, logs = np.zeros((len(ends), n, n)), np.zeros((len(ends), n))
     resets = np.zeros((len(ends), n), int)
@@ -205,7 +216,7 @@ def _gram(
         part = slice(first[row], first[min(row + ROWS, len(terms))])
         a_i, at_i = a[part, None], at[part, None]
         early = np.minimum(at_i, at)
-        # Of the two, one has its end at the earlier step and keeps everything.
+        # One of the two averages ends at the earlier step and does not decay.
         decay = logs[at_i, a_i] - logs[early, a_i] + logs[at, a] - logs[early, a]
         whole = (resets[at_i, a_i] == resets[early, a_i]) & (
             resets[at, a] == resets[early, a]
@@ -222,7 +233,7 @@ def _gram(
 def _norm(
     averages: list[Placed], terms: list[list[_Term]], ends: np.ndarray, x: np.ndarray
 ) -> float:
-    """``|sum_i x_i p_i|`` over the rows, step by step."""
+    """``|sum_i x_i p_i|`` over the rows, summed step by step."""
     begun = np.zeros((len(ends), len(averages)))
     for value, row in zip(x, terms, strict=True):
         for term in row:

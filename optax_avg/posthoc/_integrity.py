@@ -1,4 +1,4 @@
-"""Numbers by which what comes back from a disk is known again."""
+"""Numbers by which data that comes back from a disk is recognised."""
 
 import hashlib
 import json
@@ -9,14 +9,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
 from optax_avg import _numerics
 
-NEGLIGIBLE = 1e-30  # numbers below which nothing is said of underflow
+NEGLIGIBLE = 1e-30  # underflow is not claimed for dtypes that hold smaller numbers
+
+# Data that JSON can express, and objects of it that are read field by field.
+Json = Any
 
 
-def digest(content: Any) -> str:
-    """SHA-256 of an array, as little-endian float64, or of what JSON can express."""
+def digest(content: np.ndarray | Json) -> str:
+    """SHA-256 of an array, as little-endian float64, or of data in JSON."""
     if isinstance(content, np.ndarray):
         return hashlib.sha256(content.astype("<f8").tobytes()).hexdigest()
     text = json.dumps(content, sort_keys=True, separators=(",", ":"))
@@ -25,11 +29,19 @@ def digest(content: Any) -> str:
 
 @jax.jit
 def signature(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
-    """A number a leaf, and whether it is finite; uint32 and bool of shape (leaves,).
+    """A fingerprint of each leaf, and whether the leaf is finite.
 
-    ``sum_i h(bits_i + i c) mod 2^32`` with a bijection ``h``: no change of one word is
-    lost, places count, and changes of several words cancel no more often than by
-    chance, also where the words are round numbers. Sharded leaves stay where they are.
+    ``sum_i h(bits_i + i c) mod 2^32`` with a bijection ``h``. Every change of one word
+    changes the number, and so does an exchange of places. Changes of several words
+    cancel no more often than by chance, also if the words are round numbers. Sharded
+    leaves stay on their devices.
+
+    Args:
+      leaves: Arrays of any shapes.
+
+    Returns:
+      Fingerprints, uint32 of shape (leaves,), and whether each leaf is finite, bool of
+      shape (leaves,).
 
     References:
       The constants of ``h`` are those of MurmurHash3's last step (Appleby, 2011, public
@@ -41,12 +53,20 @@ def signature(leaves: list[jax.Array]) -> tuple[jax.Array, jax.Array]:
 
 
 def underflow(
-    leaves: list[jax.Array], dtypes: Sequence[Any]
+    leaves: list[jax.Array], dtypes: Sequence[DTypeLike]
 ) -> tuple[float, np.ndarray]:
-    """What numbers lose that are too small for the dtypes to which they are rounded.
+    """Relative error from numbers that are too small for the dtype of a snapshot.
 
     ``(sum_i min(|x_i|, s/2)^2 / sum_i x_i^2)^(1/2)`` with the smallest positive number
-    ``s``; relative to all leaves together, and to each of them.
+    ``s`` of the dtype.
+
+    Args:
+      leaves: Arrays before they are rounded.
+      dtypes: Dtype to which each array is rounded.
+
+    Returns:
+      The error relative to all leaves together, and relative to each leaf, float64 of
+      shape (leaves,).
     """
     halves = [float(jnp.finfo(dtype).smallest_subnormal) / 2 for dtype in dtypes]
     if max(halves, default=0.0) < NEGLIGIBLE:
@@ -61,7 +81,11 @@ def underflow(
 
 @jax.jit
 def _lost_and_whole(leaves: list[jax.Array], halves: list[float]) -> jax.Array:
-    """Norms of what the leaves may lose, and of the leaves; shape (2, leaves)."""
+    """Norms of what rounding may take from the leaves, and of the leaves.
+
+    Returns:
+      An array of shape (2, leaves).
+    """
     sizes = [_numerics.wide(jnp.abs(x)) for x in leaves]
     lost = [jnp.minimum(x, half) for x, half in zip(sizes, halves, strict=True)]
     norms = _numerics.norms([[x] for x in (*lost, *leaves)])
@@ -69,6 +93,7 @@ def _lost_and_whole(leaves: list[jax.Array], halves: list[float]) -> jax.Array:
 
 
 def _fingerprint(x: jax.Array) -> jax.Array:
+    """``sum_i h(bits_i + i c) mod 2^32``, uint32 of shape ()."""
     if jnp.iscomplexobj(x):
         return _fingerprint(jnp.real(x)) + 3 * _fingerprint(jnp.imag(x))
     unsigned: Any = {1: jnp.uint8, 2: jnp.uint16}.get(x.dtype.itemsize, jnp.uint32)

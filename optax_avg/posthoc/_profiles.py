@@ -1,24 +1,27 @@
-"""Which combination of averages is the one that was not kept.
+"""Combinations of averages that are closest to an average that was not kept.
 
     min_x |p - sum_i x_i p_i|^2 + sum_i (d_i x_i)^2,
     (A + diag d^2) x = b,  A_ij = <p_i, p_j>,  b_i = <p_i, p>
 
-An average of iterates is linear in them: what its weights can be combined from, its
-parameters can. ``d`` is what the averages lost where they were rounded: without it,
-large weights of both signs would multiply that loss. Everything here is float64 NumPy,
-whatever JAX is set to.
+An average is linear in the iterates: if its weights are a combination of the weights of
+other averages, its parameters are the same combination of their parameters. ``d`` is
+the rounding error of the averages that were kept. Without it, large weights of both
+signs would multiply that error. Everything here is float64 NumPy, whatever the settings
+of JAX.
 """
 
 import math
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Literal, NamedTuple, get_args
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from optax_avg import weights
 from optax_avg.weights import gamma_from_sigma_rel
 
-CONSTRAINED, SUM, NONE = "constrained", "sum", "none"
+# How the weights of averages are normalised.
+Normalization = Literal["constrained", "sum", "none"]
 CHUNK = 2**16  # iterates whose weights are held at once
 
 
@@ -26,11 +29,12 @@ class Coefficients(NamedTuple):
     """A combination of averages.
 
     Attributes:
-      weights: float64 of shape (n,), on the averages.
-      residual: the relative error that is claimed, ``(|p - sum_i x_i p_i|^2/|p|^2 +
-        rounding^2)^(1/2)``, of the profile and of rounding.
-      condition: of the Gram matrix of the profiles at unit length, rounding included.
-      rounding: the part of ``residual`` that comes from rounding.
+      weights: Weights of the averages, float64 of shape (n,).
+      residual: Relative error that is claimed, ``(|p - sum_i x_i p_i|^2/|p|^2 +
+        rounding^2)^(1/2)``.
+      condition: Condition number of the Gram matrix of the profiles at unit length,
+        with the terms of rounding.
+      rounding: Part of ``residual`` that comes from rounding.
     """
 
     weights: np.ndarray
@@ -40,36 +44,37 @@ class Coefficients(NamedTuple):
 
 
 def coefficients(
-    times: Any,
-    sigma_rels: Any,
+    times: ArrayLike,
+    sigma_rels: ArrayLike,
     target_time: float,
     target_sigma_rel: float,
     *,
-    normalize: str = CONSTRAINED,
-    rounding: Any = 0.0,
+    normalize: Normalization = "constrained",
+    rounding: ArrayLike = 0.0,
 ) -> Coefficients:
-    """The power-function average of another width from those that were kept.
+    """A power-function average of any width, combined from those that were kept.
 
-    ``A x = b`` with the inner products of ``p(tau) = (g+1) tau^g / t^(g+1)`` on
-    ``[0, t]``: ``(g_a+1)(g_b+1)(t_a/t_b)^e/((g_a+g_b+1) max(t_a, t_b))``, ``e = g_b``
-    where ``t_a < t_b``, else ``-g_a``.
+    Solves ``A x = b`` with the inner products of the profiles ``p(tau) = (g+1) tau^g /
+    t^(g+1)`` on ``[0, t]``: ``(g_a+1)(g_b+1)(t_a/t_b)^e/((g_a+g_b+1) max(t_a, t_b))``
+    with ``e = g_b`` if ``t_a < t_b``, else ``-g_a``.
 
     Args:
-      times: shape (n,), steps at which the averages were kept; positive.
-      sigma_rels: shape (n,), their relative widths.
-      target_time: step of the average that is wanted.
-      target_sigma_rel: its relative width.
-      normalize: ``"constrained"``: the best weights that sum to one, ``x + A^-1 1 (1 -
-        1'x)/(1' A^-1 1)``; ``"sum"``: the best, divided by their sum, as the authors
-        do; ``"none"``.
-      rounding: relative error of the averages that were kept, a number or of shape
+      times: Steps at which the averages were kept, positive, shape (n,).
+      sigma_rels: Relative widths of these averages, shape (n,).
+      target_time: Step of the average that is wanted.
+      target_sigma_rel: Relative width of the average that is wanted.
+      normalize: How the weights are normalised. ``"constrained"`` gives the best
+        weights that sum to one, ``x + A^-1 1 (1 - 1'x)/(1' A^-1 1)``. ``"sum"`` divides
+        the best weights by their sum, as the authors do. ``"none"`` leaves the best
+        weights as they are.
+      rounding: Relative error of the averages that were kept, a number or of shape
         (n,); ``2^-9`` for bfloat16.
 
     Returns:
       A :class:`Coefficients`.
 
     Raises:
-      ValueError: If shapes differ, there is nothing, or an argument is out of range.
+      ValueError: If the shapes differ or are empty, or an argument is out of range.
 
     Example:
       >>> from optax_avg import posthoc
@@ -99,9 +104,17 @@ def coefficients(
     return solve(a, b, float(c), normalize, rounding)
 
 
-def power_products(ta: Any, ga: Any, tb: Any, gb: Any) -> np.ndarray:
-    """Inner products of the profiles of power functions, elementwise."""
-    # The earlier time over the later one, to the exponent of the later.
+def power_products(
+    ta: np.ndarray | float,
+    ga: np.ndarray | float,
+    tb: np.ndarray | float,
+    gb: np.ndarray | float,
+) -> np.ndarray:
+    """Inner products of the profiles of power functions, elementwise.
+
+    ``(g_a+1)(g_b+1) r^e/((g_a+g_b+1) max(t_a, t_b))`` with the earlier time over the
+    later one ``r`` and the exponent ``e`` of the later one.
+    """
     ratio = np.minimum(ta, tb) / np.maximum(ta, tb)
     e = np.where(ta < tb, gb, ga)
     return (ga + 1) * (gb + 1) * ratio**e / ((ga + gb + 1) * np.maximum(ta, tb))
@@ -111,15 +124,16 @@ def coefficients_of_profiles(
     profiles: Sequence[weights.Profile],
     target: weights.Profile,
     *,
-    normalize: str = CONSTRAINED,
+    normalize: Normalization = "constrained",
 ) -> Coefficients:
-    """An average that was not kept from any that were, by their exact weights.
+    """Any average, combined from those that were kept, by their exact weights.
 
     Args:
-      profiles: of the averages that were kept, as :func:`optax_avg.weights.profile`
-        gives them; each over the iterates up to its own time.
-      target: of the average that is wanted.
-      normalize: see :func:`coefficients`.
+      profiles: Profiles of the averages that were kept, as
+        :func:`optax_avg.weights.profile` gives them, each over the iterates up to its
+        own time.
+      target: Profile of the average that is wanted.
+      normalize: How the weights are normalised, as in :func:`coefficients`.
 
     Returns:
       A :class:`Coefficients`.
@@ -148,30 +162,37 @@ def coefficients_of_profiles(
 
 
 def solve(
-    a: np.ndarray, b: np.ndarray, c: float, normalize: str, rounding: Any = 0.0
+    a: np.ndarray,
+    b: np.ndarray,
+    c: float,
+    normalize: Normalization,
+    rounding: ArrayLike = 0.0,
 ) -> Coefficients:
-    """``min_x c - 2 b'x + x'Ax + sum_i (d_i x_i)^2``, and what it leaves.
+    """Solves ``min_x c - 2 b'x + x'Ax + sum_i (d_i x_i)^2``.
 
-    ``d_i = u_i max(c, A_ii)^(1/2)`` with ``u_i`` the relative error of average ``i``.
-    The error is claimed relative to the size of the result, and how that compares with
-    the size of an average depends on the iterates. Where they are independent, the
-    average has size ``|p_i|`` and the result ``|p|``: rounding costs ``u_i |p_i|/|p|``.
-    Where they hardly move, all averages have the size of the result: rounding costs
-    ``u_i``. The larger of the two is taken. Rounding is independent from one average to
-    another, so that squares add up; where all are rounded alike, as what underflows is,
-    ``|sum_i u_i x_i|`` is claimed if that is more.
+    ``d_i = u_i max(c, A_ii)^(1/2)`` with the relative error ``u_i`` of average ``i``.
+    The error is claimed relative to the size of the result. How that compares with the
+    size of an average depends on the iterates. If they are independent, the average has
+    size ``|p_i|`` and the result ``|p|``, and rounding costs ``u_i |p_i|/|p|``. If they
+    hardly move, all averages have the size of the result, and rounding costs ``u_i``.
+    The larger of the two is taken. Rounding errors of different averages are taken as
+    independent, so that their squares add up. They are not independent if all averages
+    underflow: ``|sum_i u_i x_i|`` is claimed if it is larger.
 
     Args:
-      a: inner products of the profiles that were kept, shape (n, n).
-      b: theirs with the target, shape (n,).
-      c: that of the target with itself.
-      normalize: see :func:`coefficients`.
-      rounding: ``u``, a number or of shape (n,).
+      a: Inner products of the profiles that were kept, shape (n, n).
+      b: Inner products of these profiles with the target, shape (n,).
+      c: Inner product of the target with itself.
+      normalize: How the weights are normalised, as in :func:`coefficients`.
+      rounding: Relative errors ``u``, a number or of shape (n,).
 
     Returns:
       A :class:`Coefficients`.
+
+    Raises:
+      ValueError: If ``normalize`` is unknown.
     """
-    if normalize not in (CONSTRAINED, SUM, NONE):
+    if normalize not in get_args(Normalization):
         raise ValueError(
             f"normalize must be 'constrained', 'sum' or 'none', got {normalize!r}."
         )
@@ -180,18 +201,18 @@ def solve(
     scaled = unit[:, None] * a * unit
     scaled[np.diag_indices_from(scaled)] = 1
     values, vectors = np.linalg.eigh(scaled)
-    # Averages that agree to the last digits share their weight.
+    # Averages that agree to the last digits share one weight.
     real = values > len(b) * np.finfo(float).eps * values[-1]
     inverse = np.where(real, 1 / np.where(real, values, 1), 0)
 
-    def solved(v):
+    def solved(v: np.ndarray) -> np.ndarray:
         return unit * (vectors @ (inverse * (vectors.T @ (unit * v))))
 
     x = solved(b)
-    if normalize == CONSTRAINED:
+    if normalize == "constrained":
         ones = solved(np.ones_like(b))
         x = x + ones * (1 - np.sum(x)) / np.sum(ones)
-    elif normalize == SUM:
+    elif normalize == "sum":
         x = x / np.sum(x)
     together = float(np.sum(np.asarray(rounding) * x)) ** 2 * c
     lost = max(float(squares @ x**2), together)
@@ -201,18 +222,18 @@ def solve(
 
 
 def widths_within(
-    times: Any,
-    sigma_rels: Any,
+    times: ArrayLike,
+    sigma_rels: ArrayLike,
     target_time: float,
     tolerance: float,
     rounding: float = 0.0,
 ) -> tuple[float, float] | None:
-    """The least and the greatest width that can be had, None if there is none.
+    """The smallest and the largest relative width within reach, None if there is none.
 
-    Over a grid of relative widths from 0.01 to 0.285.
+    Tries a grid of relative widths from 0.01 to 0.285.
     """
 
-    def reached(s):
+    def reached(s: float) -> bool:
         found = coefficients(times, sigma_rels, target_time, s, rounding=rounding)
         return found.residual <= tolerance
 
@@ -221,15 +242,18 @@ def widths_within(
 
 
 def snapshots_within(
-    sigma_rels: Any,
+    sigma_rels: Sequence[float],
     target_sigma_rel: float,
     tolerance: float,
     most: int = 512,
     rounding: float = 0.0,
 ) -> int | None:
-    """How many evenly spaced snapshots of these widths reach a width, None if too many.
+    """Number of evenly spaced snapshots that bring a width within reach.
 
-    Powers of two from 2 on.
+    Tries powers of two from 2 to ``most``.
+
+    Returns:
+      The smallest number that is enough, None if there is none.
     """
     n = 2
     while n <= most:

@@ -1,8 +1,8 @@
-"""Where the averages of snapshots lie on the clock of optimizer steps.
+"""Places of the averages of snapshots on one clock, that of optimizer steps.
 
-Every state counts its own optimizer steps from the moment at which it was made. The
-states of one snapshot were read at one moment, and a state that two snapshots share
-says how many steps passed between them: this puts all states on one clock.
+Every state counts its own optimizer steps since it was created. The states of one
+snapshot were saved at the same moment. If two snapshots share a state, it says how many
+steps passed between them. This puts all states on one clock.
 """
 
 import itertools
@@ -10,22 +10,23 @@ from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
 
-from optax_avg.posthoc import _disk
 from optax_avg.posthoc._clock import Kind, Placed
+from optax_avg.posthoc._records import PARAMETERS, Grid, Record
 
-PARAMETERS = "parameters"  # the name of parameters beside the averages
+# Optimizer steps on the clock at each snapshot, by training step.
+Clock = dict[int, int]
 
 
-def clock_of(records: Sequence[_disk.Record]) -> dict[int, int]:
-    """The clock at each snapshot of the newest run, by step of the training.
+def clock_of(records: Sequence[Record]) -> Clock:
+    """The clock at each snapshot of the newest run.
 
     Args:
-      records: of the snapshots; at least one.
+      records: Records of the snapshots, at least one.
 
     Returns:
-      Optimizer steps since the oldest state of the newest snapshot was made; negative
-      at snapshots from before. Earlier runs, after which the states of all averages
-      were made anew, are not in it.
+      Optimizer steps since the oldest state of the newest snapshot was created, by
+      training step; negative at earlier snapshots. Snapshots of earlier runs, after
+      which the states of all averages were created anew, are not in it.
     """
     *before, record = sorted(records, key=lambda record: record.step)
     clock = {record.step: max(own_step(record, name) for name in record.leaves)}
@@ -38,46 +39,44 @@ def clock_of(records: Sequence[_disk.Record]) -> dict[int, int]:
     return clock
 
 
-def of_another_store(records: Sequence[_disk.Record]) -> list[int]:
-    """Steps of the snapshots that were not written by the store of the newest one.
+def of_another_store(records: Sequence[Record]) -> list[int]:
+    """Steps of the snapshots that another store wrote than that of the newest one.
 
-    A record without a number is of an earlier version, and belongs to any store.
+    Records without a number come from an earlier version and belong to any store.
     """
     numbered = [r for r in sorted(records, key=lambda r: r.step) if r.store]
     return [r.step for r in numbered if r.store != numbered[-1].store]
 
 
-def own_step(record: _disk.Record, name: str) -> int:
+def own_step(record: Record, name: str) -> int:
     """Optimizer steps that the state of an average counts at a snapshot.
 
-    Steps whose iterates the average left out, because they were not finite, do not
-    count: averages of one stride leave out the same ones.
+    Steps whose iterates were rejected because they were not finite do not count:
+    averages of one stride reject the same iterates.
     """
     grid = record.grids[name]
     due = (grid.step - grid.start) // grid.every
     return grid.step - grid.every * (due - record.absorbed[name])
 
 
-def with_grids(record: _disk.Record) -> _disk.Record:
-    """A record as it is, or one from before with every step from the first on."""
-    every_step = {n: _disk.Grid(t, 0, 1) for n, t in record.absorbed.items()}
+def with_grids(record: Record) -> Record:
+    """The record with grids; if it has none, every step from the first on is taken."""
+    every_step = {n: Grid(t, 0, 1) for n, t in record.absorbed.items()}
     return record._replace(grids=record.grids or every_step)
 
 
-def placed(
-    record: _disk.Record, name: str, clock: dict[int, int], kind: Kind
-) -> Placed:
-    """An average of a snapshot on the clock."""
+def placed(record: Record, name: str, clock: Clock, kind: Kind) -> Placed:
+    """An average of a snapshot, with its place on the clock."""
     grid = record.grids[name]
     origin = clock[record.step] - own_step(record, name) + grid.start
     return Placed(kind, record.absorbed[name], origin, grid.every)
 
 
-def out_of_step(records: Sequence[_disk.Record], clock: dict[int, int]) -> set[str]:
+def out_of_step(records: Sequence[Record], clock: Clock) -> set[str]:
     """Names of averages whose states do not count the steps that passed.
 
-    They left out other iterates than the rest, or another wrapper drives them. A state
-    that was made anew in between counts fewer steps than passed, and is in step.
+    They rejected other iterates than the rest, or another wrapper drives them. A state
+    that was created anew in between counts fewer steps, and is in step.
     """
     run = [r for r in sorted(records, key=lambda r: r.step) if r.step in clock]
     found = set()
@@ -90,14 +89,13 @@ def out_of_step(records: Sequence[_disk.Record], clock: dict[int, int]) -> set[s
     return found
 
 
-def uneven(
-    records: Sequence[_disk.Record], clock: dict[int, int]
-) -> list[tuple[int, int]]:
-    """Neighbouring snapshots between which labels and states did not advance alike.
+def uneven(records: Sequence[Record], clock: Clock) -> list[tuple[int, int]]:
+    """Neighbouring snapshots between which training steps and states advance unevenly.
 
-    A state that was made anew in between, and has counted more steps since than the old
-    one had, looks like one that went on. Labels give it away, unless they advance by as
-    many steps, in proportion to them, or at a pace that is seen elsewhere.
+    A state that was created anew in between, and has counted more steps since than the
+    old one had, looks like one that went on. The training steps reveal it, unless they
+    advance by as many steps, in proportion to them, or at a pace that also occurs
+    between other snapshots.
     """
     pairs = [*itertools.pairwise(sorted(records, key=lambda r: r.step))]
     paces, doubted = [], []
@@ -119,8 +117,8 @@ def uneven(
     ]
 
 
-def _passed(before: _disk.Record, after: _disk.Record) -> int | None:
-    """Optimizer steps between two snapshots, None if no state lived through them."""
+def _passed(before: Record, after: Record) -> int | None:
+    """Optimizer steps between two snapshots, None if they share no state."""
     shared = [name for name in before.leaves if name in after.leaves]
     shared = [name for name in shared if name != PARAMETERS] or shared
     passed = [
@@ -131,12 +129,12 @@ def _passed(before: _disk.Record, after: _disk.Record) -> int | None:
     return max(passed, default=None)
 
 
-def _made_anew(before: _disk.Record, after: _disk.Record, name: str) -> bool:
-    """Whether the state of an average is another one at a later snapshot."""
-    # Of its own steps it counts those, too, whose iterates were not finite.
+def _made_anew(before: Record, after: Record, name: str) -> bool:
+    """Whether the state of an average was created anew before a later snapshot."""
+    # These counters include steps whose iterates were rejected.
     old, new = before.grids[name].step, after.grids[name].step
     if new == old:
         return before.leaves[name] != after.leaves[name]
-    # Where the training's steps are the state's own, they go on together.
+    # If training steps are the state's own steps, both advance together.
     together = old == before.step and new != after.step
     return new < old or (together and new <= after.step - before.step)

@@ -1,26 +1,38 @@
-"""The one writer of a directory of snapshots: its lock, and what it replaces.
+"""The one writer of a directory of snapshots, its lock and its replacements.
 
-A snapshot of a step that is there already is written beside it, as ``<step>.new``, and
-takes its place when it is complete. At any moment one of the two can be read.
+A snapshot that replaces one of the same step is written to ``<step>.new`` and renamed
+when it is complete. At any moment one of the two can be read.
 """
 
 import os
 from collections.abc import Callable
+from types import ModuleType
 from typing import Any, NamedTuple
 
 import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
+from optax_avg._checkpoints.leaves import Path, nested
+from optax_avg._checkpoints.orbax import RECORD, AnyPath, anywhere, is_remote, orbax
+from optax_avg._checkpoints.sources import imported
 from optax_avg.posthoc import _disk, _integrity
-from optax_avg.posthoc._disk import LEFT_OVER, NEW, REMOVED
+from optax_avg.posthoc._disk import LEFT_OVER, NEW, REMOVED, SEQUENCES, TREE
+from optax_avg.posthoc._records import Record, sealed
 
 LOCK = "writer.lock"
-LONGEST = 2000  # bytes of an error that all processes raise
+LONGEST = 2000  # bytes of an error message that all processes raise
 
 
 class Writer(NamedTuple):
-    """What writes to a directory, the lock on it, and the number of its store."""
+    """The one writer of a directory.
+
+    Attributes:
+      directory: Absolute path of the store.
+      checkpointer: Orbax checkpointer that writes in the background.
+      lock: Lock on the directory, None for a remote one and in later processes.
+      number: Number of the store, which each record carries.
+    """
 
     directory: str
     checkpointer: Any
@@ -28,27 +40,25 @@ class Writer(NamedTuple):
     number: int
 
 
-def filelock() -> Any:
-    """The package filelock, which only the store needs."""
-    try:
-        import filelock
-    except ImportError as error:
-        raise ImportError(
-            'snapshots need filelock; write pip install "optax_avg[posthoc]".'
-        ) from error
-    return filelock
+def filelock() -> ModuleType:
+    """The package filelock, which is an optional dependency.
+
+    Raises:
+      ImportError: If it is not installed.
+    """
+    return imported("filelock", "snapshots need filelock", "posthoc")
 
 
 def open_writer(directory: str) -> Writer:
-    """The one writer of a directory, which is made where there is none.
+    """Takes the lock of a directory, which is created if necessary.
 
-    What earlier writers left unfinished is finished or removed.
+    Finishes or removes what earlier writers left unfinished.
 
     Raises:
-      RuntimeError: If there is another one; in all processes.
+      RuntimeError: If the directory already has a writer; in all processes.
     """
-    ocp, lock = _disk.orbax(), None
-    if not _disk.is_remote(directory):
+    ocp, lock = orbax(), None
+    if not is_remote(directory):
         path = os.path.join(directory, LOCK)
         lock = None if jax.process_index() else filelock().FileLock(path, timeout=0)
     number = _agreed(lambda: _prepare(directory, lock))
@@ -57,7 +67,7 @@ def open_writer(directory: str) -> Writer:
 
 
 def close_writer(writer: Writer) -> None:
-    """Lets others write to the directory."""
+    """Waits for the snapshot in flight and releases the lock."""
     try:
         wait(writer)
         if jax.process_index() == 0:
@@ -70,29 +80,37 @@ def close_writer(writer: Writer) -> None:
 
 def write(
     writer: Writer,
-    record: _disk.Record,
-    averages: dict[str, dict[_disk.Path, jax.Array]],
+    record: Record,
+    averages: dict[str, dict[Path, jax.Array]],
     sequences: dict[str, np.ndarray],
 ) -> None:
-    """Begins to write a snapshot; one of the same step stays until this one is whole.
+    """Begins to write a snapshot.
+
+    A snapshot of the same step stays until the new one is complete.
+
+    Args:
+      writer: Writer of the store.
+      record: Record of the snapshot, without the number of the store and digests.
+      averages: Leaves of each average by path.
+      sequences: Weights of recorded averages, float64 of shape (absorbed,).
 
     Raises:
-      FileExistsError: If what has the name of the step is not a snapshot.
+      FileExistsError: If the directory of the step holds something else.
     """
-    ocp = _disk.orbax()
+    ocp = orbax()
     taken = _agreed(lambda: _is_taken(writer.directory, record.step))
     # Orbax does not write arrays without elements.
     tree = {
-        name: _disk.nested({path: x for path, x in leaves.items() if x.size})
+        name: nested({path: x for path, x in leaves.items() if x.size})
         for name, leaves in averages.items()
     }
-    items = {_disk.TREE: ocp.args.PyTreeSave(tree)}
+    items = {TREE: ocp.args.PyTreeSave(tree)}
     if sequences:
-        items[_disk.SEQUENCES] = ocp.args.PyTreeSave(sequences)
+        items[SEQUENCES] = ocp.args.PyTreeSave(sequences)
         digests = {name: _integrity.digest(x) for name, x in sequences.items()}
         record = record._replace(digests=digests)
     record = record._replace(store=writer.number)
-    items[_disk.RECORD] = ocp.args.JsonSave(_disk.sealed(record))
+    items[RECORD] = ocp.args.JsonSave(sealed(record))
     path = f"{writer.directory}/{record.step}{NEW if taken else ''}"
     writer.checkpointer.save(path, args=ocp.args.Composite(**items))
 
@@ -100,10 +118,11 @@ def write(
 def wait(writer: Writer) -> None:
     """Waits for the snapshot in flight.
 
-    It takes its place then, or at the next save where there are several processes.
+    With one process the snapshot then takes its place. With several processes it does
+    so at the next save.
     """
     writer.checkpointer.wait_until_finished()
-    # One of several must not rename what another one may be reading.
+    # A process must not rename a directory that another one may be reading.
     if jax.process_count() == 1:
         _settle(writer.directory)
 
@@ -115,15 +134,19 @@ def remove_after(writer: Writer, step: int) -> None:
         _settle(writer.directory)
         later = [s for s in _disk.steps_of(writer.directory) if s > step]
         for s in reversed(later):
-            _remove(_disk.folder(writer.directory) / str(s))
+            _remove(anywhere(writer.directory) / str(s))
         return len(later)
 
     _agreed(remove)
 
 
 def _prepare(directory: str, lock: Any) -> int:
-    """Takes the lock, clears up after writers that were killed; the store's number."""
-    _disk.folder(directory).mkdir(parents=True, exist_ok=True)
+    """Takes the lock and cleans up after writers that were killed.
+
+    Returns:
+      The number of the store.
+    """
+    anywhere(directory).mkdir(parents=True, exist_ok=True)
     if lock is not None:
         try:
             lock.acquire()
@@ -134,7 +157,7 @@ def _prepare(directory: str, lock: Any) -> int:
             ) from error
     try:
         _settle(directory)
-        for entry in _disk.folder(directory).iterdir():
+        for entry in anywhere(directory).iterdir():
             if LEFT_OVER.fullmatch(entry.name) and _is_ours(entry):
                 entry.rmtree()
         return _disk.number_of(directory)
@@ -144,16 +167,20 @@ def _prepare(directory: str, lock: Any) -> int:
         raise
 
 
-def _is_ours(entry: Any) -> bool:
-    """Whether a directory holds a part of a snapshot, not of another checkpoint."""
-    ours = (_disk.TREE, _disk.RECORD, _disk.SEQUENCES)
+def _is_ours(entry: AnyPath) -> bool:
+    """Whether a directory holds a part of a snapshot, and not of another checkpoint."""
+    ours = (TREE, RECORD, SEQUENCES)
     return entry.is_dir() and any(x.name.startswith(ours) for x in entry.iterdir())
 
 
 def _is_taken(directory: str, step: int) -> int:
-    """Whether there is a snapshot of this step."""
+    """Whether there is a snapshot of this step, 0 or 1.
+
+    Raises:
+      FileExistsError: If the directory of the step holds something else.
+    """
     _settle(directory)
-    path = _disk.folder(directory) / str(step)
+    path = anywhere(directory) / str(step)
     if path.exists() and not _disk.is_snapshot(path):
         raise FileExistsError(
             f"{path} is not a snapshot; give the store a directory of its own."
@@ -161,9 +188,9 @@ def _is_taken(directory: str, step: int) -> int:
     return int(path.exists())
 
 
-def _settle(directory: str) -> int:
-    """Puts complete snapshots of ``<step>.new`` in the place of ``<step>``."""
-    for entry in list(_disk.folder(directory).iterdir()):
+def _settle(directory: str) -> None:
+    """Moves complete snapshots of ``<step>.new`` to ``<step>``."""
+    for entry in list(anywhere(directory).iterdir()):
         step = entry.name.removesuffix(NEW)
         if step == entry.name or not step.isdecimal() or not _disk.is_snapshot(entry):
             continue
@@ -174,15 +201,15 @@ def _settle(directory: str) -> int:
             old.rmtree()
         else:
             entry.rename(place)
-    return 0
 
 
-def _remove(path: Any) -> None:
-    """Removes a snapshot; a kill on the way leaves no half of it under its name."""
+def _remove(path: AnyPath) -> None:
+    """Removes a snapshot; a kill leaves no half of it under its name."""
     _set_aside(path).rmtree()
 
 
-def _set_aside(path: Any) -> Any:
+def _set_aside(path: AnyPath) -> AnyPath:
+    """Renames a snapshot that is replaced or removed, and returns its new path."""
     aside = path.parent / (path.name + REMOVED)
     if aside.exists():
         aside.rmtree()
@@ -191,10 +218,11 @@ def _set_aside(path: Any) -> Any:
 
 
 def _agreed(action: Callable[[], int]) -> int:
-    """What ``action`` returns in the first process, in all processes.
+    """Runs ``action`` in the first process and returns its result in all processes.
 
     Raises:
-      Exception: What it raises; in the others RuntimeError or OSError with its message.
+      Exception: The error of ``action``. The other processes raise a RuntimeError or
+        an OSError with its message.
     """
     if jax.process_count() == 1:
         return action()

@@ -1,29 +1,34 @@
-"""Which snapshots to average, chosen by validation loss after training."""
+"""Snapshots to average, chosen by validation loss after training."""
 
-from typing import Any
+import math
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from optax_avg import _checks
 
+__all__ = ["swad_window"]
+
 
 def swad_window(
-    losses: Any, n_converge: int = 3, n_tolerance: int = 6, ratio: float = 1.3
+    losses: ArrayLike, n_converge: int = 3, n_tolerance: int = 6, ratio: float = 1.3
 ) -> range:
-    """The valley of the validation loss, by SWAD's overfit-aware rule.
+    """The valley of the validation loss, by the overfit-aware rule of SWAD.
 
-    It starts at the first loss that is the least of itself and the ``n_converge - 1``
-    after it, and ends before ``n_tolerance`` in a row exceed ``ratio`` times the mean
-    of these ``n_converge``. Where it never starts, it is the least loss alone.
+    The valley starts at the first loss that is the smallest of itself and the next
+    ``n_converge - 1`` losses. It ends before ``n_tolerance`` losses in a row exceed
+    ``ratio`` times the mean of these ``n_converge`` losses. If it never starts, it is
+    the smallest loss alone.
 
     Args:
-      losses: shape (n,), validation loss at each snapshot, in order.
-      n_converge: patience of the start; at least 1.
-      n_tolerance: patience of the end; at least 1.
-      ratio: tolerance; at least 1.
+      losses: Validation loss at each snapshot, in order, shape (n,). Losses that are
+        not finite count as infinite.
+      n_converge: Number of losses that decide about the start; at least 1.
+      n_tolerance: Number of losses that decide about the end; at least 1.
+      ratio: Factor that losses of the valley do not exceed; at least 1.
 
     Returns:
-      Indices of snapshots, a range.
+      A range of the indices of the snapshots.
 
     Raises:
       ValueError: If there are no losses or an argument is out of range.
@@ -44,7 +49,7 @@ def swad_window(
     """
     _checks.check_integer("n_converge", n_converge, 1)
     _checks.check_integer("n_tolerance", n_tolerance, 1)
-    ratio = _checks.within("ratio", ratio, 1, float("inf"))
+    ratio = _checks.within("ratio", ratio, 1, math.inf)
     loss = np.asarray(losses, np.float64)
     if loss.ndim != 1 or not loss.size:
         raise ValueError(f"losses must be a vector, got shape {loss.shape}.")

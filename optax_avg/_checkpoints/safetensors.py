@@ -10,7 +10,8 @@ import struct
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg.cli._sources import Checkpoint, Leaf, imported, named
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.sources import Checkpoint, imported, named
 
 SUFFIX = ".safetensors"
 METADATA = "__metadata__"
@@ -43,7 +44,7 @@ def open_safetensors(path: str) -> Checkpoint:
     Raises:
       ValueError: If it is none, or has a type without a name in NumPy.
     """
-    safetensors = imported("safetensors")
+    safetensors = imported("safetensors", "this needs safetensors", "cli")
     with named(path), safetensors.safe_open(path, "np") as file:
         metadata = dict(file.metadata() or {})
     with named(path), open(path, "rb") as file:

@@ -14,19 +14,19 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from optax_avg.cli._orbax_parts import Box, boxes
-from optax_avg.cli._sources import Parts, named
+from optax_avg._checkpoints.orbax_parts import Box, boxes
+from optax_avg._checkpoints.sources import Parts, Scratch, named
 
 SLAB = 2**23  # bytes that may be decoded for any one element of a part
 COPIED = 2**24  # bytes that are copied at once
 
 
-def parts_of(path: str, name: str, scratch: Callable[[], BinaryIO]) -> Parts:
+def parts_of(path: str, name: str, scratch: Scratch) -> Parts:
     """Reads ranges of the elements of an array, in C order.
 
     Args:

@@ -2,13 +2,11 @@
 
 import json
 import os
-from collections.abc import Callable
-from typing import BinaryIO
 
 import numpy as np
 
-from optax_avg.cli._safetensors import SUFFIX, open_safetensors
-from optax_avg.cli._sources import Checkpoint, Parts, named
+from optax_avg._checkpoints.safetensors import SUFFIX, open_safetensors
+from optax_avg._checkpoints.sources import Checkpoint, Parts, Scratch, named
 
 SINGLE = f"model{SUFFIX}"
 INDEX = f"{SINGLE}.index.json"
@@ -71,7 +69,7 @@ def _open_shards(index: str) -> Checkpoint:
     leaves = [shards[shard].leaves[i] for shard, i in places]
     _check_index(index, shard_of, [p[0] for p in places], [x.name for x in leaves])
 
-    def parts(i: int, scratch: Callable[[], BinaryIO]) -> Parts:
+    def parts(i: int, scratch: Scratch) -> Parts:
         shard, own = places[i]
         return shards[shard].parts(own, scratch)
 

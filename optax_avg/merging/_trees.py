@@ -1,0 +1,131 @@
+"""Merges of trees, leaf by leaf, in float32 or wider."""
+
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from optax_avg import _leaves
+from optax_avg._checkpoints.alike import ONLY, difference
+from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.rules import Found, Rule, Slices, check_fault, widened
+
+# A model: a pytree of arrays.
+Tree = Any
+# What JAX knows of the containers of a tree.
+Structure = Any
+# Weights of models: float64 of shape (n,), or an array of JAX if they are traced.
+Weights = np.ndarray | jax.Array
+
+_T = TypeVar("_T")
+
+
+def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
+    """Weights that sum to one.
+
+    Args:
+      n: Number of models.
+      weights: One for each model; by default all are equal.
+
+    Returns:
+      The weights in float64; traced ones as they are.
+
+    Raises:
+      ValueError: If there are not ``n`` weights, or their sum is not one.
+    """
+    weights = [1 / max(n, 1)] * n if weights is None else weights
+    if len(weights) != n:
+        raise ValueError(f"{n} models need as many weights, got {weights}.")
+    try:
+        w = np.asarray(weights, np.float64)
+    except (
+        jax.errors.TracerArrayConversionError,
+        jax.errors.ConcretizationTypeError,
+    ):
+        return jnp.stack([jnp.asarray(w) for w in weights])
+    if len(w) and not abs(w.sum() - 1) < 1e-6 * max(1, np.abs(w).sum()):
+        raise ValueError(f"weights must sum to one, got a sum of {w.sum():g}.")
+    return w
+
+
+def check_alike(models: Sequence[Tree]) -> None:
+    """Raises a ValueError that names the first leaf in which two models differ."""
+    if not models:
+        raise ValueError("there are no models; pass a list with at least one.")
+    first, structure = _described(models[0])
+    for t, model in enumerate(models[1:], start=1):
+        found, other = _described(model)
+        odd = difference(first, found, "the first tree")
+        if odd:
+            raise ValueError(f"tree {t} {odd}; the trees must be alike.")
+        if structure != other:
+            raise ValueError(
+                f"tree {t} has another structure than the first tree: {other}; the "
+                "trees must be alike."
+            )
+
+
+def merged(
+    rule: Rule, trees: Sequence[Tree], found: Mapping[int, Found] | None = None
+) -> Tree:
+    """Merges trees leaf by leaf; leaves that are not floats come from the first.
+
+    Args:
+      rule: Merge of a leaf.
+      trees: Models and the other trees that the rule takes.
+      found: What the rule would find in each leaf, by the index of the leaf; by default
+        it searches for it.
+
+    Returns:
+      A tree like the first.
+
+    Raises:
+      ValueError: If the trees differ, or the rule finds fault with a leaf.
+    """
+    check_alike(trees)
+    paths, structure = jax.tree.flatten_with_path(trees[0])
+    columns = zip(*(jax.tree.leaves(tree) for tree in trees), strict=True)
+    made = []
+    for i, ((path, first), leaves) in enumerate(zip(paths, columns, strict=True)):
+        if not _leaves.is_float(first):
+            made.append(first)
+            continue
+        xs = widened(leaves)
+        if rule.fault is not None:
+            check_fault(rule, rule.fault(xs), _name(path))
+        known = rule.find(lambda xs=xs: iter([xs])) if found is None else found[i]
+        made.append(rule.combine(known, xs).astype(jnp.result_type(first)))
+    return structure.unflatten(made)
+
+
+def _described(tree: Tree) -> tuple[list[Leaf], Structure]:
+    """The leaves of a tree as those of a checkpoint, with the names that JAX gives."""
+    entries, structure = jax.tree.flatten_with_path(tree)
+    leaves = [
+        Leaf((_name(path),), jnp.shape(x), str(jnp.result_type(x)))
+        for path, x in entries
+    ]
+    return leaves, structure
+
+
+def _name(path: tuple[Any, ...]) -> str:
+    """A key path, in words if the leaf is the whole tree."""
+    return jax.tree_util.keystr(path) or ONLY
+
+
+def total(
+    slices: Slices,
+    of: Callable[[list[jax.Array]], _T],
+    join: Callable[[_T, _T], _T],
+) -> _T:
+    """What ``of`` finds in each slice, joined over all slices."""
+    return functools.reduce(join, (of(widened(xs)) for xs in slices()))
+
+
+def weighted_sum(w: Any, xs: Sequence[jax.Array]) -> jax.Array:
+    """``sum_t w_t x_t`` with one weight for each vector."""
+    terms = (jnp.asarray(a, x.dtype) * x for a, x in zip(w, xs, strict=True))
+    return jnp.asarray(sum(terms))
