@@ -264,6 +264,6 @@ def refuse_masked(name: str, tree: Any) -> None:
     leaves = jax.tree.leaves(tree, is_leaf=_leaves.is_masked)
     if any(_leaves.is_masked(leaf) for leaf in leaves):
         raise ValueError(
-            f"{name} cannot stand inside optax.masked or optax.partition; pass where= "
-            "to the rule, or use sharpness_aware before the chain."
+            f"{name} cannot be used inside optax.masked or optax.partition; pass "
+            "where= to the rule, or use sharpness_aware before the chain."
         )
