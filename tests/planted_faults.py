@@ -373,6 +373,24 @@ FAULTS = {
         "jnp.where(finite | True, new, old)",
         f"{FORMS} -k does_not_stay",
     ),
+    "each device remembers gradients of its own": Fault(
+        "optax_avg/sharpness/_rule.py",
+        "memory = rule.combine(params, grads, state)[1]",
+        "pass",
+        f"{FORMS} -k 'rules_in_shard_map and vasso'",
+    ),
+    "names of strings are not checked": Fault(
+        "optax_avg/_checks.py",
+        "if value not in choices:",
+        "if False:",
+        f"{SHARPNESS} -k unknown_names",
+    ),
+    "states in a TrainState are not found": Fault(
+        "optax_avg/_leaves.py",
+        'state = getattr(state, "opt_state", state)',
+        "pass",
+        f"{MULTI_CALL} -k any_nesting",
+    ),
     "devices share the gradients of replicated parameters": Fault(
         "optax_avg/sharpness/forms.py",
         "x = jax.tree.map(lambda leaf: _mesh.vary(leaf, axes), x)",

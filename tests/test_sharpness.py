@@ -497,6 +497,25 @@ def test_intervals_are_named_as_the_user_did():
             rules.sparse_sam(refresh=value)
 
 
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.sam(scope="rows"), "scope must be 'global', 'leaf' or 'row'"),
+        (
+            lambda: rules.gradient_regularisation(scheme="both"),
+            "scheme must be 'forward', 'backward', 'central' or 'exact'",
+        ),
+        (
+            lambda: rules.gam(decomposition="code"),
+            "decomposition must be 'paper' or 'reference'",
+        ),
+    ],
+)
+def test_unknown_names_are_refused(make, message):
+    with pytest.raises(ValueError, match=f"^{message}, got '"):
+        make()
+
+
 def test_radii_in_trees_are_checked():
     with pytest.raises(ValueError, match="rho must lie in"):
         rules.sam({"bias": 0.1, "norm": np.inf})

@@ -7,7 +7,7 @@ The functions here are the steps that all three forms are made of.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +20,9 @@ Grads = Sequence[optax.Updates]
 Memory = Any  # trees of arrays that a rule keeps, in a structure of its own
 GradientAt = Callable[[optax.Params], optax.Updates]
 Mean = Callable[[Any], Any]  # the mean of a tree over mapped axes
+
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
 
 
 class RuleState(NamedTuple):
@@ -40,7 +43,7 @@ Direction = Callable[[int, optax.Params, Grads, RuleState], optax.Updates | None
 Combine = Callable[[optax.Params, Grads, RuleState], tuple[optax.Updates, Memory]]
 Skip = Callable[[optax.Params, optax.Updates, RuleState], tuple[optax.Updates, Memory]]
 InitMemory = Callable[[optax.Params], Memory]
-Due = Callable[[RuleState], Any]
+Due = Callable[[RuleState], jax.Array]
 
 
 def _no_memory(params: optax.Params) -> Memory:
@@ -177,10 +180,10 @@ def in_result(rule: SharpnessRule, i: int) -> bool:
 def when_due(
     rule: SharpnessRule,
     state: RuleState,
-    full: Callable[[Any], Any],
-    skip: Callable[[Any], Any],
-    operand: Any,
-) -> Any:
+    full: Callable[[Operand], Result],
+    skip: Callable[[Operand], Result],
+    operand: Operand,
+) -> Result:
     """``full(operand)`` if all evaluations are due, ``skip(operand)`` if not."""
     if rule.due is None:
         return full(operand)
@@ -264,6 +267,6 @@ def refuse_masked(name: str, tree: Any) -> None:
     leaves = jax.tree.leaves(tree, is_leaf=_leaves.is_masked)
     if any(_leaves.is_masked(leaf) for leaf in leaves):
         raise ValueError(
-            f"{name} cannot stand inside optax.masked or optax.partition; pass where= "
-            "to the rule, or use sharpness_aware before the chain."
+            f"{name} cannot be used inside optax.masked or optax.partition; pass "
+            "where= to the rule, or use sharpness_aware before the chain."
         )

@@ -4,7 +4,7 @@ result = combine(g_0, ..., g_n)
 """
 
 from collections.abc import Callable
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ Scheme = Literal["forward", "backward", "central", "exact"]
 Decomposition = Literal["paper", "reference"]
 
 
-def _linear(*pairs: tuple[Any, optax.Updates]) -> optax.Updates:
+def _linear(*pairs: tuple[jax.typing.ArrayLike, optax.Updates]) -> optax.Updates:
     """``sum_i c_i v_i`` over trees, from pairs ``(c_i, v_i)``."""
     factors = [c for c, _ in pairs]
     return jax.tree.map(
@@ -284,7 +284,7 @@ def _no_mean(params: optax.Params) -> Memory:
     return jnp.asarray(False), _zeros(params)
 
 
-def _ema(memory: Memory, decay: Any, g: optax.Updates) -> Memory:
+def _ema(memory: Memory, decay: float | jax.Array, g: optax.Updates) -> Memory:
     """``m <- decay m + (1 - decay) g``; the first gradient itself."""
     begun, m = memory
     mixed = jax.tree.map(

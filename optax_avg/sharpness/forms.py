@@ -36,10 +36,11 @@ from optax_avg.sharpness._rule import (
 
 __all__ = ["SharpnessAware", "as_link", "sharpness_aware"]
 
-ValueAndGradFn = Callable[..., tuple[Any, optax.Updates]]
+Out = Any  # the value, a scalar, or (value, aux) with has_aux
+ValueAndGradFn = Callable[..., tuple[Out, optax.Updates]]
 Perturbation = Literal["local", "global"] | _mesh.AxisName
 
-_Evaluation = Callable[[optax.Params], tuple[Any, optax.Updates]]
+_Evaluation = Callable[[optax.Params], tuple[Out, optax.Updates]]
 
 
 class SharpnessAware(Protocol):
@@ -49,7 +50,7 @@ class SharpnessAware(Protocol):
 
     def __call__(
         self, params: optax.Params, state: RuleState, *args: Any, **kwargs: Any
-    ) -> tuple[Any, optax.Updates, RuleState]:
+    ) -> tuple[Out, optax.Updates, RuleState]:
         """Returns the value (with aux), the gradient and the next state."""
         ...
 
@@ -159,7 +160,7 @@ def _step_of_one(
     state: RuleState,
     loss_at: _Evaluation,
     mean: Mean | None,
-) -> tuple[Any, optax.Updates, RuleState]:
+) -> tuple[Out, optax.Updates, RuleState]:
     """Value, gradient and next state of a step whose ascent is on the loss."""
     out, g = loss_at(_first_point(rule, params, state))
 
@@ -181,7 +182,7 @@ def _step_of_two(
     loss_at: _Evaluation,
     ascent_at: _Evaluation,
     mean: Mean | None,
-) -> tuple[Any, optax.Updates, RuleState]:
+) -> tuple[Out, optax.Updates, RuleState]:
     """Value, gradient and next state of a step whose ascent is on another function."""
     start = _first_point(rule, params, state)
 
