@@ -123,9 +123,7 @@ def read_leaves(
 
 def average_states(state: Any) -> list[AverageState]:
     """The states of averages, in the order of the chain."""
-    state = getattr(state, "opt_state", state)
-    leaves = jax.tree.leaves(state, is_leaf=is_average_state)
-    return [node for node in leaves if is_average_state(node)]
+    return _leaves.states_of(AverageState, state)
 
 
 def read_average(node: AverageState, name: str) -> Any:

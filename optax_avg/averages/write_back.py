@@ -189,5 +189,5 @@ def _write_back(
 def _step_to(found: tuple[jax.Array, jax.Array], x: jax.Array, u: Any) -> jax.Array:
     """The update from ``x`` to the average, or ``u`` while there is none."""
     is_there, average = found
-    step = _numerics.wide(average) - _numerics.wide(jnp.asarray(x))
-    return jnp.where(is_there, step.astype(u.dtype), u)
+    step = _numerics.step_to(average, jnp.asarray(x), u.dtype)
+    return jnp.where(is_there, step, u)

@@ -5,7 +5,7 @@ Between calls the parameters are where the rule needs its next gradient,
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -27,6 +27,8 @@ from optax_avg.sharpness._rule import (
 )
 
 __all__ = ["MultiCallState", "clean_params", "multi_call"]
+
+Params = TypeVar("Params")
 
 
 class MultiCallState(NamedTuple):
@@ -257,7 +259,7 @@ def _step(
     return _start(rule, lax.cond(sound, step, void, state))
 
 
-def clean_params(state: optax.OptState, params: optax.Params) -> optax.Params:
+def clean_params(state: Any, params: Params) -> Params:
     """The parameters without offset, from the state of :func:`multi_call`.
 
     Args:
