@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 INFINITY = float("inf")
 
+# A Python number, or a traced one, as from optax.inject_hyperparams.
+Number = float | jax.Array
 # The name of a mesh axis or a tuple of names; None where there are no devices.
 AxisName = Hashable | None
 # All leaves, each leaf, or a tree of labels like a prefix of the gradients.
