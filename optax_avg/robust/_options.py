@@ -24,7 +24,7 @@ Start = Literal["first", "zeros"]
 
 
 class ScopeOption(TypedDict, total=False):
-    """Option of what is measured in groups of leaves."""
+    """Option of norms that are taken over groups of leaves."""
 
     scope: Scope
 

@@ -353,7 +353,7 @@ def _check_distance(distance: object) -> None:
 
 
 def _checked_radius(distance: Distance, tau: Tau) -> Tau:
-    """``tau`` as it is used; raises where it does not fit the distance."""
+    """The checked ``tau``. Raises if it does not fit the distance."""
     if isinstance(tau, AdaptiveRadius):
         if not distance.tau_is_radius:
             raise ValueError(
