@@ -45,7 +45,7 @@ Several objectives
     their state                     BloopState
 
 Families of plain functions
-    distances       from a gradient to its location; what track_location takes
+    distances       from a gradient to its location; values for track_location
     merging         finished models into one: soups, task vectors, Fisher, spheres
     posthoc         averages chosen after training, from snapshots of others
     surgery         project_out, the one orthogonal projection

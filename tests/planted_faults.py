@@ -536,6 +536,18 @@ FAULTS = {
         "elif False:",
         f"{LOCATION} -k refused",
     ),
+    "shared options are missing from signatures": Fault(
+        "optax_avg/_options.py",
+        "named_make.__signature__ = signature",
+        "named_make.signed = signature",
+        f"{AGGREGATION} -k shared_options",
+    ),
+    "shared options ignore the default of a factory": Fault(
+        "optax_avg/_options.py",
+        "defaults.get(key, shared[key].default)",
+        "shared[key].default",
+        f"{AGGREGATION} -k not_there",
+    ),
     "newton stops after one step": Fault(
         "optax_avg/robust/distances.py",
         "lambda pair: pair[1] > pair[0], ascend",

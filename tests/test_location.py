@@ -373,6 +373,16 @@ def test_what_is_no_distance_is_refused(make, distance, message):
         make(distance, 1.0)
 
 
+@pytest.mark.parametrize(
+    "tx", [oa.vclip(1.0), oa.track_tail_index(), oa.centered_clip(1.0)]
+)
+def test_gradients_must_be_like_the_parameters_of_init(tx):
+    state = tx.init({"a": jnp.ones(3)})
+    other = {"a": jnp.ones((2, 3)), "b": jnp.ones((2, 3))}
+    with pytest.raises(ValueError, match="2 gradients for a state of 1 leaves; pass"):
+        tx.update(other, state)
+
+
 def metric_l2(w):
     """The l2 norm in a diagonal metric, as a user would write it."""
 

@@ -1,4 +1,4 @@
-"""Rows around a point amid them, whatever their sizes are in float32.
+"""Rows around a point among them, of any size that float32 holds.
 
     G_ij = <s_i (v_i - z), s_j (v_j - z)>,    s_i = min(1/unit, FAR/|v_i - z|)
 

@@ -6,19 +6,24 @@ import jax
 import jax.numpy as jnp
 
 from optax_avg import _leaves
+from optax_avg.robust._options import Number
 
 # An array, None or optax.MaskedNode.
 Leaf = Any
+# A tree of arrays, such as gradients or one row of stacked gradients.
+Tree = Any
+# A jax.tree_util.PyTreeDef, which type checkers take for a variable.
+Structure = Any
 # Arrays by the position of their leaf among all leaves of a tree.
 ByPosition = dict[int, jax.Array]
 
 
-def flatten(tree: Any) -> tuple[list[Leaf], Any]:
+def flatten(tree: Tree) -> tuple[list[Leaf], Structure]:
     """The leaves of a tree, absent ones included, and its structure."""
     return jax.tree.flatten(tree, is_leaf=_leaves.is_absent)
 
 
-def flatten_with_names(tree: Any) -> list[tuple[str, Leaf]]:
+def flatten_with_names(tree: Tree) -> list[tuple[str, Leaf]]:
     """The leaves of updates, absent ones included, with names for messages."""
     paths = jax.tree.flatten_with_path(tree, is_leaf=_leaves.is_absent)[0]
     return [(f"updates{jax.tree_util.keystr(path)}", leaf) for path, leaf in paths]
@@ -51,8 +56,8 @@ def check_number(gradients: int, kept: int) -> None:
     """
     if gradients != kept:
         raise ValueError(
-            f"{gradients} gradients for a location of {kept} leaves; pass gradients "
-            "like the parameters of init."
+            f"{gradients} gradients for a state of {kept} leaves; pass gradients like "
+            "the parameters of init."
         )
 
 
@@ -61,12 +66,12 @@ def counter() -> jax.Array:
     return jnp.zeros([], jnp.int32)
 
 
-def quotient(a: Any, b: jax.Array, otherwise: float = 0) -> jax.Array:
-    """``a/b`` where ``b > 0``; elsewhere what is said."""
+def quotient(a: Number, b: jax.Array, otherwise: float = 0) -> jax.Array:
+    """``a/b`` where ``b > 0``, and a given number elsewhere."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), otherwise)
 
 
-def clip_factor(limit: Any, size: jax.Array) -> jax.Array:
+def clip_factor(limit: Number, size: jax.Array) -> jax.Array:
     """``min(1, limit/size)``, 1 at size 0."""
     return jnp.where(size > limit, limit / jnp.where(size > 0, size, 1), 1)
 

@@ -17,6 +17,7 @@ from optax_avg import _leaves, _mesh
 from optax_avg.robust._gradients import (
     ByPosition,
     Leaf,
+    Tree,
     check_number,
     flatten,
     flatten_with_names,
@@ -45,7 +46,7 @@ class Layout(NamedTuple):
 
 def rows_of(
     updates: optax.Updates, axis: int | None, axis_name: AxisName
-) -> tuple[Layout, list[jax.Array], Any]:
+) -> tuple[Layout, list[jax.Array], Tree]:
     """The rows of a tree of gradients.
 
     Returns:
@@ -71,7 +72,7 @@ def rows_of(
     return layout, rows, blank
 
 
-def arrange(layout: Layout, tree: Any) -> list[jax.Array]:
+def arrange(layout: Layout, tree: Tree) -> list[jax.Array]:
     """A tree like one row in the layout of the rows."""
     parts = _parts(layout, tree)
     joined = [_join([parts[i][None] for i in group]) for group in layout.groups]
@@ -84,7 +85,7 @@ def arrange(layout: Layout, tree: Any) -> list[jax.Array]:
     ]
 
 
-def place(layout: Layout, located: list[jax.Array], tree: Any) -> Any:
+def place(layout: Layout, located: list[jax.Array], tree: Tree) -> Tree:
     """Puts leaves in the layout of the rows into a tree like one row, in its dtypes."""
     new = _parts(layout, tree)
     for group, x in zip(layout.groups, located, strict=True):
@@ -131,13 +132,13 @@ def _stacked(names: list[tuple[str, Leaf]], axis: int | None) -> ByPosition:
     return found
 
 
-def _parts(layout: Layout, tree: Any) -> list[Leaf]:
+def _parts(layout: Layout, tree: Tree) -> list[Leaf]:
     leaves, _ = flatten(tree)
     check_number(layout.number, len(leaves))
     return leaves
 
 
-def _first(name: str, x: Any, axis: int | None) -> Any:
+def _first(name: str, x: Leaf, axis: int | None) -> Leaf:
     """The first row of a leaf that is not floating, such as a counter."""
     if axis is None:
         return x

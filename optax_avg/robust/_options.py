@@ -14,6 +14,8 @@ T = TypeVar("T")
 
 INFINITY = float("inf")
 
+# A Python number, or a traced one, as from optax.inject_hyperparams.
+Number = float | jax.Array
 # The name of a mesh axis or a tuple of names; None where there are no devices.
 AxisName = Hashable | None
 # All leaves, each leaf, or a tree of labels like a prefix of the gradients.
@@ -22,7 +24,7 @@ Start = Literal["first", "zeros"]
 
 
 class ScopeOption(TypedDict, total=False):
-    """Option of what is measured in groups of leaves."""
+    """Option of norms that are taken over groups of leaves."""
 
     scope: Scope
 

@@ -118,7 +118,7 @@ def _solution(
     both = free[:, None] & free[None]
     fixed = jnp.where(both, a, jnp.eye(len(c), dtype=a.dtype))
     v = jnp.linalg.solve(fixed, jnp.where(free, c, 0))
-    # Of dependent rows v can be 1/RIDGE, and what is rounded away with it.
+    # If rows depend on each other, v can be 1/RIDGE, and its rounding errors too.
     length = jnp.max(jnp.abs(v))
     slope, most = a @ v - c, jnp.abs(a) @ jnp.abs(v) + jnp.abs(c)
     low = jnp.where(free, v < -tolerance * length, slope < -tolerance * most)

@@ -2,14 +2,13 @@
 
     sum_i w_i v_i,    G_ij = <s_i (v_i - z), s_j (v_j - z)>
 
-Rules for locations and conflicts need no more than these two: whatever they iterate,
-they iterate on ``n`` numbers. Rules that go coordinate by coordinate are in
-:mod:`optax_avg.robust._ranks`.
+Rules for locations and conflicts need these two alone: their rounds are on ``n``
+numbers. Rules that go coordinate by coordinate are in :mod:`optax_avg.robust._ranks`.
 """
 
 import functools
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,6 +18,7 @@ from jax.sharding import PartitionSpec
 
 from optax_avg import _mesh, _numerics
 from optax_avg.robust import _layout
+from optax_avg.robust._gradients import Tree
 from optax_avg.robust._layout import Layout
 from optax_avg.robust._options import AxisName
 
@@ -43,7 +43,7 @@ class Stack(NamedTuple):
     norms: jax.Array
     valid: jax.Array
     layout: Layout
-    blank: Any
+    blank: Tree
 
 
 def stack_of(updates: optax.Updates, axis: int | None, axis_name: AxisName) -> Stack:
@@ -91,9 +91,9 @@ def row_norms(
     )
 
 
-def _parts(centre: Centre, rows: list[jax.Array]) -> list[Any]:
-    """Of every leaf what stands for its centre."""
-    return list(centre) if isinstance(centre, list) else [centre] * len(rows)
+def _parts(centre: Centre, rows: list[jax.Array]) -> list[jax.Array | None]:
+    """The centre of each array of rows."""
+    return [*centre] if isinstance(centre, list) else [centre] * len(rows)
 
 
 def combine(
@@ -101,7 +101,7 @@ def combine(
 ) -> list[jax.Array]:
     """``sum_i w_i (f_i v_i)`` over the valid rows, in float32 or wider.
 
-    Rows get factors, by default 1, where a weight alone would under- or overflow.
+    Factors, 1 by default, are for rows whose weight alone would under- or overflow.
     """
     weights = jnp.where(jnp.broadcast_to(stack.valid, weights.shape), weights, 0)
     plain = jnp.all(stack.valid)
@@ -161,14 +161,17 @@ def _chunks(x: jax.Array) -> tuple[int, int]:
 
 
 def _sum_over_chunks(
-    f: Callable[[jax.Array, Any], jax.Array], x: jax.Array, centre: Any
+    f: Callable[[jax.Array, jax.Array | None], jax.Array],
+    x: jax.Array,
+    centre: jax.Array | None,
 ) -> jax.Array:
     """The sum of ``f`` over chunks of the columns of ``x`` and their centre."""
-    index: Any = centre
-    by_row = centre is not None and jnp.issubdtype(centre.dtype, jnp.integer)
+    index = None
+    if centre is not None and jnp.issubdtype(centre.dtype, jnp.integer):
+        index, centre = centre, None
 
     def around(columns, z):
-        return f(columns, _row(columns, index) if by_row else z)
+        return f(columns, z if index is None else _row(columns, index))
 
     count, width = _chunks(x)
     if not width:
@@ -183,7 +186,7 @@ def _sum_over_chunks(
             a = lax.dynamic_slice_in_dim(a, begin, width, a.ndim - 1)
             return jnp.where(jnp.broadcast_to(fresh, a.shape), a, 0)
 
-        return around(cut(x), None if by_row or centre is None else cut(centre))
+        return around(cut(x), None if centre is None else cut(centre))
 
     sum_shape = jax.eval_shape(part, jnp.asarray(0))
     zeros = jnp.zeros(sum_shape.shape, sum_shape.dtype)

@@ -31,7 +31,7 @@ from optax_avg.robust._aggregator import (
     memoryless,
 )
 from optax_avg.robust._centred import FAR, centred, factored, invertible, scales
-from optax_avg.robust._gradients import clip_factor, equal_weights
+from optax_avg.robust._gradients import Tree, clip_factor, equal_weights
 from optax_avg.robust._gram_rules import (
     clipped_rounds,
     flag_mean,
@@ -458,7 +458,7 @@ def one_pass_location(
     return aggregating.Aggregator(tracker.init, update_fn)
 
 
-def _element(rows: Any, i: jax.Array, count: int, axis_name: AxisName) -> Any:
+def _element(rows: Tree, i: jax.Array, count: int, axis_name: AxisName) -> Tree:
     """Element ``i`` of all devices, each of which has ``count`` rows."""
     own = jax.tree.map(lambda x: x[i % count], rows)
     if axis_name is None:

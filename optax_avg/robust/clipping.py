@@ -22,8 +22,9 @@ from optax_avg.robust._gradients import (
     counter,
     flatten,
     positions,
+    quotient,
 )
-from optax_avg.robust._options import INFINITY, ScopeOption, with_scope
+from optax_avg.robust._options import INFINITY, Number, ScopeOption, with_scope
 from optax_avg.robust.location import adaptive_radius, track_location
 
 __all__ = [
@@ -41,8 +42,6 @@ __all__ = [
 UNUSUAL = 100.0  # a norm, in units of the median, that says nothing about the others
 SPIKE = 1e6  # a global norm, in units of its limit, that says nothing about the leaves
 
-# A number of Python, or a traced one, as from optax.inject_hyperparams.
-Number = float | jax.Array
 # What a clip remembers: a tree of small arrays.
 Statistics = Any
 # (norms of the groups, step, statistics) -> (limits of the groups, new statistics)
@@ -121,9 +120,7 @@ def clip_by_zscore(
         warm = step < warmup_steps
         excess, reach = n - mu, z_max * jnp.sqrt(var)
         spike = ~warm & (excess > reach)
-        high = jnp.where(
-            spike, mu + reach * (reach / jnp.where(spike, excess, 1)), INFINITY
-        )
+        high = jnp.where(spike, mu + reach * quotient(reach, excess), INFINITY)
         n = jnp.minimum(n, high)
         # A square that overflows would never leave the variance.
         n = jnp.minimum(n, 0.25 * float(jnp.finfo(n.dtype).max) ** 0.5)

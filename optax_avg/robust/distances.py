@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 
 from optax_avg import _checks, _mesh, _numerics
 from optax_avg.robust._gradients import clip_factor
-from optax_avg.robust._options import INFINITY
+from optax_avg.robust._options import INFINITY, Number
 
 __all__ = [
     "Distance",
@@ -34,7 +34,6 @@ __all__ = [
 
 # The arrays of one group, in float32 or wider, and the radius of the group.
 Leaves = list[jax.Array]
-Radius = jax.Array | float
 
 
 class Step(NamedTuple):
@@ -51,6 +50,10 @@ class Step(NamedTuple):
     leaves: Leaves
     inside: jax.Array
     size: jax.Array
+
+
+# (differences of one group of leaves, tau) -> step; tau is a scalar.
+ProximalStep = Callable[[Leaves, Any], Step]
 
 
 class Distance(NamedTuple):
@@ -81,7 +84,7 @@ class Distance(NamedTuple):
       [1.5, 1.0]
     """
 
-    step: Callable[[Leaves, Any], Step]
+    step: ProximalStep
     tau_is_radius: bool = True
     by_leaf: bool = False
 
@@ -172,7 +175,7 @@ def linf() -> Distance:
     return Distance(_linf)
 
 
-def huber(mu: float | jax.Array = 1.0) -> Distance:
+def huber(mu: Number = 1.0) -> Distance:
     """Huber's function of ``|z|``: ``|z|^2/2`` up to ``mu``, then ``mu (|z| - mu/2)``.
 
         step = tau mu/max(|delta|, mu (1 + tau)) delta
@@ -199,7 +202,7 @@ def huber(mu: float | jax.Array = 1.0) -> Distance:
     return Distance(_huber(_l2, mu), tau_is_radius=False)
 
 
-def huber_elementwise(mu: float | jax.Array = 1.0) -> Distance:
+def huber_elementwise(mu: Number = 1.0) -> Distance:
     """The sum of Huber's function of each element.
 
         step = tau/(1 + tau) clip(delta, -mu (1 + tau), mu (1 + tau))
@@ -225,7 +228,7 @@ def huber_elementwise(mu: float | jax.Array = 1.0) -> Distance:
     return Distance(_huber(_l1, mu), tau_is_radius=False)
 
 
-def pinball(quantile: float | jax.Array = 0.5) -> Distance:
+def pinball(quantile: Number = 0.5) -> Distance:
     """The sum of ``max(q z_i, (q - 1) z_i)``, whose location is a quantile.
 
         step = clip(delta, -tau (1 - q), tau q)
@@ -276,27 +279,27 @@ def spectral() -> Distance:
     return Distance(_spectral, by_leaf=True)
 
 
-def _share(tau: Radius) -> jax.Array:
+def _share(tau: Number) -> jax.Array:
     """``tau/(1 + tau)``, 1 at infinity."""
     return 1 / (1 + 1 / jnp.asarray(tau))
 
 
-def _mean(delta: Leaves, tau: Radius) -> Step:
+def _mean(delta: Leaves, tau: Number) -> Step:
     return Step([_share(tau) * d for d in delta], jnp.ones([]), _numerics.norm(delta))
 
 
-def _l2(delta: Leaves, tau: Radius) -> Step:
+def _l2(delta: Leaves, tau: Number) -> Step:
     n = _numerics.norm(delta)
     inside = n <= tau
     factor = clip_factor(tau, n)
     return Step([factor * d for d in delta], inside.astype(n.dtype), n)
 
 
-def _l1(delta: Leaves, tau: Radius) -> Step:
+def _l1(delta: Leaves, tau: Number) -> Step:
     return _interval(delta, -tau, tau)
 
 
-def _interval(delta: Leaves, low: Radius, high: Radius) -> Step:
+def _interval(delta: Leaves, low: Number, high: Number) -> Step:
     """Clips element by element; the size is the mean absolute value.
 
     Raises:
@@ -315,7 +318,7 @@ def _interval(delta: Leaves, low: Radius, high: Radius) -> Step:
     return Step(clipped, jnp.asarray(within / count), jnp.asarray(size))
 
 
-def _linf(delta: Leaves, tau: Radius) -> Step:
+def _linf(delta: Leaves, tau: Number) -> Step:
     """The threshold by Newton's method, with no sort and no joined copy of the leaves.
 
     It is monotone and ends after finitely many steps.
@@ -348,18 +351,18 @@ def _linf(delta: Leaves, tau: Radius) -> Step:
     return Step(kept, inside.astype(top.dtype), size)
 
 
-def _huber(norm: Callable[[Leaves, Any], Step], mu: Any) -> Callable[..., Step]:
+def _huber(norm: ProximalStep, mu: Number) -> ProximalStep:
     """Huber's function of a norm: its step for ``mu (1 + tau)``, times the share."""
     mu = _checks.within("mu", mu, 0, INFINITY, open_low=True)
 
-    def step(delta: Leaves, tau: Radius) -> Step:
+    def step(delta: Leaves, tau: Number) -> Step:
         found = norm(delta, mu * (1 + tau))
         return found._replace(leaves=[_share(tau) * d for d in found.leaves])
 
     return step
 
 
-def _spectral(delta: Leaves, tau: Radius) -> Step:
+def _spectral(delta: Leaves, tau: Number) -> Step:
     steps, largest = [], [jnp.zeros([])]
     for d in delta:
         if not d.size:

@@ -8,6 +8,7 @@ ordinary clipping. A constant ``tau`` finds a location between the two: the medi
 ``tau`` goes to 0, the mean as it grows.
 """
 
+from collections.abc import Hashable
 from typing import Any, NamedTuple, Unpack
 
 import jax
@@ -26,6 +27,7 @@ from optax_avg.robust._gradients import (
 from optax_avg.robust._options import (
     INFINITY,
     LocationOptions,
+    Number,
     Scope,
     at,
     check_choice,
@@ -54,9 +56,9 @@ class AdaptiveRadius(NamedTuple):
       init: First radius, or None for the first size that is seen.
     """
 
-    quantile: float | jax.Array
-    rate: float | jax.Array
-    init: float | jax.Array | None
+    quantile: Number
+    rate: Number
+    init: Number | None
 
 
 # A radius or a step size, by distance.
@@ -78,17 +80,17 @@ class LocationState(NamedTuple):
     """
 
     location_step: jax.Array
-    location: Any
-    location_radius: Any
+    location: optax.Updates
+    location_radius: jax.Array | tuple[()]
     accepted: jax.Array
     clipped: jax.Array
     rejected: jax.Array
 
 
 def adaptive_radius(
-    quantile: float | jax.Array = 0.5,
-    rate: float | jax.Array = 0.2,
-    init: float | jax.Array | None = None,
+    quantile: Number = 0.5,
+    rate: Number = 0.2,
+    init: Number | None = None,
 ) -> AdaptiveRadius:
     """A radius that follows a quantile of the sizes of ``g - m``, whatever their scale.
 
@@ -202,7 +204,7 @@ def track_location(
         delta = {i: _numerics.wide(leaves[i]) - m[i] for i in there}
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
-        radii = _radii(tau, state, len(groups))
+        radii = _radii(tau, state.location_radius, state.location_step, len(groups))
         step, inside, sizes = _by_group(distance, groups, delta, radii)
         # Sizes are norms or means: finite if and only if all differences are.
         finite = _mesh.agreed(jnp.all(jnp.isfinite(sizes)))
@@ -290,8 +292,8 @@ def cclip(
 
 @with_location_options
 def clipped_ema(
-    decay: float | jax.Array,
-    max_norm: float | jax.Array,
+    decay: Number,
+    max_norm: Number,
     **options: Unpack[LocationOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """``m <- m + (1 - decay) min(1, max_norm/|g - m|) (g - m)``, a Huber location.
@@ -351,7 +353,7 @@ def _check_distance(distance: object) -> None:
 
 
 def _checked_radius(distance: Distance, tau: Tau) -> Tau:
-    """``tau`` as it is used; raises where it does not fit the distance."""
+    """The checked ``tau``. Raises if it does not fit the distance."""
     if isinstance(tau, AdaptiveRadius):
         if not distance.tau_is_radius:
             raise ValueError(
@@ -370,10 +372,10 @@ def _check_choices(scope: Scope, init: str, reset: bool) -> None:
         raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
 
 
-def _groups(scope: Scope, tree: Any) -> list[list[int]]:
+def _groups(scope: Scope, tree: optax.Updates) -> list[list[int]]:
     """Positions of the leaves of each group among all, absent ones counted."""
     leaves, _ = flatten(tree)
-    labels: list[Any] = [0] * len(leaves)
+    labels: list[Hashable] = [0] * len(leaves)
     if scope == "leaf":
         labels = list(range(len(leaves)))
     elif not isinstance(scope, str):
@@ -385,18 +387,17 @@ def _groups(scope: Scope, tree: Any) -> list[list[int]]:
             tree,
         )
         labels = jax.tree.leaves(spread)
-    groups: dict[Any, list[int]] = {}
+    groups: dict[Hashable, list[int]] = {}
     for i, label in enumerate(labels):
         groups.setdefault(label, []).append(i)
     return list(groups.values())
 
 
-def _radii(tau: Tau, state: LocationState, count: int) -> jax.Array:
+def _radii(tau: Tau, kept: jax.Array, step: jax.Array, count: int) -> jax.Array:
     """The radius of each group; infinite while an adaptive one is not yet known."""
     if isinstance(tau, AdaptiveRadius):
-        known = state.location_radius > 0
-        return jnp.where(known, state.location_radius, INFINITY)
-    return jnp.full(count, jnp.asarray(at(tau, state.location_step), jnp.float32))
+        return jnp.where(kept > 0, kept, INFINITY)
+    return jnp.full(count, jnp.asarray(at(tau, step), jnp.float32))
 
 
 def _followed(
@@ -404,7 +405,7 @@ def _followed(
     radii: jax.Array,
     inside: jax.Array,
     sizes: jax.Array,
-    dtype: Any,
+    dtype: jnp.dtype,
 ) -> jax.Array:
     """``tau exp(-rate (inside - quantile))``, or the size where ``tau`` is unknown."""
     followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
@@ -422,7 +423,7 @@ def _by_group(
     step, inside, sizes = {}, [jnp.ones(0)], [jnp.ones(0)]
     for group, radius in zip(groups, radii, strict=True):
         members = [i for i in group if i in delta]
-        if not members:  # no gradient today
+        if not members:  # no gradient in this step
             inside.append(jnp.ones(1))
             sizes.append(jnp.zeros(1))
             continue

@@ -17,6 +17,7 @@ from optax_avg import _checks, _leaves, _numerics
 from optax_avg.robust._gradients import (
     ByPosition,
     Leaf,
+    Tree,
     counter,
     flatten,
     positions,
@@ -31,9 +32,6 @@ from optax_avg.robust._options import (
 )
 
 __all__ = ["BloopState", "bloop", "perp_grad", "project_out"]
-
-# A tree of arrays.
-Tree = Any
 
 
 def project_out(v: Tree, w: Tree) -> Tree:
@@ -98,10 +96,10 @@ def perp_grad(
 
     def update_fn(
         updates: optax.Updates,
-        state: Any,
+        state: optax.OptState,
         params: optax.Params | None = None,
         **extra_args: Any,
-    ) -> tuple[optax.Updates, Any]:
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         _checks.require_params("perp_grad", params)
         leaves, structure = flatten(updates)
@@ -127,7 +125,7 @@ class BloopState(NamedTuple):
     """
 
     bloop_step: jax.Array
-    main_ema: Any
+    main_ema: optax.Updates
     left_out: jax.Array
 
 

@@ -46,8 +46,8 @@ class TailState(NamedTuple):
     """
 
     tail_step: jax.Array
-    waiting: Any
-    block_sum: Any
+    waiting: optax.Updates
+    block_sum: optax.Updates
     samples: jax.Array
     blocks: jax.Array
     tail_block: jax.Array
@@ -187,22 +187,6 @@ def track_tail_index(
     _checks.check_integer("num_largest", num_largest, 4)
     _checks.check_integer("block", block, 2)
 
-    def init_fn(params: optax.Params) -> TailState:
-        mean = lambda: jnp.zeros([], jnp.float32)
-        return TailState(
-            counter(),
-            _leaves.zeros_like_wide(params),
-            _leaves.zeros_like_wide(params),
-            counter(),
-            counter(),
-            jnp.asarray(block, jnp.int32),
-            mean(),
-            mean(),
-            jnp.zeros(num_largest, jnp.float32),
-            counter(),
-            (mean(), mean()),
-        )
-
     def update_fn(
         updates: optax.Updates,
         state: Any,
@@ -253,7 +237,27 @@ def track_tail_index(
         )
 
     return optax.GradientTransformationExtraArgs(
-        _leaves.shapes_for_shapes(init_fn), update_fn
+        _leaves.shapes_for_shapes(
+            lambda params: _first_state(params, num_largest, block)
+        ),
+        update_fn,
+    )
+
+
+def _first_state(params: optax.Params, num_largest: int, block: int) -> TailState:
+    mean = lambda: jnp.zeros([], jnp.float32)
+    return TailState(
+        tail_step=counter(),
+        waiting=_leaves.zeros_like_wide(params),
+        block_sum=_leaves.zeros_like_wide(params),
+        samples=counter(),
+        blocks=counter(),
+        tail_block=jnp.asarray(block, jnp.int32),
+        mean_log=mean(),
+        mean_log_block=mean(),
+        largest=jnp.zeros(num_largest, jnp.float32),
+        left_out=counter(),
+        remainders=(mean(), mean()),
     )
 
 
