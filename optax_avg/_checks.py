@@ -113,6 +113,17 @@ def finite(name: str, value: Any, open_low: bool = False) -> Any:
     return within(name, value, 0, float("inf"), open_low=open_low, closed_high=False)
 
 
+def number_or_schedule(
+    name: str, value: Any, low: float, high: float, **bounds: bool
+) -> Any:
+    """A schedule as it is, and a number as :func:`within` returns it.
+
+    Raises:
+      ValueError: If it is a number out of range, or neither of the two.
+    """
+    return value if callable(value) else within(name, value, low, high, **bounds)
+
+
 def finite_or_schedule(name: str, value: Any, open_low: bool = False) -> Any:
     """A schedule as it is, and a number as :func:`finite` returns it.
 
@@ -127,8 +138,8 @@ def at_step(value: Any, step: jax.Array) -> Any:
     return value(step) if callable(value) else value
 
 
-def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
-    """Raises unless ``value`` is one of a few strings.
+def one_of(name: str, value: Any, choices: Sequence[str | None]) -> None:
+    """Raises unless ``value`` is one of a few strings, or None where that is one.
 
     Raises:
       ValueError: If it is not.

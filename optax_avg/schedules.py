@@ -11,7 +11,6 @@ optimizer step of the same update as :func:`optax_avg.average` counts it.
 
 import bisect
 import math
-import numbers
 from collections.abc import Callable
 from typing import Any, Literal
 
@@ -85,7 +84,7 @@ def swa_cyclic(
       Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
       Generalization", 2018, 1803.05407.
     """
-    high, low = _rate("alpha_1", alpha_1), _rate("alpha_2", alpha_2)
+    high, low = _checks.finite("alpha_1", alpha_1), _checks.finite("alpha_2", alpha_2)
     if isinstance(high, float) and isinstance(low, float) and high < low:
         raise ValueError(
             f"alpha_1 is the highest rate of a cycle, but {high:g} < alpha_2 = {low:g};"
@@ -95,7 +94,7 @@ def swa_cyclic(
     start = _steps("start", start)
     if not callable(before):
         before = optax.constant_schedule(
-            high if before is None else _rate("before", before)
+            high if before is None else _checks.finite("before", before)
         )
 
     def cycles(count):
@@ -147,10 +146,11 @@ def swa_constant(
       Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
       Generalization", 2018, 1803.05407.
     """
-    init = _rate("init_value", init_value)
-    swa = _rate("swa_value", swa_value)
+    init = _checks.finite("init_value", init_value)
+    swa = _checks.finite("swa_value", swa_value)
     start = _steps("start", start)
-    f = _one_of("anneal", anneal, _ANNEALS)
+    _checks.one_of("anneal", anneal, [*_ANNEALS])
+    f = _ANNEALS[anneal]
     if anneal_steps is None:
         end, n = 0.9 * start, 0.4 * start
     else:
@@ -213,12 +213,16 @@ def warmup_stable_decay(
       Scalable Training Strategies", 2024, 2404.06395. Hägele et al., "Scaling Laws and
       Compute-Optimal Training Beyond Fixed Training Durations", 2024, 2405.18392.
     """
-    peak = _rate("peak_value", peak_value)
-    init, end = _rate("init_value", init_value), _rate("end_value", end_value)
+    peak = _checks.finite("peak_value", peak_value)
+    init, end = (
+        _checks.finite("init_value", init_value),
+        _checks.finite("end_value", end_value),
+    )
     W = _steps("warmup_steps", warmup_steps)
     S = _steps("stable_steps", stable_steps)
     D = _steps("decay_steps", decay_steps)
-    f = _one_of("cooldown", cooldown, _COOLDOWNS)
+    _checks.one_of("cooldown", cooldown, [*_COOLDOWNS])
+    f = _COOLDOWNS[cooldown]
 
     def decay(count):
         return _between(end, peak, f(jnp.clip((D - count) / D, 0, 1)) if D else 1.0)
@@ -262,7 +266,7 @@ def linear_to_zero(
       Defazio et al., "When, Why and How Much? Adaptive Learning Rate Scheduling by
       Refinement", 2023, 2310.07831.
     """
-    peak = _rate("peak_value", peak_value)
+    peak = _checks.finite("peak_value", peak_value)
     T = _steps("steps", steps, low=1)
     W = _steps("warmup_steps", warmup_steps)
     if W >= T:
@@ -333,7 +337,7 @@ def from_gradient_norms(
       Refinement", 2023, 2310.07831, Algorithm 1.
     """
     norms = _check_norms(grad_norms)
-    peak = _rate("peak_value", peak_value)
+    peak = _checks.finite("peak_value", peak_value)
     power = float(_checks.within("power", power, 0, math.inf, True, False))
     smoothing = float(_checks.within("smoothing", smoothing, 0, 1))
     N = norms.size if steps is None else _steps("steps", steps, low=2)
@@ -393,8 +397,8 @@ def follow_learning_rate(
       Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training",
       2022, 2203.08065.
     """
-    high, low = _rate("rho_max", rho_max), _rate("rho_min", rho_min)
-    top, bottom = _rate("lr_max", lr_max), _rate("lr_min", lr_min)
+    high, low = _checks.finite("rho_max", rho_max), _checks.finite("rho_min", rho_min)
+    top, bottom = _checks.finite("lr_max", lr_max), _checks.finite("lr_min", lr_min)
     if isinstance(top, float) and isinstance(bottom, float) and top <= bottom:
         raise ValueError(f"lr_max = {top:g} must be above lr_min = {bottom:g}.")
 
@@ -421,28 +425,8 @@ def _between(end: Any, begin: Any, left: Any) -> Any:
     return (1 - left) * end + left * begin
 
 
-def _rate(name: str, value: ArrayLike) -> Any:
-    """A finite, non-negative learning rate; arrays are not checked."""
-    return _checks.within(name, value, 0, math.inf, closed_high=False)
-
-
-def _steps(name: str, value: Any, low: int = 0) -> int:
-    """A number of steps as a Python integer."""
-    integral = isinstance(value, numbers.Integral) and not isinstance(value, bool)
-    if not integral or value < low:
-        raise ValueError(
-            f"{name} must be an integer >= {low}, got {value!r}; it counts optimizer"
-            " steps."
-        )
-    return int(value)
-
-
-def _one_of(name: str, value: str, table: dict[str, Shape]) -> Shape:
-    """The entry of a table of shapes."""
-    if value not in table:
-        names = " or ".join(map(repr, table))
-        raise ValueError(f"{name} must be {names}, got {value!r}.")
-    return table[value]
+def _steps(name: str, value: int, low: int = 0) -> int:
+    return _checks.static_integer(name, value, low, "; it counts optimizer steps")
 
 
 def _check_norms(grad_norms: ArrayLike) -> np.ndarray:

@@ -282,8 +282,7 @@ def half_life(
     """
     if fraction is None and isinstance(h, float) and math.isinf(h):
         raise ValueError("half_life needs h (steps), fraction (of the steps), or both.")
-    if not callable(h):
-        h = _checks.within("h", h, 0, math.inf, open_low=True, closed_high=True)
+    h = _checks.number_or_schedule("h", h, 0, math.inf, open_low=True)
     if fraction is not None:
         fraction = _checks.within("fraction", fraction, 0, math.inf, open_low=True)
     h_at = _schedule(h)
@@ -317,7 +316,7 @@ def ramp(decay: ScalarOrSchedule) -> Weight:
     References:
       ``tf.train.ExponentialMovingAverage`` (its ``num_updates``), T5X and Praxis.
     """
-    d_at = _schedule(decay if callable(decay) else _checks.within("decay", decay, 0, 1))
+    d_at = _schedule(_checks.number_or_schedule("decay", decay, 0, 1))
     # The same number as in the summary, without its cancellation for large t.
     return lambda t, dt=1: jnp.maximum(1 - d_at(t, dt), 9 / (10 + t))
 
@@ -356,9 +355,7 @@ def inverse_gamma(
     g = _checks.within("gamma", gamma, 0, math.inf, open_low=True)
     p = _checks.within("power", power, 0, math.inf, open_low=True)
     low = _checks.within("min_decay", min_decay, 0, 1)
-    high = max_decay
-    if not callable(high):
-        high = _checks.within("max_decay", high, 0, 1)
+    high = _checks.number_or_schedule("max_decay", max_decay, 0, 1)
     if isinstance(low, float) and isinstance(high, float) and low > high:
         raise ValueError(f"min_decay = {low:g} must not exceed max_decay = {high:g}.")
     max_at = _schedule(high)

@@ -213,8 +213,8 @@ FAULTS = {
     ),
     "write-back before there is an average": Fault(
         "optax_avg/averages/write_back.py",
-        "jnp.where(is_there, step.astype(u.dtype), u)",
-        "step.astype(u.dtype)",
+        "jnp.where(is_there, step, u)",
+        "step",
         f"{WRITE_BACK} -k before_the_first",
     ),
     "migration starts the optimizer anew": Fault(

@@ -102,12 +102,8 @@ def averaging(
     every, start = every_and_start(every, start)
     periods = (memory.period for memory in memories.values())
     period = functools.reduce(_numerics.common_multiple, periods, 1)
-    if nonfinite not in ("reject", "keep"):
-        raise ValueError(f"nonfinite must be 'reject' or 'keep', got {nonfinite!r}.")
-    if memory_kind not in (None, "device", "pinned_host"):
-        raise ValueError(
-            f"memory_kind must be None, 'device' or 'pinned_host', got {memory_kind!r}."
-        )
+    _checks.one_of("nonfinite", nonfinite, ("reject", "keep"))
+    _checks.one_of("memory_kind", memory_kind, (None, "device", "pinned_host"))
 
     def put(state, space):
         if memory_kind != "pinned_host":

@@ -355,10 +355,7 @@ def _copies(tree: Params, dtype: Any) -> Params:
 
 def _checked(rounding: Rounding | None, dtype: Any) -> Rounding | None:
     """The rounding, ``None`` resolved for the dtype of the accumulator."""
-    if rounding not in (None, "stochastic", "compensated"):
-        raise ValueError(
-            f"rounding must be None, 'stochastic' or 'compensated', got {rounding!r}."
-        )
+    _checks.one_of("rounding", rounding, (None, "stochastic", "compensated"))
     if dtype is None:
         return rounding
     if not jnp.issubdtype(dtype, jnp.floating) or jnp.finfo(dtype).bits < 16:

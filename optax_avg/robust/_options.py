@@ -4,9 +4,8 @@ from collections.abc import Callable, Hashable
 from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
 
 import jax
-import optax
 
-from optax_avg import _checks, _options
+from optax_avg import _options
 from optax_avg._options import Option
 
 P = ParamSpec("P")
@@ -96,28 +95,3 @@ def with_row_options(factory: Callable[P, T]) -> Callable[P, T]:
 def with_one_pass_options(factory: Callable[P, T]) -> Callable[P, T]:
     """Completes a factory by :class:`OnePassOptions`."""
     return _options.with_options(OnePassOptions, _OPTIONS, raises=_OF_ROWS)(factory)
-
-
-def number_or_schedule(
-    name: str, value: optax.ScalarOrSchedule, low: float, high: float, **bounds: bool
-) -> optax.ScalarOrSchedule:
-    """A schedule as it is, a number as :func:`optax_avg._checks.within` has it."""
-    return (
-        value if callable(value) else _checks.within(name, value, low, high, **bounds)
-    )
-
-
-def at(value: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:
-    """The value of a number or schedule at a step."""
-    return value(step) if callable(value) else value
-
-
-def check_choice(name: str, value: object, *choices: str) -> None:
-    """Raises unless a string is one of the choices.
-
-    Raises:
-      ValueError: If it is none of them.
-    """
-    if value not in choices:
-        listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
-        raise ValueError(f"{name} must be {listed}, got {value!r}.")

@@ -44,8 +44,6 @@ from optax_avg.robust._options import (
     AxisName,
     OnePassOptions,
     RowOptions,
-    at,
-    number_or_schedule,
     with_one_pass_options,
     with_row_options,
 )
@@ -267,11 +265,11 @@ def centered_clip(
       Karimireddy et al., "Learning from History for Byzantine Robust Optimization",
       2021, 2012.10333.
     """
-    tau = number_or_schedule("tau", tau, 0, INFINITY)
+    tau = _checks.number_or_schedule("tau", tau, 0, INFINITY)
     _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack, memory, step):
-        radius = jnp.asarray(at(tau, step), jnp.float32)
+        radius = jnp.asarray(_checks.at_step(tau, step), jnp.float32)
         m = _layout.arrange(stack.layout, memory)
         size = _stack.row_norms(stack.rows, stack.layout.axis_name, m)
         stack = stack._replace(valid=stack.valid & jnp.isfinite(size))

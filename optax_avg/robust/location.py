@@ -29,9 +29,6 @@ from optax_avg.robust._options import (
     LocationOptions,
     Number,
     Scope,
-    at,
-    check_choice,
-    number_or_schedule,
     with_location_options,
 )
 from optax_avg.robust.distances import Distance
@@ -361,11 +358,11 @@ def _checked_radius(distance: Distance, tau: Tau) -> Tau:
                 "pass a float or a schedule, or a distance such as oa.distances.l2()."
             )
         return tau
-    return number_or_schedule("tau", tau, 0, INFINITY)
+    return _checks.number_or_schedule("tau", tau, 0, INFINITY)
 
 
 def _check_choices(scope: Scope, init: str, reset: bool) -> None:
-    check_choice("init", init, "first", "zeros")
+    _checks.one_of("init", init, ("first", "zeros"))
     if reset and init != "zeros":
         raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
     if isinstance(scope, str) and scope not in ("global", "leaf"):
@@ -397,7 +394,7 @@ def _radii(tau: Tau, kept: jax.Array, step: jax.Array, count: int) -> jax.Array:
     """The radius of each group; infinite while an adaptive one is not yet known."""
     if isinstance(tau, AdaptiveRadius):
         return jnp.where(kept > 0, kept, INFINITY)
-    return jnp.full(count, jnp.asarray(at(tau, step), jnp.float32))
+    return jnp.full(count, jnp.asarray(_checks.at_step(tau, step), jnp.float32))
 
 
 def _followed(

@@ -26,9 +26,6 @@ from optax_avg.robust._gradients import (
 from optax_avg.robust._options import (
     INFINITY,
     Start,
-    at,
-    check_choice,
-    number_or_schedule,
 )
 
 __all__ = ["BloopState", "bloop", "perp_grad", "project_out"]
@@ -85,7 +82,7 @@ def perp_grad(
     References:
       Prieto et al., "Grokking at the Edge of Numerical Stability", 2025, 2501.04697.
     """
-    check_choice("scope", scope, "global", "leaf")
+    _checks.one_of("scope", scope, ("global", "leaf"))
 
     def one(g: list[jax.Array], x: list[jax.Array]) -> list[jax.Array]:
         perpendicular = project_out(g, x)
@@ -175,10 +172,10 @@ def bloop(
       Hsieh et al., "Careful with that Scalpel: Improving Gradient Surgery with an EMA",
       2024, 2402.02998.
     """
-    lam = number_or_schedule("lam", lam, 0, INFINITY, closed_high=False)
-    ema_rate = number_or_schedule("ema_rate", ema_rate, 0, 1)
-    check_choice("project_on", project_on, "previous", "updated")
-    check_choice("init", init, "first", "zeros")
+    lam = _checks.number_or_schedule("lam", lam, 0, INFINITY, closed_high=False)
+    ema_rate = _checks.number_or_schedule("ema_rate", ema_rate, 0, 1)
+    _checks.one_of("project_on", project_on, ("previous", "updated"))
+    _checks.one_of("init", init, ("first", "zeros"))
 
     def init_fn(params: optax.Params) -> BloopState:
         return BloopState(counter(), _leaves.zeros_like_wide(params), counter())
@@ -203,13 +200,13 @@ def bloop(
         g = {i: _numerics.wide(leaves[i]) for i in there}
         m = {i: old[i] for i in there}
         first = (state.bloop_step == 0) & (init == "first")
-        rate = jnp.where(first, 1, at(ema_rate, state.bloop_step))
+        rate = jnp.where(first, 1, _checks.at_step(ema_rate, state.bloop_step))
         new = {i: m[i] + rate * (g[i] - m[i]) for i in there}
         reference = m if project_on == "previous" else new
         # Zero has no direction: nothing is projected.
         reference = {i: jnp.where(first, 0, r) for i, r in reference.items()}
         auxiliary = [_like_main(aux, g, len(leaves)) for aux in aux_grads]
-        weight = at(lam, state.bloop_step)
+        weight = _checks.at_step(lam, state.bloop_step)
         direction, bad = _with_auxiliary(g, auxiliary, reference, weight)
         finite = _numerics.all_finite(list(g.values()))
         left_out = _numerics.count_if(~finite, state.left_out)
