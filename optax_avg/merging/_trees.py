@@ -7,23 +7,22 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_avg import _leaves
 from optax_avg._checkpoints.alike import ONLY, difference
 from optax_avg._checkpoints.leaves import Leaf
 from optax_avg._checkpoints.rules import Found, Rule, Slices, check_fault, widened
 
-# A model: a pytree of arrays.
-Tree = Any
 # What JAX knows of the containers of a tree.
 Structure = Any
-# Weights of models: float64 of shape (n,), or an array of JAX if they are traced.
-Weights = np.ndarray | jax.Array
+# One weight for each model.
+Weights = Sequence[float] | np.ndarray | jax.Array
 
 _T = TypeVar("_T")
 
 
-def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
+def checked_weights(n: int, weights: Weights | None) -> np.ndarray | jax.Array:
     """Weights that sum to one.
 
     Args:
@@ -31,7 +30,7 @@ def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
       weights: One for each model; by default all are equal.
 
     Returns:
-      The weights in float64; traced ones as they are.
+      The weights, float64 of shape (n,); traced ones as they are.
 
     Raises:
       ValueError: If there are not ``n`` weights, or their sum is not one.
@@ -51,7 +50,7 @@ def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
     return w
 
 
-def check_alike(models: Sequence[Tree]) -> None:
+def check_alike(models: Sequence[optax.Params]) -> None:
     """Raises a ValueError that names the first leaf in which two models differ."""
     if not models:
         raise ValueError("there are no models; pass a list with at least one.")
@@ -69,8 +68,8 @@ def check_alike(models: Sequence[Tree]) -> None:
 
 
 def merged(
-    rule: Rule, trees: Sequence[Tree], found: Mapping[int, Found] | None = None
-) -> Tree:
+    rule: Rule, trees: Sequence[optax.Params], found: Mapping[int, Found] | None = None
+) -> optax.Params:
     """Merges trees leaf by leaf; leaves that are not floats come from the first.
 
     Args:
@@ -101,7 +100,7 @@ def merged(
     return structure.unflatten(made)
 
 
-def _described(tree: Tree) -> tuple[list[Leaf], Structure]:
+def _described(tree: optax.Params) -> tuple[list[Leaf], Structure]:
     """The leaves of a tree as those of a checkpoint, with the names that JAX gives."""
     entries, structure = jax.tree.flatten_with_path(tree)
     leaves = [
