@@ -215,7 +215,7 @@ REFUSED = {
     "a text": (
         "out.safetensors",
         text("out.safetensors"),
-        "is no safetensors file; only a safetensors file may be replaced",
+        "is not a safetensors file; only a safetensors file may be replaced",
     ),
     "a directory for a file": (
         "out.safetensors",
@@ -583,7 +583,7 @@ def test_what_a_killed_run_took_away_is_named(place, run):
     for options in ([], ["--force"], ["--dry-run"]):
         code, _, errors = run(*SOUP, "--out", "out", *options)
         assert code == 1
-        assert "out.replaced is what a run that was killed took away from " in errors
+        assert "out.replaced is what was at " in errors
         assert everything(place) == before
     os.rename("out.replaced", "out")
     assert run(*SOUP, "--out", "out", "--force")[0] == 0
@@ -915,7 +915,7 @@ def test_a_dry_run_says_what_would_be_done(place, run, monkeypatch):
     written = f"write    {place}/work/new/x.safetensors, a safetensors file: 48 bytes; "
     assert lines[3].startswith(written)
     assert lines[3].endswith(" are free on its disk")
-    said = "Nothing was written, and no values were read: NaN and inf among them"
+    said = "Nothing was written, and no values were read: only the run itself"
     assert lines[4:] == [said, "would only be found by the run itself."]
     out = run(*SOUP, "--out", "out", "--dry-run", "--force")[1]
     assert "/out, an Orbax checkpoint: 48 bytes; " in out
