@@ -596,7 +596,7 @@ def test_what_a_killed_run_left_is_named_and_kept(run):
     code, _, errors = run(*SOUP, "--out", "out")
     assert code == 0
     assert errors.count("warning: ") == 1
-    assert ".out.x1.partial is of a run that was killed, or of one that" in errors
+    assert ".out.x1.partial belongs to a run that was killed, or to one" in errors
     assert Path(".out.x1.partial").exists()
 
 
@@ -916,10 +916,10 @@ def test_a_dry_run_says_what_would_be_done(place, run, monkeypatch):
     assert lines[3].startswith(written)
     assert lines[3].endswith(" are free on its disk")
     said = "Nothing was written, and no values were read: only the run itself"
-    assert lines[4:] == [said, "would only be found by the run itself."]
+    assert lines[4:] == [said, "finds NaN and inf among them."]
     out = run(*SOUP, "--out", "out", "--dry-run", "--force")[1]
     assert "/out, an Orbax checkpoint: 48 bytes; " in out
-    assert out.endswith("\nwould only be found by the run itself.\n")
+    assert out.endswith("\nfinds NaN and inf among them.\n")
     assert "; what is there is replaced\nNothing was written" in out
     assert everything(place) == before
 
