@@ -14,12 +14,12 @@ import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from optax_avg._checkpoints.orbax_parts import Box, boxes
+from optax_avg._checkpoints.orbax_parts import Box, Store, boxes
 from optax_avg._checkpoints.sources import Parts, Scratch, named
 
 SLAB = 2**23  # most bytes that are decoded for one element of a part
@@ -56,7 +56,7 @@ def parts_of_copy(whole: np.ndarray, file: BinaryIO) -> Parts:
     return lambda begin, end: _at(file, begin, end - begin, dtype)
 
 
-def _opened(path: str, name: str, cached: int) -> Any:
+def _opened(path: str, name: str, cached: int) -> Store:
     """The TensorStore of an array; ``cached`` bytes of decoded chunks are kept."""
     import tensorstore
 
@@ -81,20 +81,20 @@ def _opened(path: str, name: str, cached: int) -> Any:
     return tensorstore.open(spec, open=True, read=True, context=context).result()
 
 
-def _chunk(store: Any) -> tuple[int, ...]:
+def _chunk(store: Store) -> tuple[int, ...]:
     stored = store.chunk_layout.read_chunk.shape or ()  # None of a number
     pairs = zip(stored, store.shape, strict=True)
     return tuple(min(n, most) for n, most in pairs)
 
 
-def _slab(store: Any) -> int:
+def _slab(store: Store) -> int:
     """Number of elements of the shortest range in C order of whole chunks."""
     chunk = _chunk(store)
     axis = next((i for i, n in enumerate(chunk) if n > 1), len(chunk))
     return math.prod(chunk[axis : axis + 1]) * math.prod(store.shape[axis + 1 :])
 
 
-def _copied(path: str, name: str, store: Any, file: BinaryIO) -> Parts:
+def _copied(path: str, name: str, store: Store, file: BinaryIO) -> Parts:
     """Reads ranges from a copy in which groups of chunks follow each other."""
     shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
     most = max(1, COPIED // dtype.itemsize)
@@ -141,7 +141,7 @@ def _box_of(
     return made
 
 
-def _extent(box: Any) -> tuple[int, ...]:
+def _extent(box: Sequence[slice]) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in box)
 
 

@@ -16,6 +16,8 @@ WRITTEN = 2**22  # bytes of the chunks of large arrays
 AT_ONCE = 4  # chunks that are written at the same time
 # Range of each axis.
 Box = tuple[slice, ...]
+# An array of the package tensorstore, which says nothing of its types.
+Store = Any
 
 
 def boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
@@ -80,7 +82,7 @@ def in_chunks(
 
 
 def write_parts(
-    store: Any, chunk: tuple[int, ...], parts: Iterable[np.ndarray]
+    store: Store, chunk: tuple[int, ...], parts: Iterable[np.ndarray]
 ) -> None:
     """Writes all elements of a TensorStore, from parts of any size in C order."""
     writing: collections.deque[Any] = collections.deque()

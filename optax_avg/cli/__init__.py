@@ -18,6 +18,8 @@ except ImportError as error:
         'optax-avg needs typer and rich; write pip install "optax_avg[cli]".'
     ) from error
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(
     help="Average and merge checkpoints with a few leaves in memory at a time.",
     epilog="Exit codes: 0 done; 1 not done, for the reason that is printed; 2 wrong "

@@ -92,7 +92,7 @@ def as_a_whole(merge: Callable[[Leaf, list[jax.Array]], jax.Array]) -> Method:
         if rest:
             columns = zip(first, *rest, strict=True)
             first = [jnp.concatenate(parts) for parts in columns]
-        yield merge(leaf, first)
+        yield merge(leaf, [jnp.asarray(x) for x in first])
 
     return merged
 

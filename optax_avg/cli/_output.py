@@ -72,7 +72,7 @@ def writes(command: Callable[..., None]) -> Callable[..., None]:
 def bundles(
     command: Callable[..., None],
     argument: str,
-    bundle: Callable[..., Any],
+    bundle: Callable[..., NamedTuple],
     options: list[inspect.Parameter],
 ) -> Callable[..., None]:
     """A command whose argument is replaced by the options that make it.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.tree_util import KeyPath
 
 from optax_avg import _leaves
 from optax_avg._checkpoints.alike import ONLY, difference
@@ -110,7 +111,7 @@ def _described(tree: optax.Params) -> tuple[list[Leaf], Structure]:
     return leaves, structure
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: KeyPath) -> str:
     """A key path, in words if the leaf is the whole tree."""
     return jax.tree_util.keystr(path) or ONLY
 
@@ -124,7 +125,9 @@ def total(
     return functools.reduce(join, (of(widened(xs)) for xs in slices()))
 
 
-def weighted_sum(w: Any, xs: Sequence[jax.Array]) -> jax.Array:
+def weighted_sum(
+    w: Weights | Sequence[jax.Array], xs: Sequence[jax.Array]
+) -> jax.Array:
     """``sum_t w_t x_t`` with one weight for each vector."""
     terms = (jnp.asarray(a, x.dtype) * x for a, x in zip(w, xs, strict=True))
     return jnp.asarray(sum(terms))

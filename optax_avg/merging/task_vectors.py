@@ -5,11 +5,12 @@ x = x_0 + f(x_1 - x_0, ..., x_n - x_0)
 
 import zlib
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from optax_avg import _checks, _leaves
@@ -236,7 +237,7 @@ def number_of(name: str) -> int:
     return zlib.crc32(name.encode())
 
 
-def _tree_name(path: tuple[Any, ...]) -> str:
+def _tree_name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
