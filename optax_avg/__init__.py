@@ -45,6 +45,7 @@ Several objectives
     their state                     BloopState
 
 Families of plain functions
+    distances       from a gradient to its location; what track_location takes
     merging         finished models into one: soups, task vectors, Fisher, spheres
     posthoc         averages chosen after training, from snapshots of others
     surgery         project_out, the one orthogonal projection
@@ -73,8 +74,7 @@ from optax_avg.averages.migration import migrate_state
 from optax_avg.averages.readout import average_names, averaged_params
 from optax_avg.averages.write_back import lookahead, switch_ema, write_back
 from optax_avg.chain_check import check_chain
-from optax_avg.robust import objectives as surgery
-from optax_avg.robust import tail_index
+from optax_avg.robust import distances, surgery, tail_index
 from optax_avg.robust.aggregation import (
     AggregationState,
     centered_clip,
@@ -106,15 +106,8 @@ from optax_avg.robust.location import (
     track_location,
     vclip,
 )
-from optax_avg.robust.objectives import (
-    BloopState,
-    bloop,
-    cagrad,
-    mgda,
-    pcgrad,
-    perp_grad,
-    upgrad,
-)
+from optax_avg.robust.objectives import cagrad, mgda, pcgrad, upgrad
+from optax_avg.robust.surgery import BloopState, bloop, perp_grad
 from optax_avg.robust.tail_index import (
     TailIndices,
     TailState,
@@ -122,17 +115,15 @@ from optax_avg.robust.tail_index import (
     track_tail_index,
 )
 from optax_avg.sharpness import RuleState, SharpnessRule
-from optax_avg.sharpness.forms import (
-    SharpnessAware,
-    as_link,
-    sharpness_aware,
+from optax_avg.sharpness.decoupled import (
+    DecoupledState,
+    decoupled_wsam,
     trajectory_loss,
 )
+from optax_avg.sharpness.forms import SharpnessAware, as_link, sharpness_aware
 from optax_avg.sharpness.links import (
-    DecoupledState,
     asam,
     cr_sam,
-    decoupled_wsam,
     dnsam,
     esam,
     fisher_sam,
@@ -193,6 +184,7 @@ __all__ = [
     "coordinate_median",
     "cr_sam",
     "decoupled_wsam",
+    "distances",
     "dnsam",
     "ema_params",
     "esam",

@@ -1,6 +1,7 @@
 """Checks of arguments, with errors that say what to write instead."""
 
 import operator
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -101,3 +102,39 @@ def within(
             f"{name} must lie in {left}{low:g}, {high:g}{right}, got {value:g}."
         )
     return value
+
+
+def finite(name: str, value: Any, open_low: bool = False) -> Any:
+    """A finite number from 0 on, as :func:`within` returns it.
+
+    Raises:
+      ValueError: If it is negative, infinite or no number, or 0 with ``open_low``.
+    """
+    return within(name, value, 0, float("inf"), open_low=open_low, closed_high=False)
+
+
+def finite_or_schedule(name: str, value: Any, open_low: bool = False) -> Any:
+    """A schedule as it is, and a number as :func:`finite` returns it.
+
+    Raises:
+      ValueError: If it is a number out of range, or neither of the two.
+    """
+    return value if callable(value) else finite(name, value, open_low)
+
+
+def at_step(value: Any, step: jax.Array) -> Any:
+    """The value of a schedule at a step; a number as it is."""
+    return value(step) if callable(value) else value
+
+
+def one_of(name: str, value: Any, choices: Sequence[str]) -> None:
+    """Raises unless ``value`` is one of a few strings.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if value not in choices:
+        *others, last = map(repr, choices)
+        raise ValueError(
+            f"{name} must be {', '.join(others)} or {last}, got {value!r}."
+        )

@@ -1,13 +1,15 @@
 """Which leaves of a tree are there, and trees that are made leaf by leaf."""
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_avg import _numerics
+
+State = TypeVar("State")
 
 # A tree of bools like (a prefix of) params, or a predicate on (key_path, leaf).
 Where = Callable[[Any, Any], Any] | Any
@@ -128,6 +130,32 @@ def parts_like(tree: Any, other: Any) -> list[Any]:
         return structure.flatten_up_to(other)
     except (ValueError, TypeError):
         return jax.tree.leaves(other, is_leaf=is_absent)
+
+
+def states_of(kind: type[State], state: Any) -> list[State]:
+    """All states of one type in an optimizer state, however deep, in their order.
+
+    Args:
+      kind: Type of the states, a ``NamedTuple``.
+      state: An optimizer state, or an object that has one as ``opt_state``.
+
+    Returns:
+      The states that were found.
+    """
+    state = getattr(state, "opt_state", state)
+    nodes = jax.tree.leaves(state, is_leaf=lambda node: isinstance(node, kind))
+    return [node for node in nodes if isinstance(node, kind)]
+
+
+def moved(params: Any, offset: Any) -> Any:
+    """``x + d`` in the dtype of ``x``; ``x`` itself where ``d`` is None."""
+    if offset is None:
+        return params
+
+    def one(x, d):
+        return x if d is None else (_numerics.wide(x) + d).astype(x.dtype)
+
+    return jax.tree.map(one, params, offset)
 
 
 def new_iterate(params: Any, updates: Any) -> Any:

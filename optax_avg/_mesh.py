@@ -1,10 +1,20 @@
 """Where arrays lie: meshes, ``shard_map``, axes over which values differ."""
 
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
+
+AxisName = str | Sequence[str]  # one mapped axis, or several
+
+
+def axis_names(axes: AxisName | None) -> tuple[str, ...]:
+    """The names of mapped axes as a tuple, empty if there is none."""
+    if axes is None:
+        return ()
+    return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
 def is_local(x: jax.Array) -> bool:

@@ -42,16 +42,16 @@ def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
     return never.astype(dtype)
 
 
-def derivative_along(
-    gradient: Callable[..., Any], x: Any, v: Any, instead: str = ""
+def hessian_product(
+    gradient: Callable[[Any], Any], x: Any, v: Any, instead: str = ""
 ) -> Any:
-    """``H(x) v``, forward over reverse.
+    """``H(x) v``, the forward derivative of the gradient at ``x`` along ``v``.
 
     Args:
-      gradient: Function of one tree.
-      x: Where.
-      v: Along what, a tree like ``x``.
-      instead: What to take where there is no forward derivative.
+      gradient: Function from a tree like ``x`` to the gradient there.
+      x: Point at which the Hessian is taken.
+      v: Direction, a tree like ``x`` in any float dtype. None stands for zero.
+      instead: What to use instead if there is no forward derivative, for the message.
 
     Returns:
       A tree like the gradient.
@@ -60,8 +60,24 @@ def derivative_along(
       TypeError: If the gradient has no forward derivative. Under ``jax.jit`` JAX
         itself raises, when it compiles.
     """
+    leaves, structure = jax.tree.flatten(x)
+    directions = structure.flatten_up_to(v)
+    moving = [i for i, d in enumerate(directions) if d is not None]
+
+    def gradient_at(values):
+        changed = list(leaves)
+        for i, value in zip(moving, values, strict=True):
+            changed[i] = value
+        return gradient(structure.unflatten(changed))
+
+    tangents = [directions[i].astype(leaves[i].dtype) for i in moving]
+    # Inside shard_map a local direction makes the point local too.
+    point = [
+        _mesh.vary(leaves[i], _mesh.varying_axes(d))
+        for i, d in zip(moving, tangents, strict=True)
+    ]
     try:
-        return jax.jvp(gradient, (x,), (v,))[1]
+        return jax.jvp(gradient_at, (point,), (tangents,))[1]
     except (TypeError, ValueError, NotImplementedError) as error:
         if "jvp" not in str(error).lower() and "Differentiation" not in str(error):
             raise
@@ -77,6 +93,11 @@ def derivative_along(
 def wide(x: jax.Array) -> jax.Array:
     """``x`` in float32 or wider."""
     return x.astype(float32_or_wider(x.dtype))
+
+
+def step_to(target: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+    """The update that leads from ``x`` to ``target``, rounded to ``dtype`` once."""
+    return (wide(target) - wide(x)).astype(dtype)
 
 
 def join_small(

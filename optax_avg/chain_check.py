@@ -16,7 +16,7 @@ from optax_avg import _leaves, _mixups, _sight
 from optax_avg.averages.readout import average_states, is_average_state
 from optax_avg.robust import NotStackedError
 from optax_avg.sharpness import RuleState
-from optax_avg.sharpness.links import DecoupledState
+from optax_avg.sharpness.decoupled import DecoupledState
 from optax_avg.sharpness.multi_call import MultiCallState
 
 __all__ = ["check_chain"]

@@ -1,9 +1,13 @@
 """The sharpness family as rules: where to take gradients, how to combine them.
 
-``g0`` is the gradient at ``x``, ``gd`` at ``x + d``, ``u(v)`` is ``v/|v|`` and 0 at 0.
-Rules of :mod:`optax_avg.sharpness.offsets` differ from SAM in ``d``, rules of
-:mod:`optax_avg.sharpness.combinations` in what becomes of the gradients. Every radius
-takes a float or a schedule of the optimizer step.
+    g_i = gradient at x + probe(i, g_0, ..., g_{i-1}),
+    result = combine(g_0, g_1, ...)
+
+``g0`` is the gradient at ``x``, ``gd`` that at ``x + d``. ``v/|v|`` is 0 if ``v`` is 0.
+Rules of :mod:`optax_avg.sharpness.offsets` differ from SAM in the offset ``d``, rules
+of :mod:`optax_avg.sharpness.combinations` in how they combine the gradients. Every
+radius is a number or a schedule of the optimizer step; a radius that may differ between
+leaves can also be a tree of them.
 """
 
 from optax_avg.sharpness.combinations import (

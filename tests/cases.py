@@ -112,11 +112,11 @@ LINKS = {
 }
 LOCATIONS = {
     "track_location": Case(
-        oa.track_location, {"distance": "linf", "tau": 0.5}, ("distance",)
+        oa.track_location, {"distance": oa.distances.linf(), "tau": 0.5}, ("distance",)
     ),
     "track_location_spectral": Case(
         oa.track_location,
-        {"distance": "spectral", "tau": oa.adaptive_radius()},
+        {"distance": oa.distances.spectral(), "tau": oa.adaptive_radius()},
         ("distance", "tau"),
     ),
     "vclip": Case(oa.vclip, {"tau": oa.adaptive_radius()}, ("tau",)),
@@ -227,7 +227,7 @@ AGGREGATORS = {
     ),
     "flag": Case(oa.flag_aggregator, {"rank": 3}, ("rank", "num_iters")),
     "one_pass_location": Case(
-        oa.one_pass_location, {"distance": "l2", "tau": 0.5}, ("distance",)
+        oa.one_pass_location, {"distance": oa.distances.l2(), "tau": 0.5}, ("distance",)
     ),
     "mgda": Case(oa.mgda),
     "upgrad": Case(oa.upgrad),

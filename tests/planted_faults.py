@@ -326,19 +326,19 @@ FAULTS = {
         f"{AVERAGING} -k 'shapes_without_values and ema_params'",
     ),
     "the mask comes after the norm": Fault(
-        "optax_avg/sharpness/offsets.py",
+        "optax_avg/sharpness/_ascent.py",
         "n = _numerics.norm(tg)",
         "n = _numerics.norm(grads)",
         f"{SHARPNESS} -k 'reference and sam_mask'",
     ),
     "the metric is applied once": Fault(
-        "optax_avg/sharpness/offsets.py",
+        "optax_avg/sharpness/_ascent.py",
         "_leaves.over(lambda g, t: t * g, params, tg, t)",
         "tg",
         f"{SHARPNESS} -k 'reference and asam'",
     ),
     "the offset is divided by a zero norm": Fault(
-        "optax_avg/sharpness/offsets.py",
+        "optax_avg/sharpness/_ascent.py",
         "jnp.where(n > 0, r, 0) * (v / jnp.where(n > 0, n, 1))",
         "r / n * v",
         f"{FORMS} -k zero_gradients",
@@ -373,6 +373,24 @@ FAULTS = {
         "jnp.where(finite | True, new, old)",
         f"{FORMS} -k does_not_stay",
     ),
+    "each device remembers gradients of its own": Fault(
+        "optax_avg/sharpness/_rule.py",
+        "memory = rule.combine(params, grads, state)[1]",
+        "pass",
+        f"{FORMS} -k 'rules_in_shard_map and vasso'",
+    ),
+    "names of strings are not checked": Fault(
+        "optax_avg/_checks.py",
+        "if value not in choices:",
+        "if False:",
+        f"{SHARPNESS} -k unknown_names",
+    ),
+    "states in a TrainState are not found": Fault(
+        "optax_avg/_leaves.py",
+        'state = getattr(state, "opt_state", state)',
+        "pass",
+        f"{MULTI_CALL} -k any_nesting",
+    ),
     "devices share the gradients of replicated parameters": Fault(
         "optax_avg/sharpness/forms.py",
         "x = jax.tree.map(lambda leaf: _mesh.vary(leaf, axes), x)",
@@ -380,10 +398,10 @@ FAULTS = {
         f"{FORMS} -k m_sharpness",
     ),
     "every step takes all gradients": Fault(
-        "optax_avg/sharpness/forms.py",
-        "return lax.cond(rule.due(state), full, skip, g)",
+        "optax_avg/sharpness/_rule.py",
+        "return lax.cond(rule.due(state), full, skip, operand)",
         "return jax.tree.map("
-        "lambda a, b: jnp.where(rule.due(state), a, b), full(g), skip(g))",
+        "lambda a, b: jnp.where(rule.due(state), a, b), full(operand), skip(operand))",
         f"{FORMS} -k evaluations_per_step",
     ),
     "the clean copy is not kept": Fault(
@@ -400,7 +418,7 @@ FAULTS = {
     ),
     "a bad gradient is stepped on": Fault(
         "optax_avg/sharpness/multi_call.py",
-        "sound = state.sound & _finite(at, updates)",
+        "sound = state.sound & _finite(gradient, updates)",
         "sound = state.sound | True",
         f"{MULTI_CALL} -k 'leaves_the_step_out and friendly'",
     ),
@@ -418,14 +436,14 @@ FAULTS = {
     ),
     "the gradient of the ascent enters the result": Fault(
         "optax_avg/sharpness/_rule.py",
-        "taken(grad_at) if _in_result(rule, i) else ascents[-1]",
+        "taken(grad_at) if in_result(rule, i) else ascents[-1]",
         "ascents[-1]",
         f"{SHARPNESS} -k 'ascent_on_another and gam'",
     ),
     "a step that is not due follows the ascent": Fault(
         "optax_avg/sharpness/forms.py",
-        "*skip(loss_at(start)[1])",
-        "*skip(ascent_at(start)[1])",
+        "g = loss_at(start)[1]\n        return",
+        "g = ascent_at(start)[1]\n        return",
         f"{SHARPNESS} -k 'ascent_on_another and every_k'",
     ),
     "equal entries are all kept": Fault(
@@ -441,7 +459,7 @@ FAULTS = {
         f"{SHARPNESS} -k keys_of",
     ),
     "radii may be infinite": Fault(
-        "optax_avg/sharpness/offsets.py",
+        "optax_avg/_checks.py",
         "open_low=open_low, closed_high=False",
         "open_low=open_low, closed_high=True",
         f"{SHARPNESS} -k not_finite",
@@ -490,15 +508,33 @@ FAULTS = {
     ),
     "a bad sample moves the location": Fault(
         "optax_avg/robust/location.py",
-        "new[i] = jnp.where(finite, old[i] + taken, old[i])",
-        "new[i] = old[i] + taken",
+        "jnp.where(finite, m[i] + s, m[i])",
+        "(m[i] + s)",
         f"{LOCATION} -k bad_samples",
     ),
     "huber forgets its share": Fault(
         "optax_avg/robust/distances.py",
-        "found._replace(leaves=[share(tau) * d for d in found.leaves])",
+        "found._replace(leaves=[_share(tau) * d for d in found.leaves])",
         "found",
         f"{LOCATION} -k 'reference and huber'",
+    ),
+    "leaves are joined for a distance that works by leaf": Fault(
+        "optax_avg/robust/location.py",
+        "if not distance.by_leaf:",
+        "if True:",
+        f"{LOCATION} -k 'your_own or unless'",
+    ),
+    "a step size adapts like a radius": Fault(
+        "optax_avg/robust/location.py",
+        "if not distance.tau_is_radius:",
+        "if False:",
+        f"{LOCATION} -k 'bad_samples and mean'",
+    ),
+    "an uncalled distance passes for one of your own": Fault(
+        "optax_avg/robust/location.py",
+        "elif factories.get(name) is distance:",
+        "elif False:",
+        f"{LOCATION} -k refused",
     ),
     "newton stops after one step": Fault(
         "optax_avg/robust/distances.py",
@@ -526,8 +562,8 @@ FAULTS = {
     ),
     "stationary points depend on lengths": Fault(
         "optax_avg/robust/objectives.py",
-        "stationary = w @ cosines @ w <= STATIONARY**2",
-        "stationary = w @ cosines @ w <= 0.1",
+        "return w @ cosines @ w <= STATIONARY**2",
+        "return w @ cosines @ w <= 0.1",
         f"{SURGERY} -k other_lengths",
     ),
     "a later link may change the updates": Fault(
@@ -567,7 +603,7 @@ FAULTS = {
         f"{CLIPPING} -k wakes_up",
     ),
     "decoupled sharpness has the wrong sign": Fault(
-        "optax_avg/sharpness/links.py",
+        "optax_avg/sharpness/decoupled.py",
         "_numerics.wide(step) - lr",
         "_numerics.wide(step) + lr",
         f"{SHARPNESS} -k decoupled",
@@ -586,7 +622,7 @@ FAULTS = {
     ),
     "the farthest row sets the unit": Fault(
         "optax_avg/robust/_centred.py",
-        "typical = distance[_stack.nth(distance, valid, rank(jnp.sum(valid)))]",
+        "typical = distance[_ranks.nth(distance, valid, rank(jnp.sum(valid)))]",
         "typical = jnp.max(distance)",
         f"{ATTACKS} -k 'minority and krum or majority'",
     ),
@@ -604,8 +640,8 @@ FAULTS = {
     ),
     "stacked gradients are not checked": Fault(
         "optax_avg/robust/_row_checks.py",
-        "if tuple(shape) != jnp.shape(part):",
-        "if len(shape) < 0:",
+        "if tuple(row) != shape:",
+        "if len(row) < 0:",
         f"{AGGREGATION} -k must_have",
     ),
     "CAGrad goes too far at Pareto-stationary points": Fault(
@@ -628,7 +664,7 @@ FAULTS = {
     ),
     "a bad row is multiplied by zero": Fault(
         "optax_avg/robust/_stack.py",
-        "return product(jnp.where(like(stack.valid, x), x, 0))",
+        "return product(jnp.where(per_row(stack.valid, x), x, 0))",
         "return product(x)",
         f"{AGGREGATION} -k bad_rows",
     ),
@@ -639,31 +675,31 @@ FAULTS = {
         f"{AGGREGATION} -k chunks",
     ),
     "the network leaves out its last stage": Fault(
-        "optax_avg/robust/_stack.py",
+        "optax_avg/robust/_ranks.py",
         "            if q == p:\n",
         "            if q == p or p == 1 == q // 2:\n",
         f"{AGGREGATION} -k zeros_and_ones",
     ),
     "Krum counts itself among its neighbours": Fault(
-        "optax_avg/robust/aggregation.py",
+        "optax_avg/robust/_gram_rules.py",
         "others = valid[None] & ~jnp.eye(n, dtype=bool)",
         "others = valid[None] & jnp.ones((n, n), dtype=bool)",
         f"{AGGREGATION} -k krum_scores",
     ),
     "centered clipping forgets its location": Fault(
         "optax_avg/robust/aggregation.py",
-        "return leaves, stack.place(leaves, memory)",
+        "return leaves, _layout.place(stack.layout, leaves, memory)",
         "return leaves, memory",
         f"{AGGREGATION} -k vclip",
     ),
     "the solver keeps negative coordinates": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "low = jnp.where(free, v < -tolerance * length, slope < -tolerance * most)",
         "low = jnp.where(free, False, slope < -tolerance * most)",
         f"{SURGERY} -k equals_the_definition",
     ),
     "Bloop projects on the first gradient": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/surgery.py",
         "reference = {i: jnp.where(first, 0, r) for i, r in reference.items()}",
         "reference = {i: jnp.where(False, 0, r) for i, r in reference.items()}",
         f"{SURGERY} -k bloop_by_hand",
@@ -912,8 +948,8 @@ FAULTS = {
     ),
     "scales of wide leaves overflow in narrow ones": Fault(
         "optax_avg/robust/_stack.py",
-        "part = like(scale, x) * x",
-        "part = like(scale.astype(x.dtype), x) * x",
+        "part = per_row(scale, x) * x",
+        "part = per_row(scale.astype(x.dtype), x) * x",
         f"{ATTACKS} -k mixed_width",
     ),
     "norms are scaled in the dtype of each leaf": Fault(
@@ -929,9 +965,9 @@ FAULTS = {
         f"{MERGING} -k dare_drops",
     ),
     "counters of a device lose an axis": Fault(
-        "optax_avg/robust/_stack.py",
-        "    if axis is None:\n        return x\n    _check",
-        "    axis = axis or 0\n    _check",
+        "optax_avg/robust/_layout.py",
+        "    if axis is None:\n        return x\n    check_axis",
+        "    axis = axis or 0\n    check_axis",
         f"{ATTACKS} -k counters_on",
     ),
     "the step of resumption is removed": Fault(
@@ -941,13 +977,13 @@ FAULTS = {
         f"{SNAPSHOTS} -k replaced",
     ),
     "dependent objectives are pivoted for ever": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "slope < -tolerance * most",
         "slope < -tolerance",
         f"{SURGERY} -k more_objectives",
     ),
     "dependent objectives keep the shift of the ridge": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "PROXIMAL_ROUNDS = 3",
         "PROXIMAL_ROUNDS = 1",
         f"{SURGERY} -k more_objectives",
@@ -1212,14 +1248,14 @@ FAULTS = {
     ),
     "a location grows as wide as the norm": Fault(
         "optax_avg/robust/location.py",
-        "old[i] + taken, old[i]).astype(old[i].dtype)",
-        "old[i] + taken, old[i])",
+        "m[i] + s, m[i]).astype(m[i].dtype)",
+        "m[i] + s, m[i])",
         f"{OPTAX} -k 'mixed and vclip'",
     ),
     "the radius of a float64 location is float32": Fault(
         "optax_avg/robust/location.py",
-        ("first, _numerics.dtype_of_norms(m)\n            )"),
-        "first, jnp.float32)",
+        "jnp.full(count, tau.init or 0.0, dtype)",
+        "jnp.full(count, tau.init or 0.0, jnp.float32)",
         f"{LOCATION} -k keeps_its_range",
     ),
     "statistics of float64 norms are float32": Fault(
@@ -1326,12 +1362,12 @@ FAULTS = {
     ),
     "an aggregator does not ask for stacked gradients": Fault(
         "optax_avg/robust/_row_checks.py",
-        "alike = axis is not None and",
-        "alike = axis is None and",
+        "if axis is not None and stacked == shape",
+        "if axis is None and stacked == shape",
         f"{CHAIN_CHECK} -k stacked_gradients",
     ),
     "a radius may be None": Fault(
-        "optax_avg/sharpness/offsets.py",
+        "optax_avg/sharpness/_ascent.py",
         "if not jax.tree.leaves(radius):",
         "if False:",
         f"{SHARPNESS} -k no_radius",
@@ -1362,18 +1398,18 @@ FAULTS = {
     ),
     "cagrad trusts the Gram matrix": Fault(
         "optax_avg/robust/objectives.py",
-        "beyond = pull > c * g0",
-        "beyond = pull < 0",
+        "factor = clip_factor(c * g0, pull)",
+        "factor = jnp.ones_like(pull)",
         f"{SURGERY} -k cancel_stays",
     ),
     "cagrad measures what lies on one device": Fault(
         "optax_avg/robust/objectives.py",
-        "_stack.row_norms(both, axis_name)",
+        "_stack.row_norms(both, stack.layout.axis_name)",
         "_stack.row_norms(both)",
         f"{SURGERY} -k same_ball",
     ),
     "the ridge weighs rows beside a zero one": Fault(
-        "optax_avg/robust/objectives.py",
+        "optax_avg/robust/_quadratic.py",
         "jnp.where(jnp.any(zero > 0), zero, v)",
         "v",
         f"{SURGERY} -k exactly_zero",

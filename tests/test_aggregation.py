@@ -1,7 +1,9 @@
 """Aggregators against float64, their identities, bad rows, and many devices."""
 
 import functools
+import inspect
 import itertools
+import re
 
 import chex
 import hypothesis
@@ -19,8 +21,8 @@ from optax.experimental import aggregating
 
 import optax_avg as oa
 from optax_avg import _mesh
-from optax_avg.robust import _stack
-from optax_avg.robust.aggregation import krum_scores
+from optax_avg.robust import _layout, _ranks, _stack
+from optax_avg.robust._gram_rules import krum_scores
 
 N = 8
 # A factory of the aggregator, and the same on the rows of a float64 matrix.
@@ -293,7 +295,7 @@ def test_coordinate_median_of_any_number(n):
 def test_the_network_sorts_all_zeros_and_ones(n):
     """Knuth's zero-one principle: it then sorts everything."""
     rows = np.array(list(itertools.product([0, 1], repeat=n))).T.copy()
-    for stage in _stack.merge_exchange(n):
+    for stage in _ranks.merge_exchange(n):
         assert len({i for pair in stage for i in pair}) == 2 * len(stage)
         for a, b in stage:
             rows[a], rows[b] = (
@@ -308,7 +310,7 @@ def test_chunks_cover_all_columns(monkeypatch):
     tree["b"] = tree["b"].at[1, 2].set(jnp.nan)
     wanted, _ = once(oa.geometric_median(), tree)
     monkeypatch.setattr(_stack, "CHUNK", 7 * N)
-    monkeypatch.setattr(_stack, "SMALL", 4)
+    monkeypatch.setattr(_layout, "SMALL", 4)
     found, _ = once(oa.geometric_median(), tree)
     chex.assert_trees_all_close(found, wanted, rtol=1e-5)
 
@@ -382,8 +384,8 @@ def test_median_of_as_many_means_is_the_geometric_median():
 
 
 def test_one_pass_location_is_a_tracker_over_the_elements():
-    tx = oa.one_pass_location("huber", 0.3, init="zeros")
-    tracker = oa.track_location("huber", 0.3, init="zeros")
+    tx = oa.one_pass_location(oa.distances.huber(), 0.3, init="zeros")
+    tracker = oa.track_location(oa.distances.huber(), 0.3, init="zeros")
     params = like_one(stacked())
     a, b = tx.init(params), tracker.init(params)
     for seed in range(2):
@@ -398,7 +400,9 @@ def test_one_pass_location_is_a_tracker_over_the_elements():
 
 
 DISTRIBUTED = {name: case[0] for name, case in CASES.items()} | {
-    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5),
+    "one_pass_location": functools.partial(
+        oa.one_pass_location, oa.distances.l2(), 0.5
+    ),
     "upgrad": oa.upgrad,
 }
 
@@ -587,7 +591,10 @@ def test_the_counter_saturates():
         (lambda: once(oa.krum(6), stacked()), "at least 9 elements, got 8"),
         (lambda: oa.krum(2, 0), "num_selected must be an integer"),
         (lambda: once(oa.flag_aggregator(9), stacked()), "at least 9 elements, got 8"),
-        (lambda: oa.one_pass_location("l3", 1.0), "distance must be one of"),
+        (
+            lambda: oa.one_pass_location(oa.distances.l2(), 1.0, init="last"),
+            "init must be",
+        ),
         (
             lambda: once(
                 oa.coordinate_median(), {"a": jnp.zeros((3, 2)), "b": jnp.zeros((4,))}
@@ -637,7 +644,9 @@ def summed_rows(tx, check_vma, varying):
 NAMED = {
     "coordinate_median": oa.coordinate_median,
     "geometric_median": oa.geometric_median,
-    "one_pass_location": functools.partial(oa.one_pass_location, "l2", 0.5),
+    "one_pass_location": functools.partial(
+        oa.one_pass_location, oa.distances.l2(), 0.5
+    ),
     "upgrad": oa.upgrad,
 }
 
@@ -683,3 +692,38 @@ def test_masked_subtrees_match_the_parameters():
     masked = {"kept": rows["kept"], "rest": optax.MaskedNode()}
     found, _ = tx.update(masked, tx.init(masked), params)
     np.testing.assert_allclose(found["kept"], 1)
+
+
+OF_ROWS = [
+    oa.coordinate_median,
+    oa.trimmed_mean,
+    oa.geometric_median,
+    oa.median_of_means,
+    oa.centered_clip,
+    oa.krum,
+    oa.flag_aggregator,
+    oa.one_pass_location,
+    oa.mgda,
+    oa.upgrad,
+    oa.cagrad,
+    oa.pcgrad,
+]
+
+
+@pytest.mark.parametrize("factory", OF_ROWS, ids=lambda f: f.__name__)
+def test_shared_options_stand_in_signatures_and_docstrings(factory):
+    parameters = inspect.signature(factory).parameters
+    assert [*parameters][-2:] == ["per_elt_axis", "axis_name"]
+    assert parameters["per_elt_axis"].default is parameters["axis_name"].default is None
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
+    sections = re.findall(r"(?m)^(\w+):$", factory.__doc__)
+    assert sections == ["Args", "Returns", "Raises", "Example", "References"]
+    args = factory.__doc__.split("Args:\n")[1].split("\n\nReturns:")[0]
+    assert re.findall(r"(?m)^  (\w+): [A-Z`]", args) == [*parameters]
+
+
+def test_options_that_are_not_there_are_refused():
+    with pytest.raises(TypeError, match=r"krum\(\) got an unexpected .* 'axis'"):
+        oa.krum(1, axis=0)
+    bound = "clip_by_coordinate_quantile"
+    assert inspect.signature(getattr(oa, bound)).parameters["scope"].default == "leaf"

@@ -59,7 +59,7 @@ RULES = {
     "coordinate_median": (oa.coordinate_median(), of_coordinates),
     "trimmed_mean": (oa.trimmed_mean((N - 1) // 2), of_coordinates),
     "one_pass_location": (
-        oa.one_pass_location("l2", 1.0, init="zeros"),
+        oa.one_pass_location(oa.distances.l2(), 1.0, init="zeros"),
         lambda n, f, most: n + 0 * most,
     ),
     "krum": (oa.krum(4), of_krum(4)),

@@ -266,7 +266,7 @@ def test_an_aggregator_asks_for_stacked_gradients(first, params):
 
 
 def test_a_location_in_one_pass_asks_for_stacked_gradients():
-    tx = optax.chain(oa.one_pass_location("l2", 0.5), optax.adam(0.1))
+    tx = optax.chain(oa.one_pass_location(oa.distances.l2(), 0.5), optax.adam(0.1))
     with pytest.raises(ValueError, match="stacked gradients as the third argument"):
         oa.check_chain(tx, PARAMS)
 

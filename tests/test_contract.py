@@ -453,7 +453,7 @@ def test_masked_and_empty_trees(case):
     masked = {"a": optax.MaskedNode()}
     for params in ({}, {"a": None}, masked, {"a": jnp.zeros((0, 3))}):
         if case.place != "last" and case.needs_params and params is masked:
-            with pytest.raises(ValueError, match="cannot stand inside"):
+            with pytest.raises(ValueError, match="cannot be used inside"):
                 tx.init(params)
             continue
         state = tx.init(params)

@@ -36,7 +36,9 @@ def test_links_lead_to_files(page):
 @each_page
 def test_commands_name_files_that_exist(page):
     text = page.read_text()
-    for name in re.findall(r"\b(?:examples|benchmarks|notebooks|tests)/\w+\.\w+", text):
+    for name in re.findall(
+        r"\b(?:examples|benchmarks|notebooks|tests|optax_avg)/[\w/]+\.\w+", text
+    ):
         assert (ROOT / name).is_file(), name
 
 

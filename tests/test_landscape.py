@@ -340,3 +340,11 @@ def test_barrier_leaves_other_leaves_as_they_are():
     found = landscape.barrier(loss, a, b, 21)
     np.testing.assert_allclose(found.barrier, 1.0, rtol=1e-5)
     np.testing.assert_allclose(found.losses[0], 13.0)
+
+
+def test_the_direction_takes_the_dtype_of_the_parameters():
+    x = jnp.array([1.0, 2.0], jnp.bfloat16)
+    v = jnp.array([0.5, -1.0])
+    found = landscape.hessian_product(lambda x: jnp.sum(x**3), x, v)
+    assert found.dtype == jnp.bfloat16
+    np.testing.assert_array_equal(found, [3.0, -12.0])

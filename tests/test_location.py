@@ -21,6 +21,12 @@ def x64():
         yield
 
 
+def distance_of(name, mu=MU, quantile=Q):
+    """The distance of the reference's name."""
+    arguments = {"huber": (mu,), "huber_elementwise": (mu,), "pinball": (quantile,)}
+    return getattr(oa.distances, name)(*arguments.get(name, ()))
+
+
 def tree_of(x, dtype=np.float32):
     return {
         name: np.asarray(x[part].reshape(ref.SHAPES[name]), dtype)
@@ -50,7 +56,7 @@ def samples(seed, count=12, scale=1.0):
 @pytest.mark.parametrize("tau", [0.0625, 0.5, 4.0, 64.0])
 def test_tracks_as_its_reference(name, tau, x64):
     gradients = samples(0)
-    tx = oa.track_location(name, tau, mu=MU, quantile=Q)
+    tx = oa.track_location(distance_of(name), tau)
     found, state = run(tx, gradients, np.float64)
     wanted = ref.track(name, gradients, tau, MU, Q)
     np.testing.assert_allclose(found, wanted, rtol=1e-6, atol=1e-7)
@@ -80,7 +86,7 @@ def test_steps_minimise_the_proximal_objective(name, seed, log_tau):
 def test_nonexpansive_in_location_and_gradient(name):
     """|step(m, g) - step(m', g')| <= max over both, a proximal step's contraction."""
     rng = np.random.default_rng(0)
-    tx = oa.track_location(name, 0.5, mu=MU, quantile=Q, init="zeros")
+    tx = oa.track_location(distance_of(name), 0.5, init="zeros")
     update = jax.jit(lambda m, g: tx.update(g, start._replace(location=m))[0])
     start = tx.init(tree_of(rng.normal(size=ref.SIZE)))
     for _ in range(20):
@@ -97,7 +103,7 @@ def test_rotation_equivariant(name):
     """Turning the rows of a matrix turns its location."""
     rng = np.random.default_rng(1)
     rotation = jnp.asarray(np.linalg.qr(rng.normal(size=(4, 4)))[0], jnp.float32)
-    tx = oa.track_location(name, 0.5, mu=MU)
+    tx = oa.track_location(distance_of(name), 0.5)
     plain, turned = tx.init(jnp.zeros((4, 3))), tx.init(jnp.zeros((4, 3)))
     for _ in range(6):
         g = jnp.asarray(rng.normal(size=(4, 3)), jnp.float32)
@@ -116,7 +122,7 @@ def check_same(ours, theirs, gradients, rtol=1e-5):
 def test_squared_l2_is_an_ema(beta):
     tau = np.inf if beta == 0 else (1 - beta) / beta
     check_same(
-        oa.track_location("mean", tau, init="zeros"),
+        oa.track_location(oa.distances.mean(), tau, init="zeros"),
         optax.ema(beta, debias=False),
         samples(2),
     )
@@ -127,15 +133,22 @@ def test_reset_is_ordinary_clipping(scale):
     gradients = samples(3, scale=scale)
     reset = {"init": "zeros", "reset": True}
     check_same(
-        oa.track_location("l2", 2.0, **reset), optax.clip_by_global_norm(2.0), gradients
+        oa.track_location(oa.distances.l2(), 2.0, **reset),
+        optax.clip_by_global_norm(2.0),
+        gradients,
     )
-    check_same(oa.track_location("l1", 0.5, **reset), optax.clip(0.5), gradients)
     check_same(
-        oa.track_location("l2", 2.0, scope="leaf", **reset),
+        oa.track_location(oa.distances.l1(), 0.5, **reset), optax.clip(0.5), gradients
+    )
+    check_same(
+        oa.track_location(oa.distances.l2(), 2.0, scope="leaf", **reset),
         optax.clip_by_block_rms(2.0 / np.sqrt(5)),
         [g * is_vector() for g in gradients],
     )
-    assert run(oa.track_location("l2", 2.0, **reset), gradients)[1].location == ()
+    assert (
+        run(oa.track_location(oa.distances.l2(), 2.0, **reset), gradients)[1].location
+        == ()
+    )
 
 
 def is_vector():
@@ -149,7 +162,7 @@ def test_a_large_tau_is_the_gradient_itself(name):
     """But for the mean's share and Huber's: at infinity all are plain SGD."""
     gradients = samples(4)
     for tau in (np.inf,) if "huber" in name or name == "mean" else (1e4, np.inf):
-        found, state = run(oa.track_location(name, tau, mu=MU, quantile=Q), gradients)
+        found, state = run(oa.track_location(distance_of(name), tau), gradients)
         np.testing.assert_allclose(found, gradients, rtol=1e-5, atol=1e-6)
         assert int(state.clipped) == 0
 
@@ -157,7 +170,7 @@ def test_a_large_tau_is_the_gradient_itself(name):
 @pytest.mark.parametrize("name", ["l2", "l1", "linf", "pinball", "spectral", "mean"])
 def test_tau_zero_stays_at_the_first(name):
     gradients = samples(5)
-    found, state = run(oa.track_location(name, 0.0), gradients)
+    found, state = run(oa.track_location(distance_of(name), 0.0), gradients)
     first = gradients[0].astype(np.float32)
     np.testing.assert_allclose(found, np.tile(first, (12, 1)), rtol=1e-6)
     assert int(state.accepted) == (12 if name == "mean" else 1)
@@ -165,8 +178,8 @@ def test_tau_zero_stays_at_the_first(name):
 
 def test_named_uses():
     gradients = samples(6)
-    check_same(oa.vclip(0.5), oa.track_location("l2", 0.5), gradients)
-    check_same(oa.cclip(0.5), oa.track_location("l1", 0.5), gradients)
+    check_same(oa.vclip(0.5), oa.track_location(oa.distances.l2(), 0.5), gradients)
+    check_same(oa.cclip(0.5), oa.track_location(oa.distances.l1(), 0.5), gradients)
     found, _ = run(oa.clipped_ema(0.75, 2.0), gradients)
     m = gradients[0]
     for g, out in zip(gradients[1:], found[1:], strict=True):
@@ -178,7 +191,7 @@ def test_named_uses():
 @pytest.mark.parametrize("q", [0.1, 0.5, 0.9])
 def test_pinball_finds_a_quantile(q):
     """Of an exponential distribution: -ln(1 - q)."""
-    tx = oa.track_location("pinball", lambda t: 0.5 / (1 + 0.01 * t), quantile=q)
+    tx = oa.track_location(oa.distances.pinball(q), lambda t: 0.5 / (1 + 0.01 * t))
     sample = jax.random.exponential(jax.random.key(0), (20_000, 64))
 
     def body(state, g):
@@ -194,7 +207,7 @@ def test_from_the_median_to_the_mean():
     sample = jax.random.exponential(jax.random.key(1), (20_000, 256))
 
     def location(mu):
-        tx = oa.track_location("huber_elementwise", 0.05, mu=mu)
+        tx = oa.track_location(oa.distances.huber_elementwise(mu), 0.05)
 
         def body(carry, g):
             total, state = carry
@@ -214,7 +227,7 @@ def test_from_the_median_to_the_mean():
 @pytest.mark.parametrize("factor", [1e-4, 1e4])
 def test_adaptive_radius_follows_the_scale(name, factor):
     """After the scale has changed, the share of clipped samples is the same again."""
-    tx = oa.track_location(name, oa.adaptive_radius(0.5, 0.2))
+    tx = oa.track_location(distance_of(name), oa.adaptive_radius(0.5, 0.2))
     gradients = samples(7, 900)
     gradients[300:] *= factor
     _, before = run(tx, gradients[:300])
@@ -251,7 +264,7 @@ def test_scopes():
     zeros = jax.tree.map(jnp.zeros_like, g)
 
     def out(scope):
-        tx = oa.track_location("l2", 1.0, scope=scope, init="zeros")
+        tx = oa.track_location(oa.distances.l2(), 1.0, scope=scope, init="zeros")
         return jax.tree.map(lambda x: x.tolist(), tx.update(g, tx.init(zeros))[0])
 
     by_leaf = out("leaf")
@@ -270,11 +283,11 @@ def test_scopes():
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_bad_samples_change_a_counter_alone(name, bad, adaptive):
     if adaptive and name in ("mean", "huber", "huber_elementwise"):
-        with pytest.raises(ValueError, match="a step, not a radius"):
-            oa.track_location(name, oa.adaptive_radius())
+        with pytest.raises(ValueError, match="a step size, not a radius"):
+            oa.track_location(distance_of(name), oa.adaptive_radius())
         return
     tau = oa.adaptive_radius() if adaptive else lambda t: 1.0 / (1 + t)
-    tx = oa.track_location(name, tau)
+    tx = oa.track_location(distance_of(name), tau)
     good, spoiled = samples(8), [bad * np.ones(ref.SIZE)]
     broken = good[3].copy()
     broken[-1] = bad
@@ -295,16 +308,18 @@ def test_bad_samples_change_a_counter_alone(name, bad, adaptive):
 def test_any_scale(name, scale):
     """tau and mu scale with the gradients, so the locations do."""
     gradients = samples(9)
-    one, _ = run(oa.track_location(name, 0.5, mu=MU), gradients)
+    one, _ = run(oa.track_location(distance_of(name), 0.5), gradients)
     # Huber's tau has no unit, only mu has.
     tau = 0.5 if name == "huber" else 0.5 * scale
-    big, _ = run(oa.track_location(name, tau, mu=MU * scale), gradients * scale)
+    big, _ = run(
+        oa.track_location(distance_of(name, MU * scale), tau), gradients * scale
+    )
     np.testing.assert_allclose(big / scale, one, rtol=1e-4, atol=1e-5)
 
 
 def test_fp16_gradients_that_overflow_in_the_norm():
     g = {"a": jnp.full((2,), 300.0, jnp.float16)}
-    tx = oa.track_location("l2", 3.0, init="zeros", reset=True)
+    tx = oa.track_location(oa.distances.l2(), 3.0, init="zeros", reset=True)
     out, _ = tx.update(g, tx.init(g))
     assert out["a"].dtype == jnp.float16
     np.testing.assert_allclose(out["a"], 3 / np.sqrt(2), rtol=1e-3)
@@ -313,13 +328,21 @@ def test_fp16_gradients_that_overflow_in_the_norm():
 @pytest.mark.parametrize(
     ("make", "message"),
     [
-        (lambda: oa.track_location("l3", 1.0), "distance must be one of"),
-        (lambda: oa.track_location("l2", -1.0), "tau must lie in"),
-        (lambda: oa.track_location("l2", 1.0, init="last"), "init must be"),
-        (lambda: oa.track_location("l2", 1.0, reset=True), "pass init='zeros'"),
-        (lambda: oa.track_location("l2", 1.0, scope="row"), "scope must be"),
-        (lambda: oa.track_location("huber", 1.0, mu=0.0), "mu must lie in"),
-        (lambda: oa.track_location("pinball", 1.0, quantile=1.0), "quantile must"),
+        (lambda: oa.track_location(oa.distances.l2(), -1.0), "tau must lie in"),
+        (
+            lambda: oa.track_location(oa.distances.l2(), 1.0, init="last"),
+            "init must be",
+        ),
+        (
+            lambda: oa.track_location(oa.distances.l2(), 1.0, reset=True),
+            "pass init='zeros'",
+        ),
+        (
+            lambda: oa.track_location(oa.distances.l2(), 1.0, scope="row"),
+            "scope must be",
+        ),
+        (lambda: oa.distances.huber(mu=0.0), "mu must lie in"),
+        (lambda: oa.distances.pinball(quantile=1.0), "quantile must"),
         (lambda: oa.adaptive_radius(1.5), "quantile must lie in"),
         (lambda: oa.adaptive_radius(rate=0.0), "rate must lie in"),
         (lambda: oa.adaptive_radius(init=0.0), "init must lie in"),
@@ -332,10 +355,97 @@ def test_bad_arguments(make, message):
         make()
 
 
+@pytest.mark.parametrize(
+    ("distance", "message"),
+    [
+        ("l1", r"the string 'l1'; pass oa.distances.l1\(\)"),
+        ("l3", r"the string 'l3'; pass one of .*oa.distances.spectral\(\)"),
+        (oa.distances.l1, r"function l1, which .*; pass oa.distances.l1\(\)"),
+        (oa.distances.huber, r"function huber, which .*; pass oa.distances.huber\(\)"),
+        (lambda delta, tau: delta, r"pass oa.distances.Distance\(step\)"),
+        (oa.distances.l1().step, r"pass oa.distances.Distance\(step\)"),
+        (None, r"It is NoneType; pass one such as oa.distances.l2\(\)"),
+    ],
+)
+@pytest.mark.parametrize("make", [oa.track_location, oa.one_pass_location])
+def test_what_is_no_distance_is_refused(make, distance, message):
+    with pytest.raises(TypeError, match=message):
+        make(distance, 1.0)
+
+
+def metric_l2(w):
+    """The l2 norm in a diagonal metric, as a user would write it."""
+
+    def step(delta, tau):
+        (d,) = delta  # not joined to others: each leaf is a group
+        size = jnp.sqrt(jnp.sum(w * d**2))
+        factor = jnp.where(size > tau, tau / jnp.where(size > 0, size, 1), 1)
+        return oa.distances.Step([factor * d], size <= tau, size)
+
+    return oa.distances.Distance(step, by_leaf=True)
+
+
+def test_a_distance_of_your_own():
+    """With an adaptive radius, against NumPy, where shapes arrive as they are."""
+    w = np.linspace(0.25, 4.0, 6, dtype=np.float32).reshape(2, 3)
+    gradients = samples(10, 40)[:, :12].reshape(40, 2, 2, 3)
+    radius = oa.adaptive_radius(0.7, 0.3)
+    tx = oa.track_location(metric_l2(w), radius, scope="leaf")
+    state = tx.init({"a": jnp.zeros((2, 3)), "b": jnp.zeros((2, 3))})
+    update = jax.jit(tx.update)
+    m, tau = gradients[0].copy(), [None, None]
+    for t, g in enumerate(gradients):
+        out, state = update({"a": jnp.float32(g[0]), "b": jnp.float32(g[1])}, state)
+        for leaf in range(2) if t else ():
+            delta = g[leaf] - m[leaf]
+            size = np.sqrt(np.sum(w * delta**2))
+            limit = np.inf if tau[leaf] is None else tau[leaf]
+            m[leaf] += min(1, limit / size) * delta
+            grown = np.exp(-0.3 * ((size <= limit) - 0.7))
+            tau[leaf] = size if tau[leaf] is None else tau[leaf] * grown
+        np.testing.assert_allclose(out["a"], m[0], rtol=1e-4, atol=1e-5)
+        np.testing.assert_allclose(out["b"], m[1], rtol=1e-4, atol=1e-5)
+    np.testing.assert_allclose(state.location_radius, tau, rtol=1e-4)
+    assert int(state.clipped) > 5
+
+
+def test_small_leaves_arrive_joined_unless_a_distance_works_by_leaf():
+    seen = {}
+
+    def recorded(by_leaf):
+        def step(delta, tau):
+            seen[by_leaf] = [d.shape for d in delta]
+            return oa.distances.l2().step(delta, tau)
+
+        return oa.distances.Distance(step, by_leaf=by_leaf)
+
+    g = {"a": jnp.ones((2, 3)), "b": jnp.ones(4)}
+    for by_leaf in (False, True):
+        tx = oa.track_location(recorded(by_leaf), 1.0)
+        tx.update(g, tx.init(g))
+    assert seen == {False: [(10,)], True: [(2, 3), (4,)]}
+
+
+def test_parameters_of_distances_may_be_traced():
+    """So that ``inject_hyperparams`` reaches them through a factory of your own."""
+
+    def factory(mu, quantile):
+        return optax.chain(
+            oa.track_location(oa.distances.huber(mu), 0.5, init="zeros"),
+            oa.track_location(oa.distances.pinball(quantile), 0.5, init="zeros"),
+        )
+
+    g = jnp.array([3.0, -4.0, 0.25])
+    injected = optax.inject_hyperparams(factory)(mu=0.75, quantile=0.25)
+    plain = factory(0.75, 0.25)
+    found, _ = jax.jit(injected.update)(g, injected.init(g))
+    np.testing.assert_allclose(found, plain.update(g, plain.init(g))[0], rtol=1e-6)
+
+
 def test_linf_far_from_a_small_radius():
     """theta is as large as the gradient, the step as small as the radius."""
     for g in (np.full(1, 1e8), np.array([3e7, 1.0]), np.full(1000, 1000.0)):
-        tx = oa.track_location("linf", 1.0, init="zeros")
+        tx = oa.track_location(oa.distances.linf(), 1.0, init="zeros")
         g = jnp.asarray(g, jnp.float32)
         m, state = tx.update(g, tx.init(g))
         np.testing.assert_allclose(jnp.abs(m).sum(), 1.0, rtol=1e-3)
@@ -351,7 +461,11 @@ def test_linf_far_from_a_small_radius():
 @pytest.mark.parametrize("scope", ["leaf", "global", {"a": "x", "b": "y"}])
 def test_a_missing_gradient_keeps_its_radius(reset, scope):
     tx = oa.track_location(
-        "l2", oa.adaptive_radius(init=1.0), scope=scope, init="zeros", reset=reset
+        oa.distances.l2(),
+        oa.adaptive_radius(init=1.0),
+        scope=scope,
+        init="zeros",
+        reset=reset,
     )
     g = {"a": jnp.ones(2), "b": jnp.ones(3)}
     state = tx.init(g)
@@ -379,7 +493,7 @@ def test_repeated_gradients_do_not_shrink_a_radius_to_nothing():
 def test_empty_leaves():
     g = {"a": jnp.zeros((3, 0))}
     for name in ref.NAMES:
-        tx = oa.track_location(name, 1.0, init="zeros")
+        tx = oa.track_location(distance_of(name), 1.0, init="zeros")
         out, state = tx.update(g, tx.init(g))
         assert out["a"].shape == (3, 0)
         assert (int(state.accepted), int(state.clipped)) == (1, 0)
@@ -387,7 +501,7 @@ def test_empty_leaves():
 
 def test_complex_gradients():
     g = jnp.array([3.0 + 4.0j])
-    tx = oa.track_location("l2", 1.0, init="zeros")
+    tx = oa.track_location(oa.distances.l2(), 1.0, init="zeros")
     np.testing.assert_allclose(tx.update(g, tx.init(g))[0], [0.6 + 0.8j], rtol=1e-6)
     tx = oa.cclip(1.0)
     with pytest.raises(ValueError, match="no order to clip in"):

@@ -1,5 +1,7 @@
 """Multi-call: the clean parameters are the truth, whatever is handed in."""
 
+import types
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -271,3 +273,13 @@ def test_an_optimizer_may_count_in_python_numbers():
     for _ in range(4):
         _, state = tx.update(jnp.ones(3), state, x)
     assert int(state.inner_state["count"]) == 2
+
+
+def test_clean_parameters_are_found_in_any_nesting():
+    x = jnp.array(2.0)
+    tx = optax.chain(optax.clip(1.0), oa.multi_call(rules.sam(0.5), optax.sgd(1.0)))
+    state = optax.MultiSteps(tx, 2).init(x)
+    for found in (state, (state,), types.SimpleNamespace(opt_state=state)):
+        equal(oa.clean_params(found, jnp.array(2.5)), x)
+    with pytest.raises(ValueError, match=r"found 2; pass the state of oa\.multi_call"):
+        oa.clean_params((state, state), x)

@@ -14,7 +14,8 @@ from sharpness_cases import ALL, PRODUCTS, RADII, RULES, SGD, flat, loss_of, tre
 
 import optax_avg as oa
 from optax_avg import rules
-from optax_avg.sharpness.offsets import Radius, is_normalisation
+from optax_avg.sharpness._ascent import Radius
+from optax_avg.sharpness.offsets import is_normalisation
 
 STEPS = 7
 every_rule = pytest.mark.parametrize("name", ALL)
@@ -467,7 +468,7 @@ RADII_OF_RULES = [
     (factory, parameter.name)
     for factory in (getattr(rules, name) for name in rules.__all__)
     for parameter in inspect.signature(factory).parameters.values()
-    if parameter.annotation is Radius and parameter.name != "key"
+    if parameter.annotation in (Radius, optax.ScalarOrSchedule)
 ]
 
 
@@ -494,6 +495,25 @@ def test_intervals_are_named_as_the_user_did():
             rules.look_sam(k=value)
         with pytest.raises(ValueError, match=r"^refresh must be an integer >= 1"):
             rules.sparse_sam(refresh=value)
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: rules.sam(scope="rows"), "scope must be 'global', 'leaf' or 'row'"),
+        (
+            lambda: rules.gradient_regularisation(scheme="both"),
+            "scheme must be 'forward', 'backward', 'central' or 'exact'",
+        ),
+        (
+            lambda: rules.gam(decomposition="code"),
+            "decomposition must be 'paper' or 'reference'",
+        ),
+    ],
+)
+def test_unknown_names_are_refused(make, message):
+    with pytest.raises(ValueError, match=f"^{message}, got '"):
+        make()
 
 
 def test_radii_in_trees_are_checked():

@@ -1,6 +1,7 @@
 """Sharpness rules among devices, micro-batches, narrow dtypes and bad gradients."""
 
 import functools
+import inspect
 
 import jax
 import jax.numpy as jnp
@@ -17,6 +18,7 @@ from test_sharpness import start
 
 import optax_avg as oa
 from optax_avg import rules
+from optax_avg.sharpness import links
 from optax_avg.sharpness._rule import advanced
 
 every_rule = pytest.mark.parametrize("name", ALL)
@@ -474,7 +476,23 @@ def test_trajectory_loss_of_impossible_classes():
     np.testing.assert_allclose(grads[:, :2], two, rtol=1e-5)
 
 
-def test_links_document_themselves():
-    assert "oa.asam()" in oa.asam.__doc__
-    assert "first link of a chain" in oa.asam.__doc__
-    assert "A rule of" not in oa.asam.__doc__
+SECTIONS = ["Args:", "Returns:", "Raises:", "Example:", "References:"]
+
+
+@pytest.mark.parametrize("name", links.__all__)
+def test_links_document_themselves(name):
+    link, rule = getattr(oa, name), getattr(rules, name)
+    lines = inspect.getdoc(link).splitlines()
+    assert lines[0] == inspect.getdoc(rule).splitlines()[0]
+    assert [line for line in lines if line in SECTIONS] == SECTIONS
+    assert f"oa.{name}(" in link.__doc__
+    assert "first link of a chain" in link.__doc__
+    assert "A rule of" not in link.__doc__
+    given = inspect.signature(link).parameters
+    assert given == inspect.signature(rule).parameters
+    assert all(f"\n  {parameter}: " in inspect.getdoc(link) for parameter in given)
+
+
+def test_a_docstring_without_a_section_keeps_the_others():
+    doc = links._with_sections("Head.\n\nArgs:\n  x: Number.\n", {"Returns": "  Y."})
+    assert doc == "Head.\n\nArgs:\n  x: Number.\n"

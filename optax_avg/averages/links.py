@@ -65,7 +65,7 @@ def average(
       A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
-      ValueError: If an argument is out of range, or ``update`` gets no params.
+      ValueError: In ``update``, if it gets no params.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -101,9 +101,6 @@ def ema_params(
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
 
-    Raises:
-      ValueError: If an argument is out of range.
-
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = optax.chain(optax.sgd(1.0), oa.ema_params(0.5))
@@ -132,9 +129,6 @@ def polyak_average(
 
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -167,9 +161,6 @@ def swa(
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
 
-    Raises:
-      ValueError: If an argument is out of range.
-
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
       >>> tx = optax.chain(optax.sgd(0.1), oa.swa(start=750, every=50))
@@ -195,9 +186,6 @@ def tail_average(
 
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -228,9 +216,6 @@ def power_ema(
 
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -264,9 +249,6 @@ def lr_weighted_average(
 
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -307,9 +289,6 @@ def window_average(
 
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -352,9 +331,6 @@ def bema(
 
     Returns:
       A transformation with the state :class:`optax_avg.AverageState`.
-
-    Raises:
-      ValueError: If an argument is out of range.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa

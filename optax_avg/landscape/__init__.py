@@ -1,15 +1,18 @@
-"""Is it flatter? Curvature, sharpness, barriers and planes of a loss, matrix-free.
+"""How flat is a minimum? Curvature, sharpness, barriers and planes of a loss.
+
+    H v = d/dt grad L(x + t v) at t = 0,    L((1 - t) a + t b),    L(x + u d1 + v d2)
 
 At a point: ``top_eigenvalues``, ``hessian_trace``, ``hessian_product``, ``sharpness``,
 ``m_sharpness``, ``gradient_norm_in_ball``. Between and around points: ``barrier``,
-``plane``, ``slice_1d``, ``slice_2d``, ``filter_normalised``. Every function takes
-``loss: params -> scalar`` on any pytree of float leaves and can be jitted where nothing
-else is said. Their pictures are in :mod:`optax_avg.landscape.pictures`, which needs
-matplotlib (``pip install "optax_avg[plot]"``).
+``plane``, ``slice_1d``, ``slice_2d``, ``filter_normalised``. No function forms the
+Hessian. Every function takes ``loss: params -> scalar`` on any pytree of float leaves
+and can be jitted unless its docstring says otherwise. Pictures are in
+:mod:`optax_avg.landscape.pictures`, which needs matplotlib
+(``pip install "optax_avg[plot]"``).
 
-``progress`` is any function of the work done and all of it, called as it goes. XLA's
-CPU backend runs gradients of convolutions several times slower inside the loops used
-here.
+``progress`` is any function of two integers, the amount of work done and the total
+amount; it is called during the computation. XLA's CPU backend runs gradients of
+convolutions several times slower inside the loops used here.
 """
 
 from optax_avg.landscape.curvature import (

@@ -1,23 +1,17 @@
-"""What measures at a point and surfaces share: losses, moves, progress."""
+"""What measures at a point and surfaces share: losses, mapped calls, progress."""
 
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
-from optax_avg import _numerics
-
-Loss = Callable[[Any], jax.Array]
+# From parameters to a scalar.
+Loss = Callable[[optax.Params], jax.Array]
+# Called with the amount of work done and the total amount.
 Progress = Callable[[int, int], Any]
-
-
-def moved(params: Any, factor: Any, direction: Any) -> Any:
-    """``x + c d`` in the dtype of ``x``."""
-    return jax.tree.map(
-        lambda x, d: (_numerics.wide(x) + factor * d).astype(x.dtype), params, direction
-    )
 
 
 def report(progress: Progress | None, done: jax.Array, total: int) -> None:
@@ -26,8 +20,10 @@ def report(progress: Progress | None, done: jax.Array, total: int) -> None:
         jax.debug.callback(lambda done: progress(int(done), total), done)
 
 
-def mapped(f: Callable[[Any], Any], xs: Any, progress: Progress | None) -> Any:
-    """``lax.map`` that reports."""
+def mapped(
+    f: Callable[[Any], jax.Array], xs: Any, progress: Progress | None
+) -> jax.Array:
+    """``lax.map`` that reports its progress."""
     total = len(jax.tree.leaves(xs)[0])
 
     def one(numbered):

@@ -8,28 +8,39 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from optax_avg import _checks, _numerics
-from optax_avg.landscape._along import Loss, Progress, mapped, moved, report
+from optax_avg import _checks, _leaves, _numerics
+from optax_avg.landscape._along import Loss, Progress, mapped, report
+
+__all__ = [
+    "gradient_norm_in_ball",
+    "hessian_product",
+    "hessian_trace",
+    "m_sharpness",
+    "sharpness",
+    "top_eigenvalues",
+]
 
 
-def hessian_product(loss: Loss, params: Any, v: Any) -> Any:
-    """``H v``, forward over reverse.
+def hessian_product(loss: Loss, params: optax.Params, v: optax.Params) -> optax.Params:
+    """Hessian-vector product ``H v``, forward over reverse.
 
     Args:
-      loss: ``params -> scalar``.
-      params: ``x``.
-      v: a tree like ``params``.
+      loss: Function ``params -> scalar``.
+      params: Point at which the Hessian is taken.
+      v: Direction, a tree like ``params``.
 
     Returns:
-      A tree like ``params``.
+      A tree like ``params``, in units of the loss per squared unit of the parameters
+      times the unit of ``v``.
 
     Raises:
       ValueError: If a leaf is complex.
-      TypeError: If the gradient has no forward derivative, as where the ``fwd`` of a
-        ``jax.custom_vjp`` calls the function itself.
+      TypeError: If the gradient has no forward derivative. An example is a
+        ``jax.custom_vjp`` whose ``fwd`` calls the function itself.
 
     Example:
       >>> import jax.numpy as jnp
@@ -39,17 +50,19 @@ def hessian_product(loss: Loss, params: Any, v: Any) -> Any:
       [2.0, 2.0]
     """
     _checks.refuse_complex("curvature", params)
-    return _numerics.derivative_along(jax.grad(loss), params, v)
+    return _numerics.hessian_product(jax.grad(loss), params, v)
 
 
-def _flat_product(loss: Loss, params: Any) -> tuple[Any, jax.Array]:
-    """``v -> H v`` on flat vectors in float32 or wider, and one of zeros."""
+_Product = Callable[[jax.Array], jax.Array]
+
+
+def _flat_product(loss: Loss, params: optax.Params) -> tuple[_Product, jax.Array]:
+    """``v -> H v`` on vectors of shape (d,) in float32 or wider, and such zeros."""
     _checks.refuse_complex("curvature", params)
     flat, unravel = ravel_pytree(jax.tree.map(_numerics.wide, params))
 
     def product(v):
-        tangent = jax.tree.map(lambda t, x: t.astype(x.dtype), unravel(v), params)
-        hv = hessian_product(loss, params, tangent)
+        hv = hessian_product(loss, params, unravel(v))
         return ravel_pytree(jax.tree.map(_numerics.wide, hv))[0]
 
     return product, jnp.zeros_like(flat)
@@ -57,7 +70,7 @@ def _flat_product(loss: Loss, params: Any) -> tuple[Any, jax.Array]:
 
 def top_eigenvalues(
     loss: Loss,
-    params: Any,
+    params: optax.Params,
     key: jax.Array,
     k: int = 1,
     num_iters: int = 30,
@@ -65,26 +78,30 @@ def top_eigenvalues(
 ) -> jax.Array:
     """Largest eigenvalues of the Hessian by Lanczos with full reorthogonalisation.
 
-    Exact (to rounding) once ``num_iters`` reaches the number of parameters, for a
-    spectrum of any size. With fewer a repeated eigenvalue may be found only once: one
-    start leads to one copy of it, further copies come last, and until then a smaller
-    eigenvalue stands in their place. The basis takes ``num_iters`` times the memory of
-    the parameters in float32.
+    ``H Q = Q T`` with orthonormal columns ``Q`` and a tridiagonal ``T``, whose
+    eigenvalues are the estimates. They are exact up to rounding if ``num_iters`` is at
+    least the number of parameters, whatever the scale of the spectrum. With fewer
+    iterations a repeated eigenvalue may be found only once, and the next smaller one
+    then takes the place of its other copies. The basis takes ``num_iters`` times the
+    memory of the parameters in float32.
 
     Args:
-      loss: ``params -> scalar``.
-      params: where.
-      key: of the random start.
-      k: how many.
-      num_iters: Hessian-vector products; at least ``k``.
-      progress: called with the products done and their number.
+      loss: Function ``params -> scalar``.
+      params: Point at which the Hessian is taken.
+      key: PRNG key of the start vector.
+      k: Number of eigenvalues.
+      num_iters: Number of Hessian-vector products, at least ``k``.
+      progress: Called with the number of products done and their total number.
 
     Returns:
-      Shape (k,), largest first.
+      The eigenvalues, largest first, shape (k,), in units of the loss per squared unit
+      of the parameters.
 
     Raises:
-      ValueError: If ``k`` is not between 1 and ``num_iters``, or a leaf is complex.
-      TypeError: As :func:`hessian_product`.
+      ValueError: If ``k`` is not between 1 and ``num_iters`` (or the number of
+        parameters, if that is smaller), or a leaf is complex.
+      TypeError: If the gradient has no forward derivative, as for
+        :func:`hessian_product`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -102,6 +119,27 @@ def top_eigenvalues(
     num_iters = min(num_iters, zeros.size)
     if not 1 <= k <= num_iters:
         raise ValueError(f"k must lie between 1 and num_iters = {num_iters}, got {k}.")
+    alphas, betas = _lanczos(product, zeros, key, num_iters, progress)
+    # A solver may lose what is far from 1.
+    size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
+    size = jnp.where(size > 0, size, 1)
+    alphas, betas = alphas / size, betas[:-1] / size
+    tridiagonal = jnp.diag(alphas) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
+    return size * jnp.linalg.eigvalsh(tridiagonal)[::-1][:k]
+
+
+def _lanczos(
+    product: _Product,
+    zeros: jax.Array,
+    key: jax.Array,
+    num_iters: int,
+    progress: Progress | None,
+) -> tuple[jax.Array, jax.Array]:
+    """The diagonal of ``T`` and the entries below it, each of shape (num_iters,).
+
+    ``beta_i q_{i+1} = H q_i - alpha_i q_i - beta_{i-1} q_{i-1}``. The last ``beta``
+    belongs to a further row.
+    """
 
     def orthogonal(w, basis):
         # Twice is enough: the second pass removes what rounding left of the first.
@@ -119,7 +157,7 @@ def top_eigenvalues(
         scale = jnp.maximum(scale, _numerics.norm(w))
         w = orthogonal(w, basis)
         beta = _numerics.norm(w)
-        # What is left is rounding: the Krylov space is exhausted, go on from elsewhere.
+        # Only rounding is left: the Krylov space is exhausted, so start from elsewhere.
         spent = beta <= 10 * eps * scale
         fresh = jax.random.normal(jax.random.fold_in(key, i + 1), q.shape, q.dtype)
         q = _numerics.unit(jnp.where(spent, orthogonal(fresh, basis), w))
@@ -130,18 +168,13 @@ def top_eigenvalues(
     q = jax.random.normal(key, zeros.shape, zeros.dtype)
     basis = jnp.zeros((num_iters, zeros.size), zeros.dtype)
     start = basis, _numerics.unit(q), jnp.zeros([], zeros.dtype)
-    _, (alphas, betas) = lax.scan(step, start, jnp.arange(num_iters))
-    # A solver may lose what is far from 1.
-    size = jnp.maximum(jnp.max(jnp.abs(alphas)), jnp.max(betas))
-    size = jnp.where(size > 0, size, 1)
-    alphas, betas = alphas / size, betas[:-1] / size
-    tridiagonal = jnp.diag(alphas) + jnp.diag(betas, 1) + jnp.diag(betas, -1)
-    return size * jnp.linalg.eigvalsh(tridiagonal)[::-1][:k]
+    _, entries = lax.scan(step, start, jnp.arange(num_iters))
+    return entries
 
 
 def hessian_trace(
     loss: Loss,
-    params: Any,
+    params: optax.Params,
     key: jax.Array,
     num_samples: int = 64,
     *,
@@ -151,24 +184,30 @@ def hessian_trace(
     """Trace of the Hessian: Hutchinson's estimator, or Hutch++ with a sketch.
 
     ``tr(Q' H Q) + mean of z' P H P z`` with ``P = I - Q Q'``, random signs ``z`` and
-    ``Q`` an orthonormal basis of ``H S``, ``S`` of ``sketch`` columns of random signs.
-    Without a sketch ``P = I`` and this is Hutchinson's. Hutch++ spends a third of its
-    products on each of sketch, basis and samples: ``sketch = num_samples``.
+    an orthonormal basis ``Q`` of ``H S``, where ``S`` has ``sketch`` columns of random
+    signs. Without a sketch ``P = I``, which is Hutchinson's estimator. Hutch++ spends
+    a third of its products on each of sketch, basis and samples: pass
+    ``sketch=num_samples``.
 
     Args:
-      loss: ``params -> scalar``.
-      params: where.
-      key: of the signs.
-      num_samples: of ``z``, a Hessian-vector product each; at least 2.
-      sketch: columns of ``Q``, two products each; ``sketch`` times the memory of the
-        parameters in float32.
-      progress: called with the samples done and their number.
+      loss: Function ``params -> scalar``.
+      params: Point at which the Hessian is taken.
+      key: PRNG key of the random signs.
+      num_samples: Number of vectors ``z``, at least 2. Each takes one Hessian-vector
+        product.
+      sketch: Number of columns of ``Q``. Each takes two products, and together they
+        take ``sketch`` times the memory of the parameters in float32.
+      progress: Called with the number of samples done and their total number.
 
     Returns:
-      The estimate and its standard error, given ``Q``.
+      The estimate and its standard error for the given ``Q``, two scalars in units of
+      the loss per squared unit of the parameters.
 
     Raises:
-      ValueError: If ``num_samples`` is below 2 or ``sketch`` is negative.
+      ValueError: If ``num_samples`` is below 2, ``sketch`` is negative, or a leaf is
+        complex.
+      TypeError: If the gradient has no forward derivative, as for
+        :func:`hessian_product`.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -209,18 +248,23 @@ def hessian_trace(
     return inside + values.mean(), values.std(ddof=1) / num_samples**0.5
 
 
-def sharpness(loss: Loss, params: Any, rho: Any = 0.05) -> jax.Array:
-    """Ascent-based sharpness ``L(x + rho u(grad L(x))) - L(x)``.
+def sharpness(
+    loss: Loss, params: optax.Params, rho: float | jax.Array = 0.05
+) -> jax.Array:
+    """Ascent-based sharpness ``L(x + rho g/|g|) - L(x)`` with ``g = grad L(x)``.
 
-    Pass float32 parameters: a small radius is below the spacing of bfloat16.
+    Pass float32 parameters, because a small radius is below the spacing of bfloat16.
 
     Args:
-      loss: ``params -> scalar``.
-      params: ``x``.
-      rho: radius.
+      loss: Function ``params -> scalar``.
+      params: The point ``x``.
+      rho: Radius, in units of the parameters.
 
     Returns:
-      A scalar.
+      A scalar in units of the loss.
+
+    Raises:
+      ValueError: If a leaf is complex.
 
     Example:
       >>> import jax.numpy as jnp
@@ -234,32 +278,34 @@ def sharpness(loss: Loss, params: Any, rho: Any = 0.05) -> jax.Array:
     """
     _checks.refuse_complex("sharpness", params)
     value, grads = jax.value_and_grad(loss)(params)
-    return loss(moved(params, rho, _numerics.unit(grads))) - value
+    d = _numerics.scale(rho, _numerics.unit(grads))
+    return loss(_leaves.moved(params, d)) - value
 
 
 def m_sharpness(
-    loss: Callable[[Any, Any], jax.Array],
-    params: Any,
+    loss: Callable[[optax.Params, Any], jax.Array],
+    params: optax.Params,
     examples: Any,
     m: int,
-    rho: Any = 0.05,
+    rho: float | jax.Array = 0.05,
     progress: Progress | None = None,
 ) -> jax.Array:
     """m-sharpness: the mean of :func:`sharpness` over groups of ``m`` examples.
 
     Args:
-      loss: ``(params, examples) -> scalar``, a mean over examples.
-      params: ``x``.
-      examples: a tree of arrays with the examples along the first axis.
-      m: examples in a group.
-      rho: radius.
-      progress: called with the groups done and their number.
+      loss: Function ``(params, examples) -> scalar``, a mean over the examples.
+      params: The point ``x``.
+      examples: A tree of arrays of shape (n, ...) with one example per row.
+      m: Number of examples in a group; it divides ``n``.
+      rho: Radius, in units of the parameters.
+      progress: Called with the number of groups done and their total number.
 
     Returns:
-      A scalar.
+      A scalar in units of the loss.
 
     Raises:
-      ValueError: If ``m`` does not divide the number of examples.
+      ValueError: If ``m`` does not divide the number of examples, or a leaf of
+        ``params`` is complex.
 
     Example:
       >>> import jax.numpy as jnp
@@ -271,12 +317,16 @@ def m_sharpness(
       [1.25, 0.0]
 
     References:
-      Foret et al., 2021, 2010.01412; Andriushchenko and Flammarion, "Towards
-      Understanding Sharpness-Aware Minimization", 2022, 2206.06232.
+      Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
+      Generalization", 2021, 2010.01412.
+      Andriushchenko and Flammarion, "Towards Understanding Sharpness-Aware
+      Minimization", 2022, 2206.06232.
     """
     count = len(jax.tree.leaves(examples)[0])
     if m < 1 or count % m:
-        raise ValueError(f"m must divide the {count} examples, got {m}.")
+        raise ValueError(
+            f"m must divide the {count} examples, got {m}; leave some examples out."
+        )
     groups = jax.tree.map(
         lambda a: jnp.reshape(a, (count // m, m, *a.shape[1:])), examples
     )
@@ -285,21 +335,30 @@ def m_sharpness(
 
 
 def gradient_norm_in_ball(
-    loss: Loss, params: Any, rho: Any = 0.05, num_steps: int = 1
+    loss: Loss,
+    params: optax.Params,
+    rho: float | jax.Array = 0.05,
+    num_steps: int = 1,
 ) -> jax.Array:
     """First-order flatness ``rho max |grad L|`` over a ball, by ascent on the norm.
 
-    ``num_steps`` times ``d <- Proj(d + rho/num_steps u(H g/|g|))`` onto the ball; the
-    largest norm on the way counts, that at ``x`` included.
+    ``d <- Proj(d + rho/num_steps f/|f|)`` onto ``|d| <= rho``, ``num_steps`` times,
+    with ``f = H g/|g|`` at ``x + d``. The maximum is over all points on the way, ``x``
+    included.
 
     Args:
-      loss: ``params -> scalar``.
-      params: centre of the ball.
-      rho: radius of the ball.
-      num_steps: ascent steps.
+      loss: Function ``params -> scalar``.
+      params: Centre ``x`` of the ball.
+      rho: Radius of the ball, in units of the parameters.
+      num_steps: Number of ascent steps.
 
     Returns:
-      A scalar.
+      A scalar in units of the loss.
+
+    Raises:
+      ValueError: If a leaf is complex.
+      TypeError: If the gradient has no forward derivative, as for
+        :func:`hessian_product`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -317,12 +376,11 @@ def gradient_norm_in_ball(
     g = gradient(params)
     largest = _numerics.norm(g)
     for _ in range(num_steps):
-        at = moved(params, 1.0, d)
-        along = jax.tree.map(lambda u, x: u.astype(x.dtype), _numerics.unit(g), params)
-        up = _numerics.unit(hessian_product(loss, at, along))
+        at = _leaves.moved(params, d)
+        up = _numerics.unit(hessian_product(loss, at, _numerics.unit(g)))
         d = jax.tree.map(lambda d, u: d + rho / num_steps * u, d, up)
         n = _numerics.norm(d)
         d = _numerics.scale(jnp.where(n > rho, rho / jnp.maximum(n, 1e-30), 1), d)
-        g = gradient(moved(params, 1.0, d))
+        g = gradient(_leaves.moved(params, d))
         largest = jnp.maximum(largest, _numerics.norm(g))
     return rho * largest

@@ -1,11 +1,13 @@
-"""Pictures of planes, segments and slices, as the papers of SWA and SAM draw them.
+"""Pictures of planes, segments and slices, as in the papers on SWA and SAM.
+
+    losses[i, j] at (u[j], v[i]),    losses[i] at t[i]
 
 Every function draws into a Matplotlib ``Axes`` and returns it.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
+import jax
 import numpy as np
 
 from optax_avg.landscape.surface import Plane, Segment, Slice
@@ -18,6 +20,8 @@ except ImportError as error:
     raise ImportError(
         'pictures need matplotlib; write pip install "optax_avg[plot]".'
     ) from error
+
+__all__ = ["draw_plane", "draw_segments", "draw_slices"]
 
 
 def draw_plane(
@@ -32,12 +36,13 @@ def draw_plane(
     """Contours of the loss on a plane, levels in geometric progression.
 
     Args:
-      plane: from :func:`optax_avg.landscape.plane` or ``slice_2d``.
-      labels: names of its models.
-      ax: to draw into; by default a new figure.
-      title: what the colours show.
-      num_levels: contours.
-      ceiling: highest level; by default the 95th percentile of the losses.
+      plane: A plane from :func:`optax_avg.landscape.plane` or ``slice_2d``.
+      labels: Names of the models of the plane, in their order.
+      ax: Axes to draw into. By default those of a new figure.
+      title: Title of the colour bar.
+      num_levels: Number of contours.
+      ceiling: Highest level, in units of the loss. By default the 95th percentile of
+        the losses.
 
     Returns:
       The axes.
@@ -52,17 +57,24 @@ def draw_plane(
       >>> axes = jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0])
       >>> around = landscape.slice_2d(lambda x: x @ x, jnp.zeros(2), axes)
       >>> ax = pictures.draw_plane(around, ["minimum"])
+      >>> [text.get_text() for text in ax.texts]
+      ['minimum']
 
     References:
       Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
       Generalization", 2018, 1803.05407.
     """
     if len(labels) > len(plane.models):
-        raise ValueError(f"{len(labels)} labels for {len(plane.models)} models.")
+        raise ValueError(
+            f"there are {len(labels)} labels for {len(plane.models)} models; pass one "
+            "label for each model of the plane."
+        )
     ax = _axes(ax)
     finite = plane.losses[np.isfinite(plane.losses)]
     if not finite.size:
-        raise ValueError("no loss on the plane is finite.")
+        raise ValueError(
+            "no loss on the plane is finite; make a smaller plane, or check the loss."
+        )
     high = float(np.percentile(finite, 95)) if ceiling is None else ceiling
     # Losses may be zero or negative: levels grow from the lowest one.
     low = float(finite.min())
@@ -94,11 +106,11 @@ def draw_plane(
 
 
 def draw_segments(segments: Mapping[str, Segment], ax: Axes | None = None) -> Axes:
-    """Losses along segments, the height of each barrier in the legend.
+    """Losses along segments, with the height of each barrier in the legend.
 
     Args:
-      segments: by label, from :func:`optax_avg.landscape.barrier`.
-      ax: to draw into; by default a new figure.
+      segments: Segments from :func:`optax_avg.landscape.barrier`, by label.
+      ax: Axes to draw into. By default those of a new figure.
 
     Returns:
       The axes.
@@ -110,9 +122,12 @@ def draw_segments(segments: Mapping[str, Segment], ax: Axes | None = None) -> Ax
       >>> well = lambda x: (x**2 - 1) ** 2
       >>> across = landscape.barrier(well, jnp.array(-1.0), jnp.array(1.0))
       >>> ax = pictures.draw_segments({"between the wells": across})
+      >>> ax.get_legend().get_texts()[0].get_text()
+      'between the wells (barrier 1)'
 
     References:
-      Frankle et al., 2020, 1912.05671.
+      Frankle et al., "Linear Mode Connectivity and the Lottery Ticket Hypothesis",
+      2020, 1912.05671.
     """
     return _lines(
         {
@@ -127,8 +142,8 @@ def draw_slices(slices: Mapping[str, Slice], ax: Axes | None = None) -> Axes:
     """Losses along directions from several models, for comparing their widths.
 
     Args:
-      slices: by label, from :func:`optax_avg.landscape.slice_1d`.
-      ax: to draw into; by default a new figure.
+      slices: Slices from :func:`optax_avg.landscape.slice_1d`, by label.
+      ax: Axes to draw into. By default those of a new figure.
 
     Returns:
       The axes.
@@ -140,14 +155,19 @@ def draw_slices(slices: Mapping[str, Slice], ax: Axes | None = None) -> Axes:
       >>> one = jnp.array(1.0)
       >>> along = landscape.slice_1d(lambda x: x**2, jnp.array(0.0), one)
       >>> ax = pictures.draw_slices({"parabola": along})
+      >>> ax.get_legend().get_texts()[0].get_text()
+      'parabola'
 
     References:
-      Li et al., 2018, 1712.09913.
+      Li et al., "Visualizing the Loss Landscape of Neural Nets", 2018, 1712.09913.
     """
     return _lines({name: (line.t, line.losses) for name, line in slices.items()}, ax)
 
 
-def _lines(lines: Mapping[str, tuple[Any, Any]], ax: Axes | None) -> Axes:
+_Line = tuple[jax.Array, jax.Array]  # positions and losses, each of shape (num,)
+
+
+def _lines(lines: Mapping[str, _Line], ax: Axes | None) -> Axes:
     ax = _axes(ax)
     for label, (t, losses) in lines.items():
         ax.plot(np.asarray(t), np.asarray(losses), label=label)

@@ -4,24 +4,37 @@ L((1 - t) a + t b),    L(x + t d),    L(x + u d1 + v d2)
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from optax_avg import _leaves, _numerics
-from optax_avg.landscape._along import Loss, Progress, mapped, moved
+from optax_avg.landscape._along import Loss, Progress, mapped
+
+__all__ = [
+    "Plane",
+    "Segment",
+    "Slice",
+    "barrier",
+    "filter_normalised",
+    "plane",
+    "slice_1d",
+    "slice_2d",
+]
 
 
 class Segment(NamedTuple):
     """Losses along a straight line.
 
     Attributes:
-      t: shape (num,), from 0 at the first model to 1 at the second.
-      losses: shape (num,).
-      barrier: highest loss above the straight line between the two end losses.
+      t: Positions from 0 at the first model to 1 at the second, shape (num,).
+      losses: Loss at each position, shape (num,).
+      barrier: Largest height of the loss above the straight line between the two end
+        losses, a scalar in units of the loss.
     """
 
     t: jax.Array
@@ -33,8 +46,9 @@ class Slice(NamedTuple):
     """Losses along a direction.
 
     Attributes:
-      t: shape (num,), steps from ``-radius`` to ``radius``.
-      losses: shape (num,).
+      t: Positions from ``-radius`` to ``radius`` in units of the direction, shape
+        (num,).
+      losses: Loss at each position, shape (num,).
     """
 
     t: jax.Array
@@ -45,10 +59,11 @@ class Plane(NamedTuple):
     """Losses on a plane.
 
     Attributes:
-      u: shape (num,), first coordinates.
-      v: shape (num,), second coordinates.
-      losses: shape (num, num), ``losses[i, j]`` at ``(u[j], v[i])``.
-      models: shape (count, 2), coordinates of the models that the plane was made from.
+      u: First coordinates, shape (num,).
+      v: Second coordinates, shape (num,).
+      losses: Losses, shape (num, num), with ``losses[i, j]`` at ``(u[j], v[i])``.
+      models: Coordinates ``(u, v)`` of the models that span the plane, shape
+        (count, 2).
     """
 
     u: np.ndarray
@@ -59,8 +74,8 @@ class Plane(NamedTuple):
 
 def barrier(
     loss: Loss,
-    a: Any,
-    b: Any,
+    a: optax.Params,
+    b: optax.Params,
     num: int = 11,
     where: _leaves.Where | None = None,
     progress: Progress | None = None,
@@ -70,19 +85,20 @@ def barrier(
     ``max_t L((1-t) a + t b) - ((1-t) L(a) + t L(b))``.
 
     Args:
-      loss: ``params -> scalar``.
-      a: a model.
-      b: another of the same structure.
-      num: points, the ends included; at least 3.
-      where: leaves to move, a tree of bools or ``(key_path, leaf) -> bool``; the others
-        stay those of ``a``.
-      progress: called with the points done and their number.
+      loss: Function ``params -> scalar``.
+      a: The first model.
+      b: The second model, of the same structure and shapes.
+      num: Number of points, the ends included; at least 3.
+      where: Leaves to move: a tree of bools, or ``(key_path, leaf) -> bool``. The other
+        leaves stay those of ``a``.
+      progress: Called with the number of points done and their total number.
 
     Returns:
-      A :class:`Segment`; a negative barrier means that the middle is lower.
+      A :class:`Segment`. Its barrier is negative if all losses in between are below
+      the straight line.
 
     Raises:
-      ValueError: If ``num`` is below 3 or the models differ in structure or shape.
+      ValueError: If ``num`` is below 3, or the models differ in structure or shape.
 
     Example:
       >>> import jax.numpy as jnp
@@ -121,30 +137,31 @@ def barrier(
 
 def plane(
     loss: Loss,
-    models: Sequence[Any],
+    models: Sequence[optax.Params],
     num: int = 21,
     margin: float = 0.2,
     progress: Progress | None = None,
 ) -> Plane:
-    """Losses on the plane through three models, as the papers of SWA draw it.
+    """Losses on the plane through three models, ``L(x + u e1 + v e2)``.
 
-    ``u`` points from the first model to the second, ``v`` is the orthogonal part of the
-    way to the third; coordinates are in units of length of the parameters. Compiles
-    one row and calls it for each: not to be jitted itself.
+    ``x`` is the first model, ``e1`` the unit vector towards the second, and ``e2`` that
+    along the orthogonal part of the way to the third. The coordinates ``u`` and ``v``
+    are in units of the parameters. The function compiles one row and calls it for each
+    row; do not jit it.
 
     Args:
-      loss: ``params -> scalar``.
-      models: three trees of one structure, not on one line.
-      num: points along each axis.
-      margin: beyond the models, as a share of their extent.
-      progress: called with the rows done and the number of rows.
+      loss: Function ``params -> scalar``.
+      models: Three trees of the same structure and shapes, not on one line.
+      num: Number of points along each axis.
+      margin: Margin around the models, as a share of their extent along each axis.
+      progress: Called with the number of rows done and their total number.
 
     Returns:
       A :class:`Plane` of NumPy arrays.
 
     Raises:
       ValueError: If there are not three models, they differ in structure or shape, or
-        stand on one line.
+        they are on one line.
 
     Example:
       >>> import jax.numpy as jnp
@@ -159,7 +176,10 @@ def plane(
       2018, 1802.10026.
     """
     if len(models) != 3:
-        raise ValueError(f"plane needs three models, got {len(models)}.")
+        raise ValueError(
+            f"plane needs three models, got {len(models)}; between two models call "
+            "landscape.barrier(loss, a, b)."
+        )
     origin, second, third = models
     for other in (second, third):
         _check_alike(origin, other)
@@ -172,7 +192,9 @@ def plane(
     rest = _numerics.project_out(other, first)
     height = float(_numerics.norm(rest))
     if not width or height <= 1e-6 * float(_numerics.norm(other)):
-        raise ValueError("the three models stand on one line; see landscape.barrier.")
+        raise ValueError(
+            "the three models are on one line; call landscape.barrier(loss, a, b)."
+        )
     e2 = _numerics.unit(rest)
     places = np.array([[0, 0], [width, 0], [float(_numerics.dot(other, e1)), height]])
     low, high = places.min(axis=0), places.max(axis=0)
@@ -184,8 +206,8 @@ def plane(
 
 def slice_1d(
     loss: Loss,
-    params: Any,
-    direction: Any,
+    params: optax.Params,
+    direction: optax.Params,
     radius: float = 1.0,
     num: int = 41,
     progress: Progress | None = None,
@@ -193,12 +215,13 @@ def slice_1d(
     """Losses along a direction, ``L(x + t d)`` for ``|t| <= radius``.
 
     Args:
-      loss: ``params -> scalar``.
-      params: ``x``.
-      direction: ``d``, see :func:`filter_normalised`.
-      radius: largest ``t``.
-      num: points; odd, so that ``x`` is one of them.
-      progress: called with the points done and their number.
+      loss: Function ``params -> scalar``.
+      params: The point ``x``.
+      direction: The direction ``d``, a tree like ``params``, for example from
+        :func:`filter_normalised`.
+      radius: Largest ``t``, in units of the direction.
+      num: Number of points. Pass an odd number to have ``x`` among them.
+      progress: Called with the number of points done and their total number.
 
     Returns:
       A :class:`Slice`.
@@ -218,31 +241,34 @@ def slice_1d(
     """
     _check_alike(params, direction)
     t = jnp.linspace(-radius, radius, num)
-    return Slice(t, mapped(lambda s: loss(moved(params, s, direction)), t, progress))
+    at = lambda s: _leaves.moved(params, _numerics.scale(s, direction))
+    return Slice(t, mapped(lambda s: loss(at(s)), t, progress))
 
 
 def slice_2d(
     loss: Loss,
-    params: Any,
-    directions: tuple[Any, Any],
+    params: optax.Params,
+    directions: tuple[optax.Params, optax.Params],
     radius: float = 1.0,
     num: int = 21,
     progress: Progress | None = None,
 ) -> Plane:
     """Losses on a square around a model, ``L(x + u d1 + v d2)``.
 
-    Compiles one row and calls it for each: not to be jitted itself.
+    The function compiles one row and calls it for each row; do not jit it.
 
     Args:
-      loss: ``params -> scalar``.
-      params: ``x``.
-      directions: ``d1`` and ``d2``, see :func:`filter_normalised`.
-      radius: largest ``u`` and ``v``.
-      num: points along each axis; odd, so that ``x`` is one of them.
-      progress: called with the rows done and the number of rows.
+      loss: Function ``params -> scalar``.
+      params: The point ``x``.
+      directions: The directions ``d1`` and ``d2``, trees like ``params``, for example
+        from :func:`filter_normalised`.
+      radius: Largest ``u`` and ``v``, in units of the directions.
+      num: Number of points along each axis. Pass an odd number to have ``x`` among
+        them.
+      progress: Called with the number of rows done and their total number.
 
     Returns:
-      A :class:`Plane` of NumPy arrays; the one model stands at (0, 0).
+      A :class:`Plane` of NumPy arrays with one model at (0, 0).
 
     Raises:
       ValueError: If a direction differs from ``params`` in structure or shape.
@@ -256,7 +282,7 @@ def slice_2d(
       [[2.0, 1.0, 2.0], [1.0, 0.0, 1.0], [2.0, 1.0, 2.0]]
 
     References:
-      Li et al., 2018, 1712.09913.
+      Li et al., "Visualizing the Loss Landscape of Neural Nets", 2018, 1712.09913.
     """
     for direction in directions:
         _check_alike(params, direction)
@@ -265,15 +291,16 @@ def slice_2d(
     return Plane(t, t, losses, np.zeros((1, 2)))
 
 
-def filter_normalised(key: jax.Array, params: Any) -> Any:
-    """A random direction with the norm of every filter of the parameters.
+def filter_normalised(key: jax.Array, params: optax.Params) -> optax.Params:
+    """A random direction whose filters have the norms of those of the parameters.
 
-    A filter is a slice along the last axis (the output channels of a Flax kernel) of a
-    leaf with two or more dimensions; other leaves get no direction.
+    ``d_f = z_f |x_f|/|z_f|`` with normal ``z`` for each filter ``f``. A filter is a
+    slice at one index of the last axis (an output channel of a Flax kernel) of a leaf
+    with two or more dimensions. Other leaves have the direction 0.
 
     Args:
-      key: of the direction.
-      params: the model.
+      key: PRNG key of the direction.
+      params: The model.
 
     Returns:
       A tree like ``params``, for :func:`slice_1d` and :func:`slice_2d`.
@@ -307,18 +334,20 @@ def filter_normalised(key: jax.Array, params: Any) -> Any:
 
 def _grid(
     loss: Loss,
-    origin: Any,
-    directions: tuple[Any, Any],
+    origin: optax.Params,
+    directions: tuple[optax.Params, optax.Params],
     axes: tuple[np.ndarray, np.ndarray],
     progress: Progress | None,
 ) -> np.ndarray:
-    """The loss at every point of a grid, row by row."""
+    """The loss at every point of a grid, row by row, shape (len(v), len(u))."""
     first, second = directions
     u, v = (jnp.asarray(axis, jnp.float32) for axis in axes)
 
     @jax.jit
     def row(y):
-        start = moved(jax.tree.map(_numerics.wide, origin), y, second)
+        start = _leaves.moved(
+            jax.tree.map(_numerics.wide, origin), _numerics.scale(y, second)
+        )
         to = lambda x: jax.tree.map(
             lambda s, d, o: (s + x * d).astype(o.dtype), start, first, origin
         )
@@ -332,10 +361,16 @@ def _grid(
     return np.stack(rows)
 
 
-def _check_alike(a: Any, b: Any) -> None:
-    """Raises unless two models have one structure and the same shapes."""
+def _check_alike(a: optax.Params, b: optax.Params) -> None:
+    """Raises unless two models have the same structure and shapes.
+
+    Raises:
+      ValueError: If they differ.
+    """
     if jax.tree.structure(a) != jax.tree.structure(b):
-        raise ValueError("the models differ in structure.")
+        raise ValueError(
+            "the models differ in structure; pass trees with the same keys."
+        )
     for (path, x), y in zip(
         jax.tree.flatten_with_path(a)[0], jax.tree.leaves(b), strict=True
     ):

@@ -1,32 +1,58 @@
-"""Whether the gradients of elements are what they should be, before they are combined.
+"""Checks of the gradients of elements before they are combined.
 
-Each device or element must have its own, of the shape of the parameters.
+Each device or element must have its own gradient, of the shape of the parameters.
 """
 
 from typing import Any
 
-import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from optax_avg import _leaves, _mesh
-from optax_avg.robust._stack import NotStackedError, axis_names
+from optax_avg.robust._gradients import Leaf, flatten_with_names
+from optax_avg.robust._options import AxisName
 
 
-def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> None:
-    """Raises where the gradients of the elements cannot be what they should be.
+class NotStackedError(ValueError):
+    """Gradients that should be those of several elements have no axis of elements."""
+
+
+def axis_names(axis_name: AxisName) -> tuple[Any, ...]:
+    """One name or several as a tuple."""
+    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
+
+
+def check_axis(name: str, x: Leaf, axis: int) -> None:
+    """Raises if a leaf has no axis of elements.
 
     Raises:
-      ValueError: If a leaf does not vary over ``axis_name``, or has another shape than
-        its parameter with the axis of elements.
+      NotStackedError: If it has none.
+    """
+    if not -jnp.ndim(x) <= axis < jnp.ndim(x):
+        raise NotStackedError(
+            f"{name} of shape {jnp.shape(x)} has no axis {axis} of elements; pass "
+            "stacked gradients, as from jax.vmap, or per_elt_axis=None with an "
+            "axis_name."
+        )
+
+
+def check_rows(
+    updates: optax.Updates,
+    params: optax.Params | None,
+    axis: int | None,
+    axis_name: AxisName,
+) -> None:
+    """Raises if gradients cannot be those of the elements.
+
+    Raises:
+      ValueError: If a leaf does not vary over ``axis_name``, or if its shape is not
+        that of its parameter with the axis of elements.
       NotStackedError: If it has the shape of its parameter, without such an axis.
     """
-    leaves = [
-        (f"updates{jax.tree_util.keystr(path)}", x)
-        for path, x in jax.tree.flatten_with_path(updates, is_leaf=_leaves.is_absent)[0]
-    ]
-    gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
+    leaves = flatten_with_names(updates)
     if axis_name is not None:
+        gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
         _check_varying(gradients, axis_names(axis_name))
     if params is None:
         return
@@ -36,33 +62,38 @@ def check_rows(updates: Any, params: Any, axis: int | None, axis_name: Any) -> N
             f"updates has {len(leaves)} leaves and params {len(parts)}; pass gradients "
             "of these parameters."
         )
-    advice = (
-        "pass each device's own gradient, or per_elt_axis=0 for several elements."
-        if axis is None
-        else f"axis {axis} must number the elements: take gradients by jax.vmap(jax."
-        "grad(loss), (None, 0)) or the like."
-    )
     for (name, x), part in zip(leaves, parts, strict=True):
-        if not (_leaves.is_gradient(x) and _leaves.is_gradient(part)):
-            continue
-        shape = list(jnp.shape(x))
-        if axis is not None and -len(shape) <= axis < len(shape):
-            del shape[axis]
-        elif axis is not None:
-            continue  # without the axis there is no stack
-        if tuple(shape) != jnp.shape(part):
-            alike = axis is not None and jnp.shape(x) == jnp.shape(part)
-            raise (NotStackedError if alike else ValueError)(
-                f"{name} has shape {jnp.shape(x)} for a parameter of shape "
-                f"{jnp.shape(part)}; {advice}"
-            )
+        if _leaves.is_gradient(x) and _leaves.is_gradient(part):
+            _check_shape(name, jnp.shape(x), jnp.shape(part), axis)
 
 
-def _check_varying(gradients: list[tuple[str, Any]], names: tuple[Any, ...]) -> None:
+def _check_shape(
+    name: str, stacked: tuple[int, ...], shape: tuple[int, ...], axis: int | None
+) -> None:
+    """Raises unless the shape is that of the parameter with the axis of elements."""
+    row = list(stacked)
+    if axis is None:
+        advice = "pass each device's own gradient, or per_elt_axis=0 for several."
+    elif -len(row) <= axis < len(row):
+        advice = (
+            f"axis {axis} must number the elements: take gradients by jax.vmap("
+            "jax.grad(loss), (None, 0)) or the like."
+        )
+        del row[axis]
+    else:
+        return  # without the axis there is no stack
+    if tuple(row) != shape:
+        kind = NotStackedError if axis is not None and stacked == shape else ValueError
+        raise kind(
+            f"{name} has shape {stacked} for a parameter of shape {shape}; {advice}"
+        )
+
+
+def _check_varying(gradients: list[tuple[str, Leaf]], names: tuple[Any, ...]) -> None:
     """Raises if a gradient is the same on all devices, by its type in ``shard_map``.
 
-    Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``: then the
-    index of the device does not vary either.
+    Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``. In these
+    cases the index of the device does not vary either.
     """
     typed = [a for a in names if a in _mesh.varying_axes(lax.axis_index(a))]
     for name, x in gradients:

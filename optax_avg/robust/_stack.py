@@ -1,199 +1,64 @@
-"""Stacks of gradients: rows ``v_1 ... v_n`` over an axis of the leaves or over devices.
+"""Stacks of gradients: rows ``v_1 ... v_n`` and what rules compute from them.
 
     sum_i w_i v_i,    G_ij = <s_i (v_i - z), s_j (v_j - z)>
 
 Rules for locations and conflicts need no more than these two: whatever they iterate,
-they iterate on ``n`` numbers. Across devices each one holds all rows of its share of
-the coordinates, so that rules that go coordinate by coordinate need no more either.
+they iterate on ``n`` numbers. Rules that go coordinate by coordinate are in
+:mod:`optax_avg.robust._ranks`.
 """
 
 import functools
-import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+import optax
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_avg import _leaves, _mesh, _numerics
+from optax_avg import _mesh, _numerics
+from optax_avg.robust import _layout
+from optax_avg.robust._layout import Layout
+from optax_avg.robust._options import AxisName
 
 CHUNK = 2**18  # elements that fit into a cache
-SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
-UNROLLED = 32  # rows up to which a sorting network is written out
 
-
-class NotStackedError(ValueError):
-    """Gradients that should be those of several elements have no axis of elements."""
+# A centre: none, a vector in the layout of the rows, or the integer index of a row.
+Centre = list[jax.Array] | jax.Array | None
 
 
 class Stack(NamedTuple):
     """Rows of gradients.
 
     Attributes:
-      rows: leaves of shape (n, ...).
-      norms: shape (n,), float32 or wider.
-      valid: shape (n,), rows of finite norm.
-      total: sums over the devices that share the coordinates.
-      arrange: brings a tree like the result into the layout of the rows.
-      place: puts leaves in that layout into such a tree, in its dtypes.
-      blank: a tree like the result, in the dtypes of the gradients.
+      rows: Arrays of shape (n, ...), joined leaves of the gradients.
+      norms: Norms of the rows, shape (n,), float32 or wider.
+      valid: Rows of finite norm, shape (n,).
+      layout: How the leaves lie in the rows.
+      blank: A tree like the result, in the dtypes of the gradients.
     """
 
     rows: list[jax.Array]
     norms: jax.Array
     valid: jax.Array
-    total: Callable[[jax.Array], jax.Array]
-    arrange: Callable[[Any], list[jax.Array]]
-    place: Callable[[list[jax.Array], Any], Any]
+    layout: Layout
     blank: Any
 
 
-def stack_of(updates: Any, axis: int | None, axis_name: Any) -> Stack:
-    """The rows in ``updates``: along ``axis`` of the leaves, and over ``axis_name``.
+def stack_of(updates: optax.Updates, axis: int | None, axis_name: AxisName) -> Stack:
+    """The rows of ``updates``: along ``axis`` of the leaves, and over ``axis_name``.
 
     Raises:
       ValueError: If a leaf has no such axis, or another length along it.
     """
-    leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
-    paths = jax.tree.flatten_with_path(updates, is_leaf=_leaves.is_absent)[0]
-    found: dict[int, jax.Array] = {}
-    for i, (path, x) in enumerate(paths):
-        if not _leaves.is_gradient(x):
-            continue
-        if axis is not None:
-            _check_axis(path, x, axis)
-        found[i] = jnp.expand_dims(x, 0) if axis is None else jnp.moveaxis(x, axis, 0)
-        n = next(iter(found.values())).shape[0]
-        if found[i].shape[0] != n:
-            raise ValueError(
-                f"updates{jax.tree_util.keystr(path)} has {found[i].shape[0]} "
-                f"elements, other leaves have {n}."
-            )
-    groups = _groups(found)
-    devices = 1 if axis_name is None else lax.axis_size(axis_name)
-
-    def parts_of(tree: Any) -> list[Any]:
-        parts = jax.tree.leaves(tree, is_leaf=_leaves.is_absent)
-        if len(parts) != len(leaves):
-            raise ValueError(
-                f"{len(leaves)} gradients for a location of {len(parts)} leaves; pass "
-                "gradients like the parameters of init."
-            )
-        return parts
-
-    def arrange(tree: Any) -> list[jax.Array]:
-        parts = parts_of(tree)
-        joined = [_join([parts[i][None] for i in group]) for group in groups]
-        if axis_name is None:
-            return [x[0] for x in joined]
-        here = lax.axis_index(axis_name)
-        return [
-            lax.dynamic_index_in_dim(_padded(x, devices)[0], here, keepdims=False)
-            for x in joined
-        ]
-
-    def place(located: list[jax.Array], tree: Any) -> Any:
-        new = parts_of(tree)
-        for group, x in zip(groups, located, strict=True):
-            x = x if axis_name is None else everywhere(x, axis_name).reshape(-1)
-            begin = 0
-            for i in group:
-                size = math.prod(found[i].shape[1:])
-                whole = len(group) == 1 and axis_name is None
-                part = x if whole else x[begin : begin + size]
-                if part.shape != found[i].shape[1:]:
-                    part = part.reshape(found[i].shape[1:])
-                new[i] = part.astype(new[i].dtype)
-                begin += size
-        return jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
-
-    blank = structure.unflatten(
-        x if _leaves.is_absent(x) or i in found else _first(path, x, axis)
-        for i, (path, x) in enumerate(paths)
-    )
-    rows = [_join([found[i] for i in group]) for group in groups]
-    total = lambda x: x if axis_name is None else lax.psum(x, axis_name)
-    if axis_name is not None:
-        rows = [_exchanged(_padded(x, devices), axis_name) for x in rows]
+    layout, rows, blank = _layout.rows_of(updates, axis, axis_name)
     norms = row_norms(rows, axis_name)
-    return Stack(rows, norms, jnp.isfinite(norms), total, arrange, place, blank)
-
-
-def _first(path: Any, x: Any, axis: int | None) -> Any:
-    """The first row of a leaf that is not floating, such as a counter."""
-    if axis is None:
-        return x
-    _check_axis(path, x, axis)
-    if x.dtype == jax.dtypes.float0:
-        return np.take(x, 0, axis)
-    return lax.index_in_dim(jnp.asarray(x), 0, axis, keepdims=False)
-
-
-def _check_axis(path: Any, x: Any, axis: int) -> None:
-    if not -jnp.ndim(x) <= axis < jnp.ndim(x):
-        raise NotStackedError(
-            f"updates{jax.tree_util.keystr(path)} of shape {jnp.shape(x)} has no axis "
-            f"{axis} of elements; pass stacked gradients, as of jax.vmap, or "
-            "per_elt_axis=None with an axis_name."
-        )
-
-
-def _groups(found: dict[int, jax.Array]) -> list[list[int]]:
-    """Leaves that are laid side by side: the small ones."""
-    groups: dict[Any, list[int]] = {}
-    for i, x in found.items():
-        small = _mesh.is_local(x) and x[0].size < SMALL
-        groups.setdefault(str(x.dtype) if small else i, []).append(i)
-    return list(groups.values())
-
-
-def _join(leaves: list[jax.Array]) -> jax.Array:
-    """Leaves (rows, ...) side by side, shape (rows, d); a sharded one as it is."""
-    if len(leaves) == 1 and not _mesh.is_local(leaves[0]):
-        return leaves[0]
-    flat = [x.reshape(x.shape[0], math.prod(x.shape[1:])) for x in leaves]
-    return flat[0] if len(flat) == 1 else jnp.concatenate(flat, axis=1)
-
-
-def _padded(x: jax.Array, parts: int) -> jax.Array:
-    """(rows, d) as (rows, parts, d / parts), filled up with zeros."""
-    width = -(-x.shape[1] // parts)
-    return jnp.pad(x, ((0, 0), (0, parts * width - x.shape[1]))).reshape(
-        x.shape[0], parts, width
-    )
-
-
-def _exchanged(x: jax.Array, axis_name: Any) -> jax.Array:
-    """Own rows of all coordinates for all rows of own coordinates, (n, width)."""
-    x = _mesh.vary(x, axis_names(axis_name))
-    received = lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
-    return received.reshape(-1, x.shape[-1])
-
-
-def everywhere(x: jax.Array, axis_name: Any) -> jax.Array:
-    """``x`` of every device on every device, alike on all: shape (devices, ...)."""
-    x = _mesh.vary(x, axis_names(axis_name))
-    namespace: Any = lax
-    if not _mesh.varying_axes(x):
-        return lax.all_gather(x, axis_name)
-    if hasattr(lax, "all_gather_invariant"):  # before jax 0.10
-        return namespace.all_gather_invariant(x, axis_name)
-    return namespace.all_gather(x, axis_name, to="invarying")
-
-
-def axis_names(axis_name: Any) -> tuple[Any, ...]:
-    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-
-
-# A centre: none, a vector in the layout of the rows, or the integer index of a row.
-Centre = list[jax.Array] | jax.Array | None
+    return Stack(rows, norms, jnp.isfinite(norms), layout, blank)
 
 
 def row_norms(
-    rows: list[jax.Array], axis_name: Any = None, centre: Centre = None
+    rows: list[jax.Array], axis_name: AxisName = None, centre: Centre = None
 ) -> jax.Array:
     """``|v_i - z|``, shape (n,); no overflow, no underflow."""
     if not rows:
@@ -202,7 +67,7 @@ def row_norms(
     def squares(factors):
         def one(x, z):
             x = _numerics.wide(x) if z is None else _numerics.wide(x) - z[None]
-            x = x if factors is None else x * like(factors, x)
+            x = x if factors is None else x * per_row(factors, x)
             axes = tuple(range(1, x.ndim))
             return jnp.sum(jnp.real(x * jnp.conj(x)), axis=axes)
 
@@ -218,7 +83,7 @@ def row_norms(
     norms = _numerics.square_roots(squares)
     if axis_name is None:
         return norms
-    shares = everywhere(norms, axis_name).T
+    shares = _layout.everywhere(norms, axis_name).T
     return _numerics.square_roots(
         lambda factors: jnp.sum(
             (shares if factors is None else shares * factors[:, None]) ** 2, axis=1
@@ -250,8 +115,8 @@ def combine(
     def without(x):
         if factors is not None:
             x = _numerics.wide(x)
-            x = x * like(factors, x)
-        return product(jnp.where(like(stack.valid, x), x, 0))
+            x = x * per_row(factors, x)
+        return product(jnp.where(per_row(stack.valid, x), x, 0))
 
     def slow(rows):
         return [_by_chunks(without, x).astype(_numerics.wide(x).dtype) for x in rows]
@@ -262,9 +127,9 @@ def combine(
     return lax.cond(plain, quick, slow, stack.rows)
 
 
-def like(per_row: jax.Array, x: jax.Array) -> jax.Array:
-    """One number a row, with as many axes as ``x``."""
-    return per_row.reshape(-1, *[1] * (x.ndim - 1))
+def per_row(values: jax.Array, x: jax.Array) -> jax.Array:
+    """One number for each row, with as many axes as ``x``."""
+    return values.reshape(-1, *[1] * (x.ndim - 1))
 
 
 def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
@@ -275,14 +140,16 @@ def gram(stack: Stack, scale: jax.Array, centre: Centre = None) -> jax.Array:
 
     def product(x, z):
         x = _numerics.wide(x) if z is None else _numerics.wide(x) - z[None]
-        part = like(scale, x) * x
-        return _inner(jnp.where(like(stack.valid, x), part, 0))
+        part = per_row(scale, x) * x
+        return _inner(jnp.where(per_row(stack.valid, x), part, 0))
 
     products = [
         lax.optimization_barrier(_sum_over_chunks(product, x, part))
         for x, part in zip(stack.rows, _parts(centre, stack.rows), strict=True)
     ]
-    return stack.total(functools.reduce(jnp.add, products))
+    total = functools.reduce(jnp.add, products)
+    axis_name = stack.layout.axis_name
+    return total if axis_name is None else lax.psum(total, axis_name)
 
 
 def _chunks(x: jax.Array) -> tuple[int, int]:
@@ -318,8 +185,8 @@ def _sum_over_chunks(
 
         return around(cut(x), None if by_row or centre is None else cut(centre))
 
-    like_sum = jax.eval_shape(part, jnp.asarray(0))
-    zeros = jnp.zeros(like_sum.shape, like_sum.dtype)
+    sum_shape = jax.eval_shape(part, jnp.asarray(0))
+    zeros = jnp.zeros(sum_shape.shape, sum_shape.dtype)
     zeros = _mesh.vary(zeros, _mesh.varying_axes(x))
     return lax.fori_loop(0, count, lambda i, total: total + part(i), zeros)
 
@@ -334,9 +201,9 @@ def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         begin = jnp.minimum(i * width, x.shape[1] - width)
         return f(lax.dynamic_slice_in_dim(x, begin, width, 1))
 
-    like_part = jax.eval_shape(part, jnp.asarray(0))
-    shape = (*like_part.shape[:-1], x.shape[1])
-    zeros = _mesh.vary(jnp.zeros(shape, like_part.dtype), _mesh.varying_axes(x))
+    part_shape = jax.eval_shape(part, jnp.asarray(0))
+    shape = (*part_shape.shape[:-1], x.shape[1])
+    zeros = _mesh.vary(jnp.zeros(shape, part_shape.dtype), _mesh.varying_axes(x))
 
     def write(i, whole):
         begin = jnp.minimum(i * width, x.shape[1] - width)
@@ -362,87 +229,3 @@ def _inner(x: jax.Array) -> jax.Array:
         out_sharding=out,
     )
     return jnp.real(found)
-
-
-def nth(values: jax.Array, valid: jax.Array, n: Any) -> jax.Array:
-    """Index of the valid value with ``n`` others before it in ascending order.
-
-    The last one where there are no more.
-    """
-    order = jnp.argsort(jnp.where(valid, values, jnp.inf))
-    return order[jnp.clip(n, 0, jnp.maximum(jnp.sum(valid) - 1, 0))]
-
-
-def middle(values: jax.Array, valid: jax.Array) -> jax.Array:
-    """Index of the (lower) median of the valid values."""
-    return nth(values, valid, (jnp.sum(valid) - 1) // 2)
-
-
-def rank_weighted(stack: Stack, weights: jax.Array) -> list[jax.Array]:
-    """``sum_k w_k v_(k)`` coordinate by coordinate, ``v_(k)`` the k-th smallest.
-
-    Rows that are not valid come last.
-    """
-
-    def one(x):
-        if jnp.iscomplexobj(x):
-            raise ValueError("complex numbers have no order; use geometric_median.")
-        rows = [jnp.where(ok, x[i], jnp.inf) for i, ok in enumerate(stack.valid)]
-        kept = [
-            jnp.where(w > 0, w * _numerics.wide(v), 0)
-            for w, v in zip(weights, _sorted(rows), strict=True)
-        ]
-        return sum(kept[1:], kept[0])
-
-    return [one(x) for x in stack.rows]
-
-
-def _sorted(rows: list[jax.Array]) -> list[jax.Array]:
-    """Rows in ascending order, coordinate by coordinate."""
-    stages = merge_exchange(len(rows))
-    if len(rows) <= UNROLLED:  # one pass over memory
-        for stage in stages:
-            for a, b in stage:
-                swap = rows[a] > rows[b]
-                rows[a], rows[b] = (
-                    jnp.where(swap, rows[b], rows[a]),
-                    jnp.where(swap, rows[a], rows[b]),
-                )
-        return rows
-    partners = jnp.array(
-        [_partners(stage, len(rows)) for stage in stages], dtype=jnp.int32
-    )
-
-    def exchange(x, partner):
-        other = x[partner]
-        keeps_low = like(partner >= jnp.arange(len(rows)), x)
-        return jnp.where(keeps_low == (x < other), x, other), None
-
-    return list(lax.scan(exchange, jnp.stack(rows), partners)[0])
-
-
-def _partners(stage: list[tuple[int, int]], n: int) -> list[int]:
-    partner = list(range(n))
-    for a, b in stage:
-        partner[a], partner[b] = b, a
-    return partner
-
-
-def merge_exchange(n: int) -> list[list[tuple[int, int]]]:
-    """Batcher's sorting network: stages of disjoint pairs that are put in order.
-
-    References:
-      Knuth, "The Art of Computer Programming" 3, algorithm 5.2.2M.
-    """
-    stages = []
-    top = 1 << max(n - 1, 0).bit_length() - 1 if n > 1 else 0
-    p = top
-    while p:
-        q, r, d = top, 0, p
-        while True:
-            stages.append([(i, i + d) for i in range(n - d) if i & p == r])
-            if q == p:
-                break
-            d, q, r = q - p, q // 2, p
-        p //= 2
-    return stages

@@ -2,115 +2,85 @@
 
     z = sum_i w_i v_i,    w from the Gram matrix G of the rows v_i - z_0
 
-One product for ``G``, rounds on ``n`` coefficients, one weighted sum: two passes over
-the gradients whatever the number of rounds. The others go coordinate by coordinate.
+Rules of the Gram matrix need one product for ``G``, rounds on ``n`` coefficients and
+one weighted sum: two passes over the gradients whatever the number of rounds.
+:func:`coordinate_median` and :func:`trimmed_mean` go coordinate by coordinate.
 
 Each is an ``optax.experimental.aggregating.Aggregator`` over an axis of elements, or
-inside ``shard_map`` over the devices of ``axis_name``. A row whose norm is not finite
-is left out and counted; if none remains, the result is zero (or the location so far).
+inside ``shard_map`` over the devices of ``axis_name``. There each device gathers its
+share of the coordinates of all elements, so that memory does not grow with their
+number. A row whose norm is not finite is left out and counted. If none remains, the
+result is zero, or the location so far.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Unpack
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 from optax.experimental import aggregating
 
-from optax_avg import _checks, _leaves, _numerics
-from optax_avg.robust import _stack
-from optax_avg.robust._centred import (
-    FAR,
-    centred,
-    distances,
-    factored,
-    invertible,
-    scales,
+from optax_avg import _checks, _leaves
+from optax_avg.robust import _layout, _ranks, _stack
+from optax_avg.robust._aggregator import (
+    AggregationState,
+    aggregator,
+    element_axis,
+    memoryless,
+)
+from optax_avg.robust._centred import FAR, centred, factored, invertible, scales
+from optax_avg.robust._gradients import clip_factor, equal_weights
+from optax_avg.robust._gram_rules import (
+    clipped_rounds,
+    flag_mean,
+    group_means,
+    krum_scores,
+    weiszfeld,
+)
+from optax_avg.robust._options import (
+    INFINITY,
+    AxisName,
+    OnePassOptions,
+    RowOptions,
+    at,
+    number_or_schedule,
+    with_one_pass_options,
+    with_row_options,
 )
 from optax_avg.robust._row_checks import check_rows
 from optax_avg.robust._stack import Stack
-from optax_avg.robust.location import track_location
+from optax_avg.robust.distances import Distance
+from optax_avg.robust.location import Tau, track_location
 
-INFINITY = float("inf")
-# From a stack, what the rule remembers and the step to leaves, and what it remembers.
-Rule = Callable[[Stack, Any, jax.Array], tuple[list[jax.Array], Any]]
-
-
-class AggregationState(NamedTuple):
-    """State of an aggregator.
-
-    Attributes:
-      aggregation_step: int32, calls of ``update``; schedules are called with it.
-      left_out: int32, rows that were not finite so far.
-      aggregation_memory: ``()``, the location of :func:`centered_clip` in float32 or
-        wider, or the PRNG key of :func:`optax_avg.pcgrad`.
-    """
-
-    aggregation_step: jax.Array
-    left_out: jax.Array
-    aggregation_memory: Any
+__all__ = [
+    "AggregationState",
+    "centered_clip",
+    "coordinate_median",
+    "flag_aggregator",
+    "geometric_median",
+    "krum",
+    "median_of_means",
+    "one_pass_location",
+    "trimmed_mean",
+]
 
 
-def aggregator(
-    rule: Rule,
-    per_elt_axis: int | None,
-    axis_name: Any,
-    remember: Callable[[Any], Any] = lambda params: (),
-) -> aggregating.Aggregator:
-    """An aggregator of Optax from a rule on the rows."""
-    if per_elt_axis is None and axis_name is None:
-        per_elt_axis = 0
+@with_row_options
+def coordinate_median(**options: Unpack[RowOptions]) -> aggregating.Aggregator:
+    """The median of each coordinate.
 
-    def init_fn(params: Any) -> AggregationState:
-        zero = jnp.zeros([], jnp.int32)
-        return AggregationState(zero, zero.copy(), remember(params))
+    For an even number of rows it is the mean of the two middle values.
 
-    def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
-        del extra_args
-        check_rows(updates, params, per_elt_axis, axis_name)
-        stack = _stack.stack_of(updates, per_elt_axis, axis_name)
-        step = state.aggregation_step
-        if stack.rows:
-            leaves, memory = rule(stack, state.aggregation_memory, step)
-        else:
-            leaves, memory = [], state.aggregation_memory
-        bad = jnp.sum(~stack.valid).astype(jnp.int32)
-        top = jnp.iinfo(jnp.int32).max
-        return stack.place(leaves, stack.blank), AggregationState(
-            _numerics.count_if(jnp.asarray(True), step),
-            jnp.where(state.left_out > top - bad, top, state.left_out + bad),
-            memory,
-        )
-
-    return aggregating.Aggregator(_leaves.shapes_for_shapes(init_fn), update_fn)
-
-
-def coordinate_median(
-    *, per_elt_axis: int | None = None, axis_name: Any = None
-) -> aggregating.Aggregator:
-    """The median of each coordinate, the mean of the two middle ones of an even number.
-
-    Where most elements have a zero, as in the rows of an embedding table, so has the
-    median: such rows are not trained.
+    If most elements have a zero in a coordinate, so has the median. Rows of an
+    embedding table that few elements use are therefore not trained.
 
     Args:
-      per_elt_axis: axis of the elements; by default 0, or none with ``axis_name``:
-        then every device holds one element.
-      axis_name: of the devices, inside ``shard_map`` or ``pmap``; each gathers its
-        share of the coordinates of all, memory does not grow with their number. The
-        gradients must differ over it: take them at ``jax.lax.pcast(params, axis_name,
-        to="varying")``, or ``jax.grad`` sums them over the devices.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
-
-    Raises:
-      ValueError: In ``update``, if gradients do not differ over ``axis_name``, or do
-        not have the shapes of ``params``, where these are passed, and an axis of
-        elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -124,31 +94,30 @@ def coordinate_median(
       Rates", 2018, 1803.01498.
     """
 
-    def rule(stack, memory, step):
-        del step
-        n = len(stack.valid)
-        return _stack.rank_weighted(stack, trimmed(stack.valid, (n - 1) // 2)), memory
+    def rule(stack):
+        trim = (len(stack.valid) - 1) // 2
+        return _ranks.rank_weighted(stack, _ranks.trimmed(stack.valid, trim))
 
-    return aggregator(rule, per_elt_axis, axis_name)
+    return aggregator(memoryless(rule), **options)
 
 
-def trimmed_mean(
-    trim: int, *, per_elt_axis: int | None = None, axis_name: Any = None
-) -> aggregating.Aggregator:
-    """The mean of each coordinate without its ``trim`` least and greatest values.
+@with_row_options
+def trimmed_mean(trim: int, **options: Unpack[RowOptions]) -> aggregating.Aggregator:
+    """The mean of each coordinate without its ``trim`` smallest and largest values.
+
+    If at most ``trim`` rows are bad, each coordinate lies between those of good rows.
 
     Args:
-      trim: left out at each end; where no more than ``2 trim`` elements are finite, the
-        median. If at most so many rows are bad, each coordinate lies between those of
-        good rows.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices, see :func:`coordinate_median`.
+      trim: Number of values to drop at each end. Falls back to the median if at most
+        ``2 * trim`` rows are finite.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
 
     Raises:
-      ValueError: If ``trim`` is negative or leaves nothing.
+      ValueError: If ``trim`` is negative, or if there are fewer than ``2 * trim + 1``
+        elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -161,36 +130,16 @@ def trimmed_mean(
     """
     _checks.check_integer("trim", trim, 0)
 
-    def rule(stack, memory, step):
-        del step
+    def rule(stack):
         _check_count(stack, 2 * trim + 1, f"trimmed_mean({trim})")
-        return _stack.rank_weighted(stack, trimmed(stack.valid, trim)), memory
+        return _ranks.rank_weighted(stack, _ranks.trimmed(stack.valid, trim))
 
-    return aggregator(rule, per_elt_axis, axis_name)
-
-
-def trimmed(valid: jax.Array, trim: int) -> jax.Array:
-    """Weights by rank of the trimmed mean; that of the median where it trims all."""
-    count = jnp.sum(valid)
-    end = jnp.minimum(trim, (jnp.maximum(count, 1) - 1) // 2)
-    rank = jnp.arange(len(valid))
-    inside = (rank >= end) & (rank < count - end)
-    return inside / jnp.maximum(jnp.sum(inside), 1)
+    return aggregator(memoryless(rule), **options)
 
 
-def _check_count(stack: Stack, least: int, what: str) -> None:
-    if len(stack.valid) < least:
-        raise ValueError(
-            f"{what} needs at least {least} elements, got {len(stack.valid)}."
-        )
-
-
+@with_row_options
 def geometric_median(
-    *,
-    nu: float = 1e-6,
-    num_iters: int = 8,
-    per_elt_axis: int | None = None,
-    axis_name: Any = None,
+    *, nu: float = 1e-6, num_iters: int = 8, **options: Unpack[RowOptions]
 ) -> aggregating.Aggregator:
     """``argmin_z sum_i |v_i - z|`` by the smoothed Weiszfeld algorithm.
 
@@ -203,11 +152,11 @@ def geometric_median(
     row.
 
     Args:
-      nu: least distance, in units of the gradients. No more of it counts than the
-        median distance of the rows from the middle one, or it would move small rows.
-      num_iters: rounds.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices, see :func:`coordinate_median`.
+      nu: Smallest distance that counts, positive, in units of the gradients. It is
+        lowered to the median distance of the rows from the middle one, so that small
+        rows keep their location.
+      num_iters: Number of rounds, at least 1.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
@@ -226,29 +175,29 @@ def geometric_median(
     References:
       Pillutla et al., "Robust Aggregation for Federated Learning", 2022, 1912.13445.
     """
-    return _geometric_median(None, nu, num_iters, per_elt_axis, axis_name)
+    median = _geometric_median(nu, num_iters)
+    return aggregator(memoryless(median), **options)
 
 
+@with_row_options
 def median_of_means(
     groups: int,
     *,
     nu: float = 1e-6,
     num_iters: int = 8,
-    per_elt_axis: int | None = None,
-    axis_name: Any = None,
+    **options: Unpack[RowOptions],
 ) -> aggregating.Aggregator:
     """The geometric median of the means of contiguous groups.
 
-    Bad rows must lie in fewer than half of the groups; then it stays as close to the
-    means of the others as :func:`geometric_median` to good rows.
+    While bad rows lie in fewer than half of the groups, it stays as close to the means
+    of the others as :func:`geometric_median` stays to good rows.
 
     Args:
-      groups: their number, a divisor of that of the elements.
-      nu: least distance, see :func:`geometric_median`.
-      num_iters: rounds.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices, see :func:`coordinate_median`; elements are counted
-        device by device.
+      groups: Number of groups, a divisor of the number of elements. Across devices the
+        elements are counted device by device.
+      nu: Smallest distance that counts, as in :func:`geometric_median`.
+      num_iters: Number of rounds, at least 1.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
@@ -268,81 +217,39 @@ def median_of_means(
       1308.1334.
     """
     _checks.check_integer("groups", groups, 1)
-    return _geometric_median(groups, nu, num_iters, per_elt_axis, axis_name)
+    median = _geometric_median(nu, num_iters)
+    rule = lambda stack: median(group_means(stack, groups))
+    return aggregator(memoryless(rule), **options)
 
 
-def _geometric_median(
-    groups: int | None, nu: Any, num_iters: int, axis: int | None, axis_name: Any
-) -> aggregating.Aggregator:
+def _geometric_median(nu: float, num_iters: int) -> Callable[[Stack], list[jax.Array]]:
     nu = _checks.within("nu", nu, 0, INFINITY, open_low=True, closed_high=False)
     _checks.check_integer("num_iters", num_iters, 1)
 
-    def rule(stack, memory, step):
-        del step
-        if groups is not None:
-            stack = group_means(stack, groups, axis_name)
-        found = centred(stack, axis_name, lambda count: count // 2)
+    def rule(stack):
+        found = centred(stack, lambda count: count // 2)
         least = jnp.maximum(jnp.minimum(nu, found.typical) / found.unit, 1 / FAR)
-        c = weiszfeld(found.gram, found.valid, least, num_iters)
-        return found.combine(c), memory
+        return found.combine(weiszfeld(found.gram, found.valid, least, num_iters))
 
-    return aggregator(rule, axis, axis_name)
-
-
-def weiszfeld(
-    gram: jax.Array, valid: jax.Array, nu: jax.Array, num_iters: int
-) -> jax.Array:
-    """Coefficients of the geometric median of rows with this Gram matrix."""
-    size = jnp.diagonal(gram)
-    near = valid & (size <= size[_stack.middle(size, valid)])
-
-    def normalised(beta):
-        return beta / jnp.maximum(jnp.sum(beta), jnp.finfo(beta.dtype).tiny)
-
-    def advance(_, c):
-        return normalised(valid / jnp.maximum(nu, distances(gram, c)))
-
-    return lax.fori_loop(0, num_iters, advance, normalised(near.astype(gram.dtype)))
+    return rule
 
 
-def group_means(stack: Stack, groups: int, axis_name: Any) -> Stack:
-    """The means of contiguous groups of rows; groups without a valid row are invalid.
-
-    Raises:
-      ValueError: If the groups cannot be of one size.
-    """
-    n = len(stack.valid)
-    if n % groups:
-        raise ValueError(f"{n} elements do not make {groups} groups of one size.")
-    member = (jnp.arange(groups)[:, None] == jnp.arange(n)[None] // (n // groups)) & (
-        stack.valid[None]
-    )
-    weights = member / jnp.maximum(jnp.sum(member, axis=1, keepdims=True), 1)
-    rows = _stack.combine(stack, weights)
-    norms = _stack.row_norms(rows, axis_name)
-    valid = jnp.any(member, axis=1) & jnp.isfinite(norms)
-    return stack._replace(rows=rows, norms=norms, valid=valid)
-
-
+@with_row_options
 def centered_clip(
-    tau: Any,
-    num_iters: int = 1,
-    *,
-    per_elt_axis: int | None = None,
-    axis_name: Any = None,
+    tau: optax.ScalarOrSchedule, num_iters: int = 1, **options: Unpack[RowOptions]
 ) -> aggregating.Aggregator:
-    """``m <- m + mean_i min(1, tau/|v_i - m|) (v_i - m)``, with m carried over.
+    """``m <- m + mean_i min(1, tau/|v_i - m|) (v_i - m)``, with ``m`` carried over.
 
-    The location starts at zero. With one element this is
+    The location ``m`` starts at zero. With one element this is
     ``oa.vclip(tau, init="zeros")``. While ``f < n/2`` of the rows are bad, whatever
     they are, its norm stays below about ``max(R + tau, R/(1 - q^2)^(1/2)) + tau``,
     where ``R`` is the norm of the largest good row and ``q = f/(n - f)``.
 
     Args:
-      tau: a float or a schedule of the step.
-      num_iters: rounds per step.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices, see :func:`coordinate_median`.
+      tau: Radius, not negative, in units of the gradients: a float, or a schedule of
+        the step.
+      num_iters: Number of rounds per step, at least 1.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
@@ -360,67 +267,51 @@ def centered_clip(
       Karimireddy et al., "Learning from History for Byzantine Robust Optimization",
       2021, 2012.10333.
     """
-    if not callable(tau):
-        tau = _checks.within("tau", tau, 0, INFINITY)
+    tau = number_or_schedule("tau", tau, 0, INFINITY)
     _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack, memory, step):
-        radius = jnp.asarray(tau(step) if callable(tau) else tau, jnp.float32)
-        m = stack.arrange(memory)
-        size = _stack.row_norms(stack.rows, axis_name, m)
-        valid = stack.valid & jnp.isfinite(size)
-        stack = stack._replace(valid=valid)
-        share = valid / jnp.maximum(jnp.sum(valid), 1)
-        size = jnp.where(valid, size, 0)
+        radius = jnp.asarray(at(tau, step), jnp.float32)
+        m = _layout.arrange(stack.layout, memory)
+        size = _stack.row_norms(stack.rows, stack.layout.axis_name, m)
+        stack = stack._replace(valid=stack.valid & jnp.isfinite(size))
+        share = equal_weights(stack.valid)
+        size = jnp.where(stack.valid, size, 0)
         unit = invertible(radius)
         scale = scales(size, unit)
         c = share * clip_factor(radius / unit, scale * size)
         if num_iters > 1:
             matrix = _stack.gram(stack, scale, m)
-
-            def advance(_, c):
-                pull = share * clip_factor(radius / unit, distances(matrix, c))
-                return (1 - jnp.sum(pull)) * c + pull
-
-            c = lax.fori_loop(1, num_iters, advance, c)
+            c = clipped_rounds(matrix, share, radius / unit, c, num_iters)
         weights, factors, total = factored(c, size, unit)
         pulled = _stack.combine(stack, weights, factors)
         leaves = [(1 - total) * a + b for a, b in zip(m, pulled, strict=True)]
-        return leaves, stack.place(leaves, memory)
+        return leaves, _layout.place(stack.layout, leaves, memory)
 
-    return aggregator(rule, per_elt_axis, axis_name, _leaves.zeros_like_wide)
-
-
-def clip_factor(tau: jax.Array, size: jax.Array) -> jax.Array:
-    """``min(1, tau/size)``, 1 at size 0."""
-    return jnp.where(size > tau, tau / jnp.where(size > 0, size, 1), 1)
+    return aggregator(rule, _leaves.zeros_like_wide, **options)
 
 
+@with_row_options
 def krum(
-    num_byzantine: int,
-    num_selected: int = 1,
-    *,
-    per_elt_axis: int | None = None,
-    axis_name: Any = None,
+    num_byzantine: int, num_selected: int = 1, **options: Unpack[RowOptions]
 ) -> aggregating.Aggregator:
-    """The row whose ``n - f - 2`` nearest rows are the closest; multi-Krum.
+    """The row whose ``n - f - 2`` nearest other rows are the closest.
 
-    For ``n >= 2 f + 3`` it is no longer than ``1 + 2 sqrt(n - f - 2)`` times the
-    largest good row.
+    The score of a row is the sum of its squared distances to these rows. Multi-Krum
+    averages several rows of the lowest scores. For ``n >= 2 f + 3`` the result is no
+    longer than ``1 + 2 sqrt(n - f - 2)`` times the largest good row.
 
     Args:
-      num_byzantine: ``f``, how many rows may be anything; the paper's guarantee holds
-        for ``n >= 2 f + 3``.
-      num_selected: so many rows with the least sums of squared distances are averaged,
-        at most ``n - f``.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices, see :func:`coordinate_median`.
+      num_byzantine: Number ``f`` of rows that may be anything. The paper's guarantee
+        holds for ``n >= 2 f + 3``.
+      num_selected: Number of rows to average, from 1 to ``n - f``.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or if there are too few elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -436,39 +327,23 @@ def krum(
     _checks.check_integer("num_byzantine", num_byzantine, 0)
     _checks.check_integer("num_selected", num_selected, 1)
 
-    def rule(stack, memory, step):
-        del step
+    def rule(stack):
         least = num_byzantine + max(3, num_selected)
         _check_count(stack, least, f"krum({num_byzantine}, {num_selected})")
         # So many rows are neighbours of the best one, or are averaged.
         rank = max(len(stack.valid) - num_byzantine - 2, num_selected - 1)
-        found = centred(stack, axis_name, lambda _: rank)
+        found = centred(stack, lambda _: rank)
         score = krum_scores(found.gram, found.valid, num_byzantine)
         place = jnp.argsort(jnp.argsort(score))
         chosen = (place < num_selected) & found.valid
-        return _stack.combine(stack, chosen / jnp.maximum(jnp.sum(chosen), 1)), memory
+        return _stack.combine(stack, equal_weights(chosen))
 
-    return aggregator(rule, per_elt_axis, axis_name)
-
-
-def krum_scores(gram: jax.Array, valid: jax.Array, num_byzantine: int) -> jax.Array:
-    """Sums of the ``n - f - 2`` smallest squared distances to other valid rows."""
-    n = len(valid)
-    size = jnp.diagonal(gram)
-    squared = jnp.maximum(size[:, None] + size[None] - 2 * gram, 0)
-    others = valid[None] & ~jnp.eye(n, dtype=bool)
-    nearest = jnp.sort(jnp.where(others, squared, INFINITY), axis=1)
-    nearest = nearest[:, : n - num_byzantine - 2]
-    total = jnp.sum(jnp.where(jnp.isfinite(nearest), nearest, 0), axis=1)
-    return jnp.where(valid, total, INFINITY)
+    return aggregator(memoryless(rule), **options)
 
 
+@with_row_options
 def flag_aggregator(
-    rank: int,
-    *,
-    num_iters: int = 5,
-    per_elt_axis: int | None = None,
-    axis_name: Any = None,
+    rank: int, *, num_iters: int = 5, **options: Unpack[RowOptions]
 ) -> aggregating.Aggregator:
     """Mean of the rows projected on the subspace that explains their directions best.
 
@@ -476,20 +351,20 @@ def flag_aggregator(
     orthonormal ``Y`` of ``rank`` columns, by iteratively reweighted least squares from
     equal weights. The authors' code sums projections of normalised rows instead.
 
-    The subspace knows directions alone: a bad row inside it counts with its whole
-    length. Clip the rows before where they can be of any size.
+    The subspace depends on directions alone: a bad row inside it counts with its whole
+    length. If rows can be of any size, clip them before.
 
     Args:
-      rank: of the subspace; the paper takes ``ceil((n + 1)/2)``.
-      num_iters: rounds.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices, see :func:`coordinate_median`.
+      rank: Dimension of the subspace, at least 1. The paper takes ``ceil((n + 1)/2)``.
+      num_iters: Number of rounds, at least 1.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`AggregationState`.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or if there are fewer than ``rank``
+        elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -506,83 +381,49 @@ def flag_aggregator(
     _checks.check_integer("rank", rank, 1)
     _checks.check_integer("num_iters", num_iters, 1)
 
-    def rule(stack, memory, step):
-        del step
+    def rule(stack):
         _check_count(stack, rank, f"flag_aggregator({rank})")
-        size = jnp.where(stack.valid, stack.norms, 0)
-        least = 64 * jnp.finfo(size.dtype).tiny
-        # Rows of length 4: the inverse of the largest number is not a full one.
-        inverse = jnp.where(size > 0, 4 / jnp.maximum(size, least), 0)
-        matrix = _stack.gram(stack, inverse) / 16
-        basis = flag_basis(matrix, rank, num_iters)
-        unit = jnp.maximum(jnp.max(size), jnp.finfo(size.dtype).tiny)
-        mean = (size / unit) @ matrix @ basis / jnp.maximum(jnp.sum(stack.valid), 1)
-        c = basis @ mean / 4
-        small = (size > 0) & (size < unit / FAR)
-        weights = jnp.where(small, unit, unit * jnp.where(small, 0, inverse)) * c
-        factors = jnp.where(small, inverse, 1)
-        return _stack.combine(stack, weights, factors), memory
+        return flag_mean(stack, rank, num_iters)
 
-    return aggregator(rule, per_elt_axis, axis_name)
+    return aggregator(memoryless(rule), **options)
 
 
-def flag_basis(gram: jax.Array, rank: int, num_iters: int) -> jax.Array:
-    """Coefficients (n, rank) of ``Y`` in unit rows with this Gram matrix."""
-    present = jnp.diagonal(gram) > 0
-
-    def fitted(a):
-        values, vectors = jnp.linalg.eigh(a[:, None] * gram * a[None])
-        values, vectors = values[-rank:], vectors[:, -rank:]
-        real = values > len(a) * jnp.finfo(values.dtype).eps * values[-1]
-        inverse = jnp.where(real, 1 / jnp.sqrt(jnp.where(real, values, 1)), 0)
-        return a[:, None] * vectors * inverse[None]
-
-    def advance(_, basis):
-        explained = jnp.sum((gram @ basis) ** 2, axis=1)
-        # The authors' regularised weight of the square of the sine.
-        weight = (jnp.abs(1 - explained) + 1e-7) ** -0.25
-        return fitted(jnp.where(present, weight, 0))
-
-    return lax.fori_loop(0, num_iters, advance, fitted(present.astype(gram.dtype)))
+def _check_count(stack: Stack, least: int, call: str) -> None:
+    """Raises if there are fewer elements than a rule needs."""
+    if len(stack.valid) < least:
+        raise ValueError(
+            f"{call} needs at least {least} elements, got {len(stack.valid)}; pass "
+            "more, or a smaller number."
+        )
 
 
+@with_one_pass_options
 def one_pass_location(
-    distance: str,
-    tau: Any,
-    *,
-    mu: float = 1.0,
-    quantile: float = 0.5,
-    scope: Any = "global",
-    init: str = "first",
-    per_elt_axis: int | None = None,
-    axis_name: Any = None,
+    distance: Distance, tau: Tau, **options: Unpack[OnePassOptions]
 ) -> aggregating.Aggregator:
     """One proximal step per element from the location so far: no sort, no rounds.
 
     :func:`optax_avg.track_location` over the elements in their order; the location is
-    carried over to the next call. Where the first element may be anything, start with
-    ``init="zeros"``: with ``"l2"`` each element then moves it by ``tau`` at most.
+    carried over to the next call. With ``axis_name`` each element goes to all devices
+    in turn. If the first element may be anything, start with ``init="zeros"``. Each
+    element then moves the location by at most ``tau`` in the l2 distance.
 
     Args:
-      distance: see :func:`optax_avg.track_location`.
-      tau: a float, a schedule of the elements so far, or an
+      distance: A distance, such as ``oa.distances.l2()``.
+      tau: Radius or step size: a float, a schedule of the elements so far, or an
         :func:`optax_avg.adaptive_radius`.
-      mu: see :func:`optax_avg.track_location`.
-      quantile: see :func:`optax_avg.track_location`.
-      scope: see :func:`optax_avg.track_location`.
-      init: ``"first"`` or ``"zeros"``.
-      per_elt_axis: axis of the elements, see :func:`coordinate_median`.
-      axis_name: of the devices; each element goes to all of them in turn.
+      **options: Options of every aggregator.
 
     Returns:
       An aggregator with the state :class:`optax_avg.LocationState`.
 
     Raises:
-      ValueError: If an argument is out of range or a name unknown.
+      TypeError: If ``distance`` is not a distance.
+      ValueError: If another argument is out of range or unknown.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
-      >>> tx = oa.one_pass_location("l2", 0.5)
+      >>> tx = oa.one_pass_location(oa.distances.l2(), 0.5)
       >>> stacked = jnp.array([1.0, 2.0, 99.0])
       >>> float(tx.update(stacked, tx.init(jnp.zeros([])))[0])
       2.0
@@ -590,41 +431,45 @@ def one_pass_location(
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    tracker = track_location(
-        distance, tau, mu=mu, quantile=quantile, scope=scope, init=init
-    )
-    axis = 0 if per_elt_axis is None and axis_name is None else per_elt_axis
+    scope, init = options.get("scope", "global"), options.get("init", "first")
+    tracker = track_location(distance, tau, scope=scope, init=init)
+    axis_name = options.get("axis_name")
+    axis = element_axis(options.get("per_elt_axis"), axis_name)
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         del extra_args
         check_rows(updates, params, axis, axis_name)
         move = lambda x: x[None] if axis is None else jnp.moveaxis(x, axis, 0)
         rows = jax.tree.map(move, updates)
         count = jax.tree.leaves(rows)[0].shape[0] if jax.tree.leaves(rows) else 0
         devices = 1 if axis_name is None else lax.axis_size(axis_name)
-
-        def element(i):
-            own = jax.tree.map(lambda x: x[i % count], rows)
-            if axis_name is None:
-                return own
-            here = lax.axis_index(axis_name) == i // count
-            return jax.tree.map(
-                lambda x: lax.psum(jnp.where(here, x, jnp.zeros_like(x)), axis_name),
-                own,
-            )
-
-        def advance(carry, i):
-            return tracker.update(element(i), carry[1]), None
-
-        def blank_row(x):
-            if axis_name is not None:  # the same on all devices, as the result
-                return jnp.zeros(x.shape[1:], x.dtype)
-            # Of a sum: it has the sharding of one row, also where there is none.
-            return jnp.zeros_like(x.sum(axis=0), x.dtype)
-
-        blank = jax.tree.map(blank_row, rows)
+        advance = lambda carry, i: (
+            tracker.update(_element(rows, i, count, axis_name), carry[1]),
+            None,
+        )
+        blank = jax.tree.map(lambda x: _blank_row(x, axis_name), rows)
         return lax.scan(advance, (blank, state), jnp.arange(count * devices))[0]
 
     return aggregating.Aggregator(tracker.init, update_fn)
+
+
+def _element(rows: Any, i: jax.Array, count: int, axis_name: AxisName) -> Any:
+    """Element ``i`` of all devices, each of which has ``count`` rows."""
+    own = jax.tree.map(lambda x: x[i % count], rows)
+    if axis_name is None:
+        return own
+    here = lax.axis_index(axis_name) == i // count
+    masked = jax.tree.map(lambda x: jnp.where(here, x, jnp.zeros_like(x)), own)
+    return jax.tree.map(lambda x: lax.psum(x, axis_name), masked)
+
+
+def _blank_row(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    if axis_name is not None:  # the same on all devices, as the result
+        return jnp.zeros(x.shape[1:], x.dtype)
+    # Of a sum: it has the sharding of one row, also where there is none.
+    return jnp.zeros_like(x.sum(axis=0), x.dtype)

@@ -2,47 +2,78 @@
 
     g <- min(1, limit/|g|) g
 
-A gradient that is not finite becomes zeros, changes no statistic and is counted. One
-that is zero says nothing of the size of others: limits of norms do not count it.
+A gradient that is not finite becomes zeros, changes no statistic and is counted. A
+gradient of zero says nothing about the size of others, so that limits of norms do not
+count it.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
 import optax
 
 from optax_avg import _checks, _leaves, _numerics
+from optax_avg.robust import distances
+from optax_avg.robust._gradients import (
+    ByPosition,
+    clip_factor,
+    counter,
+    flatten,
+    positions,
+)
+from optax_avg.robust._options import INFINITY, ScopeOption, with_scope
 from optax_avg.robust.location import adaptive_radius, track_location
 
-INFINITY = float("inf")
-UNUSUAL = 100.0  # a norm, in units of the median, that says nothing of the others
-SPIKE = 1e6  # a global norm, in units of its limit, that says nothing of the leaves
+__all__ = [
+    "ClipState",
+    "clip_by_coordinate_quantile",
+    "clip_by_ema_norm",
+    "clip_by_percentile",
+    "clip_by_quantile",
+    "clip_by_zscore",
+    "clip_redescending",
+    "scale_by_clipped_adagrad_norm",
+    "scale_by_induced_metric",
+]
 
-# (norms of the groups, step, statistics) -> (limits, new statistics)
-Limit = Callable[[jax.Array, jax.Array, Any], tuple[jax.Array, Any]]
+UNUSUAL = 100.0  # a norm, in units of the median, that says nothing about the others
+SPIKE = 1e6  # a global norm, in units of its limit, that says nothing about the leaves
+
+# A number of Python, or a traced one, as from optax.inject_hyperparams.
+Number = float | jax.Array
+# What a clip remembers: a tree of small arrays.
+Statistics = Any
+# (norms of the groups, step, statistics) -> (limits of the groups, new statistics)
+Limit = Callable[[jax.Array, jax.Array, Statistics], tuple[jax.Array, Statistics]]
+# (gradients, norms of the groups, step, statistics) -> (new ones, new ones, was it cut)
+Change = Callable[
+    [ByPosition, jax.Array, jax.Array, Statistics],
+    tuple[ByPosition, Statistics, jax.Array],
+]
+Group = Literal["global", "leaf"]
 
 
 class ClipState(NamedTuple):
     """State of the clips of this module.
 
     Attributes:
-      clip_step: int32, finite gradients so far; for limits of norms those that are not
-        zero.
-      clip_statistics: of their norms, small arrays.
-      clipped: int32, gradients of which some part was cut.
-      rejected: int32, gradients that were not finite.
+      clip_step: Number of finite gradients so far, int32. Limits of norms count those
+        that are not zero.
+      clip_statistics: Statistics of their norms, small arrays.
+      clipped: Number of gradients of which some part was cut, int32.
+      rejected: Number of gradients that were not finite, int32.
     """
 
     clip_step: jax.Array
-    clip_statistics: Any
+    clip_statistics: Statistics
     clipped: jax.Array
     rejected: jax.Array
 
 
 def clip_by_zscore(
-    z_max: float = 2.5, decay: float = 0.97, warmup_steps: int = 25
+    z_max: Number = 2.5, decay: Number = 0.97, warmup_steps: int = 25
 ) -> optax.GradientTransformationExtraArgs:
     """ZClip: clips norms that lie more than ``z_max`` deviations above their mean.
 
@@ -50,14 +81,14 @@ def clip_by_zscore(
     the lower the higher the spike. Then ``mu <- decay mu + (1 - decay) n`` and
     ``sigma^2 <- decay sigma^2 + (1 - decay) (n - mu)^2`` with the clipped norm ``n``
     and the new ``mu``. In the warm-up nothing is clipped, and ``mu`` and ``sigma`` are
-    those of the norms so far. Norms above 100 times their median are left out of these.
+    those of the norms so far, without norms above 100 times their median.
 
     As published, the rule follows slow changes of the norms only. Norms that rise at
     once by several times their deviation, and stay there, are clipped for good.
 
     Args:
-      z_max: positive.
-      decay: of the statistics, in [0, 1).
+      z_max: Largest number of deviations, positive.
+      decay: Decay of the statistics, in [0, 1).
       warmup_steps: Number of norms in the warm-up, at least 1. They are kept in the
         state.
 
@@ -113,13 +144,13 @@ def clip_by_zscore(
 
 
 def clip_by_percentile(
-    percentile: float = 10.0, window: int = 1000
+    percentile: Number = 10.0, window: int = 1000
 ) -> optax.GradientTransformationExtraArgs:
     """AutoClip: the limit is a percentile of the latest norms, this one included.
 
     Args:
-      percentile: in [0, 100].
-      window: norms that are remembered; at least 1.
+      percentile: Percentile of the norms, in [0, 100].
+      window: Number of norms that are remembered, at least 1.
 
     Returns:
       A transformation with the state :class:`ClipState`.
@@ -128,8 +159,13 @@ def clip_by_percentile(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clip_by_percentile(10.0), optax.adam(1e-3))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clip_by_percentile(50.0)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 2.0, 50.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates.tolist()
+      [2.0]
 
     References:
       Seetharaman et al., "AutoClip: Adaptive Gradient Clipping for Source Separation
@@ -146,17 +182,18 @@ def clip_by_percentile(
     return _clip(limit, lambda groups: jnp.full(window, jnp.nan, jnp.float32))
 
 
+@with_scope()
 def clip_by_quantile(
-    quantile: float = 0.9, rate: float = 0.2, *, scope: Any = "global"
+    quantile: Number = 0.9, rate: Number = 0.2, **options: Unpack[ScopeOption]
 ) -> optax.GradientTransformationExtraArgs:
     """Clips by a norm that follows a quantile of the norms in geometric steps.
 
     :func:`optax_avg.track_location` with an adaptive radius around zero.
 
     Args:
-      quantile: share of the gradients that stays as it is, in [0, 1].
-      rate: of the geometric steps.
-      scope: of the norm, see :func:`optax_avg.track_location`.
+      quantile: Share of the gradients that stay as they are, in [0, 1].
+      rate: Rate of the geometric steps, positive.
+      **options: Groups of leaves.
 
     Returns:
       A transformation with the state :class:`optax_avg.LocationState`.
@@ -165,25 +202,31 @@ def clip_by_quantile(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clip_by_quantile(0.9), optax.adam(1e-3))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clip_by_quantile(0.9)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 50.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates.tolist()
+      [1.0]
 
     References:
       Andrew et al., 2021, 1905.03871.
     """
     radius = adaptive_radius(quantile, rate)
-    return track_location("l2", radius, scope=scope, init="zeros", reset=True)
+    return track_location(distances.l2(), radius, init="zeros", reset=True, **options)
 
 
+@with_scope("leaf")
 def clip_by_coordinate_quantile(
-    quantile: float = 0.99, rate: float = 0.2, *, scope: Any = "leaf"
+    quantile: Number = 0.99, rate: Number = 0.2, **options: Unpack[ScopeOption]
 ) -> optax.GradientTransformationExtraArgs:
     """Clips every element by a bound that follows a quantile of ``|g_i|``.
 
     Args:
-      quantile: share of the elements that stays as it is, in [0, 1].
-      rate: of the geometric steps.
-      scope: elements that share a bound, see :func:`optax_avg.track_location`.
+      quantile: Share of the elements that stay as they are, in [0, 1].
+      rate: Rate of the geometric steps, positive.
+      **options: Groups of leaves.
 
     Returns:
       A transformation with the state :class:`optax_avg.LocationState`.
@@ -192,37 +235,43 @@ def clip_by_coordinate_quantile(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clip_by_coordinate_quantile(0.99), optax.sgd(0.1))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clip_by_coordinate_quantile(0.5)
+      >>> state = tx.init(jnp.zeros(2))
+      >>> for g in (jnp.array([1.0, -1.0]), jnp.array([0.5, -9.0])):
+      ...     updates, state = tx.update(g, state)
+      >>> updates.tolist()
+      [0.5, -1.0]
 
     References:
       Andrew et al., 2021, 1905.03871.
     """
     radius = adaptive_radius(quantile, rate)
-    return track_location("l1", radius, scope=scope, init="zeros", reset=True)
+    return track_location(distances.l1(), radius, init="zeros", reset=True, **options)
 
 
 def clip_by_ema_norm(
-    lambda_rel: float = 1.05,
-    decay: float = 0.98,
+    lambda_rel: Number = 1.05,
+    decay: Number = 0.98,
     *,
-    lambda_abs: float = 1.0,
+    lambda_abs: Number = 1.0,
     warmup_steps: int = 100,
 ) -> optax.GradientTransformationExtraArgs:
     """AdaGC: clips each leaf at ``lambda_rel`` times an EMA of its clipped norms.
 
     In the warm-up the global norm is clipped at ``lambda_abs`` and ``gamma`` is the
-    smallest norm of each leaf; then ``limit = lambda_rel gamma`` and ``gamma <- decay
-    gamma + (1 - decay) min(|g|, limit)``. A leaf whose gradients have all been zero has
-    no ``gamma`` yet and is not clipped (in the paper it would stay at zero for ever);
-    later ones of zero leave it alone, as does a global norm of ``1e6 lambda_abs`` in
-    the warm-up.
+    smallest norm of each leaf. After it ``limit = lambda_rel gamma`` and ``gamma <-
+    decay gamma + (1 - decay) min(|g|, limit)``.
+
+    A leaf whose gradients have all been zero has no ``gamma`` yet and is not clipped.
+    In the paper it would stay at zero for ever. Gradients of zero leave ``gamma``
+    alone, and so do global norms above ``1e6 lambda_abs`` in the warm-up.
 
     Args:
-      lambda_rel: at least 1.
-      decay: of ``gamma``, in [0, 1].
-      lambda_abs: positive.
-      warmup_steps: at least 1.
+      lambda_rel: Limit of each leaf in units of ``gamma``, at least 1.
+      decay: Decay of ``gamma``, in [0, 1].
+      lambda_abs: Limit of the global norm in the warm-up, positive.
+      warmup_steps: Number of steps of the warm-up, at least 1.
 
     Returns:
       A transformation with the state :class:`ClipState`.
@@ -231,8 +280,13 @@ def clip_by_ema_norm(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clip_by_ema_norm(), optax.adamw(3e-4))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clip_by_ema_norm(1.5, warmup_steps=1)
+      >>> state = tx.init(jnp.zeros(1))
+      >>> for norm in [1.0, 50.0]:
+      ...     updates, state = tx.update(jnp.array([norm]), state)
+      >>> updates.tolist()
+      [1.5]
 
     References:
       Wang et al., "AdaGC: Improving Training Stability for Large Language Model
@@ -245,7 +299,7 @@ def clip_by_ema_norm(
 
     def limit(n, step, gamma):
         total = _numerics.norm(n)
-        share = jnp.minimum(1, lambda_abs / jnp.where(total > 0, total, 1))
+        share = clip_factor(lambda_abs, total)
         known = gamma > 0
         relative = jnp.where(known, lambda_rel * gamma, INFINITY)
         high = jnp.where(step < warmup_steps, share * n, relative)
@@ -261,15 +315,16 @@ def clip_by_ema_norm(
 
 
 def clip_redescending(
-    scale: float | None = None,
+    scale: Number | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Gravity's soft clip: ``g/(1 + (g/scale)^2)``, element by element.
 
-    Largest at ``|g| = scale``, beyond it the larger the gradient the smaller the
-    result.
+    The result is largest at ``|g| = scale``. Beyond it, the result falls as the
+    gradient grows.
 
     Args:
-      scale: positive; by default ``1/max|g|`` of each leaf, as in Gravity.
+      scale: Size at which the result is largest, positive. The default is ``1/max|g|``
+        of each leaf, as in Gravity.
 
     Returns:
       A transformation with the state :class:`ClipState`, which counts gradients that
@@ -303,18 +358,18 @@ def clip_redescending(
 
 
 def scale_by_clipped_adagrad_norm(
-    max_norm: float = 1.0, b0: float = 1.0, *, delay: bool = True
+    max_norm: Number = 1.0, b0: Number = 1.0, *, delay: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Clipped AdaGrad-Norm: ``clip(g, max_norm)/b``, ``b^2`` sums its squared norms.
+    """Clipped AdaGrad-Norm: ``clip(g)/b``, where ``b^2`` sums the squared norms.
 
-    With the delay ``b`` holds the gradients before this one, so that it does not depend
-    on it: ``u_t = clip(g_t)/b_t``, ``b_{t+1}^2 = b_t^2 + |clip(g_t)|^2``. What rounding
-    takes from ``b`` is kept beside it, so that it does not stall in long runs.
+    ``u_t = clip(g_t)/b_t``, ``b_{t+1}^2 = b_t^2 + |clip(g_t)|^2``. The rounding error
+    of ``b`` is kept beside it, so that ``b`` does not stall in long runs.
 
     Args:
-      max_norm: limit of the global norm; positive.
-      b0: first ``b``; positive.
-      delay: False: this gradient counts in its own ``b``.
+      max_norm: Limit of the global norm, positive.
+      b0: First ``b``, positive.
+      delay: Whether ``b_t`` holds the gradients before this one, so that it does not
+        depend on it. If not, ``u_t = clip(g_t)/b_{t+1}``.
 
     Returns:
       A transformation with the state :class:`ClipState`; follow it by a learning rate.
@@ -323,8 +378,11 @@ def scale_by_clipped_adagrad_norm(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.scale_by_clipped_adagrad_norm(), optax.sgd(0.1))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.scale_by_clipped_adagrad_norm(max_norm=2.5, b0=2.0)
+      >>> g = jnp.array([3.0, 4.0])
+      >>> tx.update(g, tx.init(g))[0].tolist()
+      [0.75, 1.0]
 
     References:
       Chezhegov et al., "Gradient Clipping Improves AdaGrad when the Noise Is
@@ -340,8 +398,7 @@ def scale_by_clipped_adagrad_norm(
         # sqrt(b^2 + n^2) - b, which b alone would soon round away.
         risen = kept * (kept / 2 / (b / 2 + jnp.hypot(b, kept) / 2))
         after, left = _numerics.sum_and_error(b, rest + risen)
-        factor = jnp.where(n > 0, kept / jnp.where(n > 0, n, 1), 1)
-        factor = factor / (b if delay else after)
+        factor = clip_factor(max_norm, n) / (b if delay else after)
         out = {i: factor * x for i, x in g.items()}
         return out, (after, left), n > max_norm
 
@@ -350,16 +407,16 @@ def scale_by_clipped_adagrad_norm(
 
 
 def scale_by_induced_metric(
-    xi: float = 0.1, decay: float = 0.1
+    xi: Number = 0.1, decay: Number = 0.1
 ) -> optax.GradientTransformationExtraArgs:
     """Preconditions by the metric of the loss surface: ``g/(1 + xi |g|^2)``.
 
-    The inverse of ``I + xi g g'`` times ``g``, a smooth clip. ``|g|^2`` is a debiased
-    exponential average.
+    This is the inverse of ``I + xi g g'`` times ``g``, a smooth clip. ``|g|^2`` is a
+    debiased exponential average.
 
     Args:
-      xi: squared scale of the loss axis; not negative.
-      decay: of the average, in [0, 1); 0 takes this gradient alone.
+      xi: Squared scale of the loss axis, not negative.
+      decay: Decay of the average, in [0, 1); 0 takes this gradient alone.
 
     Returns:
       A transformation with the state :class:`ClipState`; follow it by an optimizer.
@@ -368,8 +425,11 @@ def scale_by_induced_metric(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.scale_by_induced_metric(), optax.sgd(0.1, momentum=0.9))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.scale_by_induced_metric(xi=0.04, decay=0.0)
+      >>> g = jnp.array([3.0, 4.0])
+      >>> tx.update(g, tx.init(g))[0].tolist()
+      [1.5, 2.0]
 
     References:
       Harvey, "The Optimiser Hidden in Plain Sight: Training with the Loss Landscape's
@@ -393,51 +453,48 @@ def scale_by_induced_metric(
 
 
 def _clip(
-    limit: Limit, init: Callable[[int], Any], scope: str = "global"
+    limit: Limit, init: Callable[[int], Statistics], scope: Group = "global"
 ) -> optax.GradientTransformationExtraArgs:
     """``g <- min(1, limit/|g|) g`` over all leaves or leaf by leaf."""
 
     def shorten(g, norms, step, statistics):
         high, statistics = limit(norms, step, statistics)
-        cut = norms > high
-        factor = jnp.where(cut, high / jnp.where(cut, norms, 1), 1)
+        factor = clip_factor(high, norms)
         group = (lambda i: i) if scope == "leaf" else (lambda i: 0)
         out = {i: factor[group(i)] * x for i, x in g.items()}
-        return out, statistics, jnp.any(cut)
+        return out, statistics, jnp.any(norms > high)
 
     return _with_statistics(shorten, init, scope, zeros_count=False)
 
 
 def _with_statistics(
-    change: Callable[..., tuple[Any, Any, jax.Array]],
-    init: Callable[[int], Any],
-    scope: str = "global",
+    change: Change,
+    init: Callable[[int], Statistics],
+    scope: Group = "global",
     zeros_count: bool = True,
 ) -> optax.GradientTransformationExtraArgs:
-    """A transformation of finite gradients, from the norms of its groups.
+    """A transformation of finite gradients by a function of the norms of its groups.
 
-    ``change(g, norms, step, statistics) -> (g, statistics, cut)`` with ``g`` by
-    position among all leaves, so that leaves without a gradient keep their group.
+    Gradients are given by position among all leaves, so that leaves without a gradient
+    keep their group. With ``zeros_count=False`` a gradient of zero changes nothing.
     """
 
-    def init_fn(params: Any) -> ClipState:
-        leaves = jax.tree.leaves(params, is_leaf=_leaves.is_absent)
-        count = lambda: jnp.zeros([], jnp.int32)
+    def init_fn(params: optax.Params) -> ClipState:
+        leaves, _ = flatten(params)
         groups = len(leaves) if scope == "leaf" else 1
         dtype = _numerics.dtype_of_norms(_leaves.select(params, None))
         statistics = jax.tree.map(lambda s: s.astype(dtype), init(groups))
-        return ClipState(count(), statistics, count(), count())
+        return ClipState(counter(), statistics, counter(), counter())
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, ClipState]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
-        g = {
-            i: _numerics.wide(leaf)
-            for i, leaf in enumerate(leaves)
-            if not _leaves.is_absent(leaf) and _leaves.is_float(leaf)
-        }
+        leaves, structure = flatten(updates)
+        g = {i: _numerics.wide(leaves[i]) for i in positions(leaves)}
         if scope == "leaf":
             members = [[g[i]] if i in g else [] for i in range(len(leaves))]
         else:

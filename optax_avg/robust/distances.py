@@ -1,9 +1,10 @@
-"""Closed forms of the proximal step that :mod:`optax_avg.robust.location` is made of.
+"""Distances from a gradient to its location, each given by its proximal step.
 
-    step = argmin_s D(s - delta) + |s|^2 / (2 tau),    delta = g - m
+    step(delta, tau) = argmin_s D(delta - s) + |s|^2 / (2 tau),    delta = g - m
 
-By Moreau's identity it is ``Proj_{tau B*}(delta)`` where ``D`` is a norm with the dual
-unit ball ``B*``. Each function maps the leaves of one group to a :class:`Step`.
+By Moreau's identity the step is ``Proj_{tau B*}(delta)`` if ``D`` is a norm with the
+dual unit ball ``B*``. :func:`optax_avg.track_location` adds these steps to ``m``. A
+distance is a value: :class:`Distance` takes the step of your own.
 """
 
 from collections.abc import Callable
@@ -14,18 +15,37 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import PartitionSpec
 
-from optax_avg import _mesh, _numerics
+from optax_avg import _checks, _mesh, _numerics
+from optax_avg.robust._gradients import clip_factor
+from optax_avg.robust._options import INFINITY
 
+__all__ = [
+    "Distance",
+    "Step",
+    "huber",
+    "huber_elementwise",
+    "l1",
+    "l2",
+    "linf",
+    "mean",
+    "pinball",
+    "spectral",
+]
+
+# The arrays of one group, in float32 or wider, and the radius of the group.
 Leaves = list[jax.Array]
+Radius = jax.Array | float
 
 
 class Step(NamedTuple):
-    """A proximal step.
+    """A proximal step of one group of leaves.
 
     Attributes:
-      leaves: the step.
-      inside: share of the differences that lie within the radius, 1 if none is cut.
-      size: of the differences, in units of the radius.
+      leaves: The step, arrays of the shapes of the differences.
+      inside: Share of the differences within the radius, a scalar in [0, 1]. It is 1
+        if the step equals the differences, or if the distance has no radius.
+      size: Size of the differences in units of the radius, a scalar. It must not be
+        finite if an element is not, because such samples are rejected by it.
     """
 
     leaves: Leaves
@@ -33,32 +53,259 @@ class Step(NamedTuple):
     size: jax.Array
 
 
-def share(tau: Any) -> Any:
+class Distance(NamedTuple):
+    """A distance, given by its proximal step.
+
+    Attributes:
+      step: Function ``(delta, tau) -> Step`` of the differences ``g - m`` of one group
+        of leaves, a list of arrays in float32 or wider, and of ``tau``, a scalar.
+      tau_is_radius: Whether ``tau`` bounds the step in a dual norm, so that an adaptive
+        radius can follow the sizes. For ``mean`` and Huber's functions it is a step
+        size instead.
+      by_leaf: Whether the step depends on the shapes of the leaves or on their order.
+        If not, small leaves of a group arrive joined to one vector.
+
+    Example:
+      The l2 norm in a diagonal metric, ``|z|^2 = sum_i w_i z_i^2`` in both terms.
+
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> w = jnp.array([1.0, 4.0])
+      >>> def step(delta, tau):
+      ...     size = jnp.sqrt(sum(jnp.sum(w * d**2) for d in delta))
+      ...     factor = jnp.minimum(1, tau / jnp.maximum(size, 1e-30))
+      ...     return oa.distances.Step([factor * d for d in delta], size <= tau, size)
+      >>> weighted_l2 = oa.distances.Distance(step, by_leaf=True)
+      >>> tx = oa.track_location(weighted_l2, tau=2.5, init="zeros")
+      >>> m, _ = tx.update(jnp.array([3.0, 2.0]), tx.init(jnp.zeros(2)))
+      >>> m.tolist()
+      [1.5, 1.0]
+    """
+
+    step: Callable[[Leaves, Any], Step]
+    tau_is_radius: bool = True
+    by_leaf: bool = False
+
+
+def mean() -> Distance:
+    """Half the squared l2 norm ``|z|^2/2``, whose location is the mean.
+
+        step = tau/(1 + tau) delta
+
+    The location is an exponential average of decay ``1/(1 + tau)``.
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.mean().step([jnp.array([3.0, 4.0])], 1.0)
+      >>> found.leaves[0].tolist()
+      [1.5, 2.0]
+
+    References:
+      Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
+      2024, 2402.12828.
+    """
+    return Distance(_mean, tau_is_radius=False)
+
+
+def l2() -> Distance:
+    """The norm ``|z|``, whose location is the geometric median.
+
+        step = min(1, tau/|delta|) delta
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.l2().step([jnp.array([3.0, 4.0])], 2.5)
+      >>> found.leaves[0].tolist()
+      [1.5, 2.0]
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    return Distance(_l2)
+
+
+def l1() -> Distance:
+    """The norm ``sum_i |z_i|``, whose location is the median of each element.
+
+        step = clip(delta, -tau, tau)
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.l1().step([jnp.array([3.0, -0.5])], 1.0)
+      >>> found.leaves[0].tolist()
+      [1.0, -0.5]
+
+    References:
+      Schaipp et al., 2024, 2402.12828.
+    """
+    return Distance(_l1)
+
+
+def linf() -> Distance:
+    """The norm ``max_i |z_i|``. The step is the projection onto the l1 ball.
+
+        step = sign(delta) max(|delta| - theta, 0)
+
+    ``theta`` solves ``sum_i max(|delta_i| - theta, 0) = tau``. A ``delta`` inside the
+    ball is its own step.
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.linf().step([jnp.array([3.0, 4.0])], 1.0)
+      >>> found.leaves[0].tolist()
+      [0.0, 1.0]
+
+    References:
+      Held et al., "Validation of Subgradient Optimization", 1974.
+    """
+    return Distance(_linf)
+
+
+def huber(mu: float | jax.Array = 1.0) -> Distance:
+    """Huber's function of ``|z|``: ``|z|^2/2`` up to ``mu``, then ``mu (|z| - mu/2)``.
+
+        step = tau mu/max(|delta|, mu (1 + tau)) delta
+
+    Args:
+      mu: Width of the quadratic part, positive, in units of the gradients.
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Raises:
+      ValueError: If ``mu`` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.huber(mu=2.5).step([jnp.array([6.0, 8.0])], 1.0)
+      >>> found.leaves[0].tolist()
+      [1.5, 2.0]
+
+    References:
+      Huber, "Robust Estimation of a Location Parameter", 1964. Schaipp et al., 2024,
+      2402.12828.
+    """
+    return Distance(_huber(_l2, mu), tau_is_radius=False)
+
+
+def huber_elementwise(mu: float | jax.Array = 1.0) -> Distance:
+    """The sum of Huber's function of each element.
+
+        step = tau/(1 + tau) clip(delta, -mu (1 + tau), mu (1 + tau))
+
+    Args:
+      mu: Width of the quadratic part, positive, in units of the gradients.
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Raises:
+      ValueError: If ``mu`` is not positive.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.huber_elementwise().step([jnp.array([3.0, -0.5])], 1.0)
+      >>> found.leaves[0].tolist()
+      [1.0, -0.25]
+
+    References:
+      Huber, 1964. Schaipp et al., 2024, 2402.12828.
+    """
+    return Distance(_huber(_l1, mu), tau_is_radius=False)
+
+
+def pinball(quantile: float | jax.Array = 0.5) -> Distance:
+    """The sum of ``max(q z_i, (q - 1) z_i)``, whose location is a quantile.
+
+        step = clip(delta, -tau (1 - q), tau q)
+
+    Args:
+      quantile: The quantile ``q`` of each element, in (0, 1).
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Raises:
+      ValueError: If ``quantile`` is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> found = oa.distances.pinball(0.75).step([jnp.array([3.0, -0.5])], 1.0)
+      >>> found.leaves[0].tolist()
+      [0.75, -0.25]
+
+    References:
+      Koenker and Bassett, "Regression Quantiles", 1978.
+    """
+    q = _checks.within("quantile", quantile, 0, 1, open_low=True, closed_high=False)
+    return Distance(lambda delta, tau: _interval(delta, -tau * (1 - q), tau * q))
+
+
+def spectral() -> Distance:
+    """The nuclear norm of each matrix. The step is a projection onto the spectral ball.
+
+        step = U min(S, tau) V',    delta = U S V'
+
+    Leaves of more than two dimensions are matrices with their last axis as columns.
+    Vectors are matrices of one column.
+
+    Returns:
+      A distance for :func:`optax_avg.track_location`.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> delta = jnp.array([[0.0, 4.0], [0.5, 0.0]])
+      >>> found = oa.distances.spectral().step([delta], 1.0)
+      >>> (found.leaves[0].round(3) + 0.0).tolist()
+      [[0.0, 1.0], [0.5, 0.0]]
+
+    References:
+      Watson, "Characterization of the Subdifferential of Some Matrix Norms", 1992.
+    """
+    return Distance(_spectral, by_leaf=True)
+
+
+def _share(tau: Radius) -> jax.Array:
     """``tau/(1 + tau)``, 1 at infinity."""
-    return 1 / (1 + 1 / tau)
+    return 1 / (1 + 1 / jnp.asarray(tau))
 
 
-def mean(delta: Leaves, tau: Any) -> Step:
-    """Half the squared l2 norm: ``tau/(1 + tau) delta``."""
-    return Step([share(tau) * d for d in delta], jnp.ones([]), _numerics.norm(delta))
+def _mean(delta: Leaves, tau: Radius) -> Step:
+    return Step([_share(tau) * d for d in delta], jnp.ones([]), _numerics.norm(delta))
 
 
-def l2(delta: Leaves, tau: Any) -> Step:
-    """``min(1, tau/|delta|) delta``."""
+def _l2(delta: Leaves, tau: Radius) -> Step:
     n = _numerics.norm(delta)
     inside = n <= tau
-    factor = jnp.where(inside, 1, tau / jnp.where(n > 0, n, 1))
+    factor = clip_factor(tau, n)
     return Step([factor * d for d in delta], inside.astype(n.dtype), n)
 
 
-def interval(delta: Leaves, low: Any, high: Any) -> Step:
-    """``clip(delta, low, high)``, element by element.
+def _l1(delta: Leaves, tau: Radius) -> Step:
+    return _interval(delta, -tau, tau)
+
+
+def _interval(delta: Leaves, low: Radius, high: Radius) -> Step:
+    """Clips element by element; the size is the mean absolute value.
 
     Raises:
       ValueError: If a leaf is complex.
     """
     if any(jnp.iscomplexobj(d) for d in delta):
-        raise ValueError("complex numbers have no order to clip in; use 'l2'.")
+        raise ValueError(
+            "complex numbers have no order to clip in; pass oa.distances.l2()."
+        )
     count = sum(d.size for d in delta)
     if not count:
         return Step(delta, jnp.ones([]), jnp.zeros([]))
@@ -68,11 +315,10 @@ def interval(delta: Leaves, low: Any, high: Any) -> Step:
     return Step(clipped, jnp.asarray(within / count), jnp.asarray(size))
 
 
-def linf(delta: Leaves, tau: Any) -> Step:
-    """Projection onto the l1 ball: ``sign(delta) max(|delta| - theta, 0)``.
+def _linf(delta: Leaves, tau: Radius) -> Step:
+    """The threshold by Newton's method, with no sort and no joined copy of the leaves.
 
-    ``sum max(|delta| - theta, 0) = tau`` by Newton's method, which is monotone and ends
-    after finitely many steps; no sort, no copy of the leaves side by side.
+    It is monotone and ends after finitely many steps.
     """
     sizes = [jnp.abs(d) for d in delta]
     total = jnp.asarray(sum((jnp.sum(a) for a in sizes), 0.0))
@@ -102,12 +348,18 @@ def linf(delta: Leaves, tau: Any) -> Step:
     return Step(kept, inside.astype(top.dtype), size)
 
 
-def spectral(delta: Leaves, tau: Any) -> Step:
-    """Nuclear norm: ``U min(S, tau) V'`` of every matrix ``delta = U S V'``.
+def _huber(norm: Callable[[Leaves, Any], Step], mu: Any) -> Callable[..., Step]:
+    """Huber's function of a norm: its step for ``mu (1 + tau)``, times the share."""
+    mu = _checks.within("mu", mu, 0, INFINITY, open_low=True)
 
-    Leaves of more dimensions are matrices with their last axis as columns, vectors are
-    matrices of one column.
-    """
+    def step(delta: Leaves, tau: Radius) -> Step:
+        found = norm(delta, mu * (1 + tau))
+        return found._replace(leaves=[_share(tau) * d for d in found.leaves])
+
+    return step
+
+
+def _spectral(delta: Leaves, tau: Radius) -> Step:
     steps, largest = [], [jnp.zeros([])]
     for d in delta:
         if not d.size:
@@ -123,7 +375,7 @@ def spectral(delta: Leaves, tau: Any) -> Step:
 
 
 def _unsharded(x: jax.Array) -> jax.Array:
-    """A copy on every device, where sharding is explicit: SVD takes no other."""
+    """A copy on every device under explicit sharding, because SVD takes no other."""
     return jax.sharding.reshard(x, PartitionSpec()) if any(_spec(x)) else x
 
 
@@ -134,40 +386,3 @@ def _sharded_like(x: jax.Array, y: jax.Array) -> jax.Array:
 def _spec(x: jax.Array) -> tuple[Any, ...]:
     sharding: Any = jax.typeof(x).sharding
     return tuple(sharding.spec)
-
-
-def _huber(norm: Callable[[Leaves, Any], Step]) -> Callable[..., Step]:
-    """Huber's function of a norm: its step for ``mu (1 + tau)``, times the share."""
-
-    def step(delta, tau, mu):
-        found = norm(delta, mu * (1 + tau))
-        return found._replace(leaves=[share(tau) * d for d in found.leaves])
-
-    return step
-
-
-huber = _huber(l2)
-huber_elementwise = _huber(lambda delta, radius: interval(delta, -radius, radius))
-
-
-def step_of(distance: str, mu: Any, quantile: Any) -> Callable[[Leaves, Any], Step]:
-    """The step of a distance by its name.
-
-    Raises:
-      ValueError: If there is no such distance.
-    """
-    steps = {
-        "mean": mean,
-        "l2": l2,
-        "l1": lambda delta, tau: interval(delta, -tau, tau),
-        "linf": linf,
-        "huber": lambda delta, tau: huber(delta, tau, mu),
-        "huber_elementwise": lambda delta, tau: huber_elementwise(delta, tau, mu),
-        "pinball": lambda delta, tau: interval(
-            delta, -tau * (1 - quantile), tau * quantile
-        ),
-        "spectral": spectral,
-    }
-    if distance not in steps:
-        raise ValueError(f"distance must be one of {[*steps]}, got {distance!r}.")
-    return steps[distance]

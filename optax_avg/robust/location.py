@@ -8,8 +8,7 @@ ordinary clipping. A constant ``tau`` finds a location between the two: the medi
 ``tau`` goes to 0, the mean as it grows.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -17,34 +16,65 @@ import optax
 
 from optax_avg import _checks, _leaves, _mesh, _numerics
 from optax_avg.robust import distances
+from optax_avg.robust._gradients import (
+    ByPosition,
+    Leaf,
+    counter,
+    flatten,
+    positions_in_both,
+)
+from optax_avg.robust._options import (
+    INFINITY,
+    LocationOptions,
+    Scope,
+    at,
+    check_choice,
+    number_or_schedule,
+    with_location_options,
+)
+from optax_avg.robust.distances import Distance
 
-INFINITY = float("inf")
+__all__ = [
+    "AdaptiveRadius",
+    "LocationState",
+    "adaptive_radius",
+    "cclip",
+    "clipped_ema",
+    "track_location",
+    "vclip",
+]
 
 
 class AdaptiveRadius(NamedTuple):
-    """A radius that follows a quantile, see :func:`adaptive_radius`.
+    """A radius that follows a quantile; see :func:`adaptive_radius`.
 
     Attributes:
-      quantile: of the sizes of ``g - m``.
-      rate: of the geometric updates.
-      init: first radius, None for the first size that is seen.
+      quantile: Quantile of the sizes of ``g - m`` that the radius follows.
+      rate: Rate of the geometric updates.
+      init: First radius, or None for the first size that is seen.
     """
 
-    quantile: Any
-    rate: Any
-    init: Any
+    quantile: float | jax.Array
+    rate: float | jax.Array
+    init: float | jax.Array | None
+
+
+# A radius or a step size, by distance.
+Tau = optax.ScalarOrSchedule | AdaptiveRadius
 
 
 class LocationState(NamedTuple):
     """State of :func:`track_location`.
 
     Attributes:
-      location_step: int32, samples that counted; schedules are called with it.
-      location: ``m`` in float32 or wider, ``()`` where it is reset at every step.
-      location_radius: shape (groups,), adaptive radii (0: not yet known), or ``()``.
-      accepted: int32, samples within the radius.
-      clipped: int32, samples that were cut.
-      rejected: int32, samples that were not finite.
+      location_step: Number of samples that counted, int32; schedules are called with
+        it.
+      location: The location ``m`` in float32 or wider, ``()`` if it is reset at every
+        step.
+      location_radius: Adaptive radii, shape (groups,), 0 while unknown; or ``()``.
+      accepted: Number of samples within the radius, int32.
+      clipped: Number of samples that were cut, int32.
+      rejected: Number of samples that were not finite, int32.
     """
 
     location_step: jax.Array
@@ -56,7 +86,9 @@ class LocationState(NamedTuple):
 
 
 def adaptive_radius(
-    quantile: float = 0.5, rate: float = 0.2, init: float | None = None
+    quantile: float | jax.Array = 0.5,
+    rate: float | jax.Array = 0.2,
+    init: float | jax.Array | None = None,
 ) -> AdaptiveRadius:
     """A radius that follows a quantile of the sizes of ``g - m``, whatever their scale.
 
@@ -64,20 +96,25 @@ def adaptive_radius(
     the share of elements stands in place of the indicator.
 
     Args:
-      quantile: in [0, 1]; 0.5 clips every other sample.
-      rate: of the updates; a factor of 10^4 takes ``ln(10^4)/(rate quantile)`` steps
-        upwards, and ``ln(10^4)/(rate (1 - quantile))`` downwards.
-      init: first radius; by default the first size that is seen.
+      quantile: Share of the samples that stay within the radius, in [0, 1]; 0.5 clips
+        every other sample.
+      rate: Rate of the updates, positive. A factor of 10^4 takes ``ln(10^4)/(rate
+        quantile)`` steps upwards, and ``ln(10^4)/(rate (1 - quantile))`` downwards.
+      init: First radius, positive. The default is the first size that is seen.
 
     Returns:
-      For the argument ``tau`` of :func:`track_location`.
+      The argument ``tau`` of :func:`track_location`.
 
     Raises:
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax_avg as oa
-      >>> tx = oa.vclip(oa.adaptive_radius(quantile=0.9))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.vclip(oa.adaptive_radius(quantile=0.5), init="zeros")
+      >>> state = tx.init(jnp.zeros(2))
+      >>> _, state = tx.update(jnp.array([3.0, 4.0]), state)
+      >>> state.location_radius.tolist()
+      [5.0]
 
     References:
       Andrew et al., "Differentially Private Learning with Adaptive Clipping", 2021,
@@ -90,54 +127,42 @@ def adaptive_radius(
     return AdaptiveRadius(quantile, rate, init)
 
 
+@with_location_options
 def track_location(
-    distance: str,
-    tau: Any,
+    distance: Distance,
+    tau: Tau,
     *,
-    mu: float = 1.0,
-    quantile: float = 0.5,
-    scope: Any = "global",
-    init: str = "first",
     reset: bool = False,
+    **options: Unpack[LocationOptions],
 ) -> optax.GradientTransformationExtraArgs:
-    """Replaces the gradient by a robust location of the gradients so far.
+    """Replaces the gradient by a robust location ``m`` of the gradients so far.
 
-    With ``delta = g - m`` the step of ``m`` is, by distance,
+        m <- m + step(g - m, tau)
 
-    ==================== ==========================================================
-    "mean"               ``tau/(1 + tau) delta``, an EMA of decay ``1/(1 + tau)``
-    "l2"                 ``min(1, tau/|delta|) delta``
-    "l1"                 ``clip(delta, -tau, tau)``
-    "linf"               projection of ``delta`` onto the l1 ball of radius ``tau``
-    "huber"              ``tau mu/max(|delta|, mu (1 + tau)) delta``
-    "huber_elementwise"  ``tau/(1 + tau) clip(delta, -mu (1 + tau), mu (1 + tau))``
-    "pinball"            ``clip(delta, -tau (1 - quantile), tau quantile)``
-    "spectral"           ``U min(S, tau) V'`` of each matrix ``delta = U S V'``
-    ==================== ==========================================================
-
-    A sample that is not finite changes nothing but a counter.
+    The step is that of the distance; see :mod:`optax_avg.distances`. A sample that is
+    not finite changes nothing but a counter.
 
     Args:
-      distance: one of the above.
-      tau: a float (infinity: ``m`` is the gradient), a schedule of the samples so far,
-        or an :func:`adaptive_radius`.
-      mu: width of the quadratic part of Huber's function.
-      quantile: of the pinball distance; ``m`` goes to this quantile of each element.
-      scope: of norms and adaptive radii: ``"global"``, ``"leaf"``, or a tree of labels
-        like a prefix of the gradients, one group a label.
-      init: ``"first"``: ``m`` starts at the first finite gradient; ``"zeros"``.
-      reset: ``m = 0`` at every step, ordinary clipping; needs ``init="zeros"``.
+      distance: A distance, such as ``oa.distances.l2()``. It decides what ``m``
+        estimates: the mean, a median, a quantile, or a point between them.
+      tau: Radius or step size, not negative: a float, a schedule of the samples so far,
+        or an :func:`adaptive_radius`. At infinity ``m`` is the gradient.
+      reset: Whether ``m = 0`` at every step, which is ordinary clipping. It needs
+        ``init="zeros"``.
+      **options: Options of every location.
 
     Returns:
       A transformation with the state :class:`LocationState`; it stands before the
       optimizer.
 
     Raises:
-      ValueError: If an argument is out of range or a name unknown.
+      TypeError: If ``distance`` is not a distance.
+      ValueError: If another argument is out of range or unknown, or if ``tau`` is an
+        adaptive radius and the ``tau`` of the distance is a step size.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(oa.track_location("l1", 0.5), optax.sgd(0.1))
+      >>> tx = optax.chain(oa.track_location(oa.distances.l1(), 0.5), optax.sgd(0.1))
       >>> x = jnp.zeros(2)
       >>> state = tx.init(x)
       >>> for g in (jnp.array([1.0, 1.0]), jnp.array([9.0, 1.25])):
@@ -149,69 +174,53 @@ def track_location(
       Schaipp et al., "SGD with Clipping is Secretly Estimating the Median Gradient",
       2024, 2402.12828.
     """
-    mu = _checks.within("mu", mu, 0, INFINITY, open_low=True)
-    quantile = _checks.within(
-        "quantile", quantile, 0, 1, open_low=True, closed_high=False
-    )
+    scope, init = options.get("scope", "global"), options.get("init", "first")
+    _check_distance(distance)
     tau = _checked_radius(distance, tau)
     _check_choices(scope, init, reset)
-    proximal = distances.step_of(distance, mu, quantile)
 
-    def init_fn(params: Any) -> LocationState:
+    def init_fn(params: optax.Params) -> LocationState:
         m, radius = _leaves.zeros_like_wide(params), ()
         if isinstance(tau, AdaptiveRadius):
-            first = tau.init or 0.0
-            radius = jnp.full(
-                len(_groups(scope, m)), first, _numerics.dtype_of_norms(m)
-            )
-        count = lambda: jnp.zeros([], jnp.int32)
+            count, dtype = len(_groups(scope, m)), _numerics.dtype_of_norms(m)
+            radius = jnp.full(count, tau.init or 0.0, dtype)
         return LocationState(
-            count(), () if reset else m, radius, count(), count(), count()
+            counter(), () if reset else m, radius, counter(), counter(), counter()
         )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, LocationState]:
         del params, extra_args
-        leaves, structure = jax.tree.flatten(updates, is_leaf=_leaves.is_absent)
         tree = _leaves.zeros_like_wide(updates) if reset else state.location
-        old, _ = jax.tree.flatten(tree, is_leaf=_leaves.is_absent)
-        if len(old) != len(leaves):
-            raise ValueError(
-                f"{len(leaves)} gradients for a location of {len(old)} leaves; pass "
-                "gradients like the parameters of init."
-            )
-        delta = {
-            i: _numerics.wide(g) - m
-            for i, (g, m) in enumerate(zip(leaves, old, strict=True))
-            if not (_leaves.is_absent(g) or _leaves.is_absent(m))
-        }
+        leaves, structure = flatten(updates)
+        m, layout = flatten(tree)
+        there = positions_in_both(leaves, m)
+        delta = {i: _numerics.wide(leaves[i]) - m[i] for i in there}
         first = (state.location_step == 0) & (init == "first")
         groups = _groups(scope, tree)
         radii = _radii(tau, state, len(groups))
-        by_shape = distance == "spectral"
-        step, inside, sizes = _by_group(proximal, groups, delta, radii, by_shape)
+        step, inside, sizes = _by_group(distance, groups, delta, radii)
         # Sizes are norms or means: finite if and only if all differences are.
         finite = _mesh.agreed(jnp.all(jnp.isfinite(sizes)))
         cut = jnp.any(inside < 1) & ~first
-        new = list(old)
-        for i, d in delta.items():
-            taken = jnp.where(first, d, step[i])
-            new[i] = jnp.where(finite, old[i] + taken, old[i]).astype(old[i].dtype)
-            leaves[i] = new[i].astype(leaves[i].dtype)
+        # The first gradient is the first location.
+        taken = {i: jnp.where(first, delta[i], step[i]) for i in there}
+        m = _advanced(m, taken, finite)
+        for i in there:
+            leaves[i] = m[i].astype(leaves[i].dtype)
         radius = state.location_radius
         if isinstance(tau, AdaptiveRadius):
-            followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
-            followed = jnp.where(jnp.isfinite(radii), followed, sizes)
-            followed = followed.astype(radius.dtype)
-            followed = jnp.maximum(followed, jnp.finfo(followed.dtype).tiny)
             # A first gradient, a repeated or a missing one say nothing about distances.
             telling = finite & ~first & (sizes > 0)
+            followed = _followed(tau, radii, inside, sizes, radius.dtype)
             radius = jnp.where(telling, followed, radius)
-        located = jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
         return structure.unflatten(leaves), LocationState(
             location_step=_numerics.count_if(finite, state.location_step),
-            location=() if reset else located,
+            location=() if reset else layout.unflatten(m),
             location_radius=radius,
             accepted=_numerics.count_if(finite & ~cut, state.accepted),
             clipped=_numerics.count_if(finite & cut, state.clipped),
@@ -223,36 +232,15 @@ def track_location(
     )
 
 
-def _checked_radius(distance: str, tau: Any) -> Any:
-    """``tau`` as it is used; raises where it does not fit the distance."""
-    if isinstance(tau, AdaptiveRadius):
-        if distance in ("mean", "huber", "huber_elementwise"):
-            raise ValueError(
-                f"tau of {distance!r} is a step, not a radius; pass a float or a "
-                "schedule."
-            )
-        return tau
-    return tau if callable(tau) else _checks.within("tau", tau, 0, INFINITY)
-
-
-def _check_choices(scope: Any, init: str, reset: bool) -> None:
-    if init not in ("first", "zeros"):
-        raise ValueError(f"init must be 'first' or 'zeros', got {init!r}.")
-    if reset and init != "zeros":
-        raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
-    if isinstance(scope, str) and scope not in ("global", "leaf"):
-        raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
-
-
+@with_location_options
 def vclip(
-    tau: Any, *, scope: Any = "global", init: str = "first"
+    tau: Tau, **options: Unpack[LocationOptions]
 ) -> optax.GradientTransformationExtraArgs:
     """VClip: ``m <- m + min(1, tau/|g - m|) (g - m)``, a median of gradient vectors.
 
     Args:
-      tau: a float, a schedule, or an :func:`adaptive_radius`.
-      scope: of the norm, see :func:`track_location`.
-      init: ``"first"`` or ``"zeros"``.
+      tau: Radius, not negative: a float, a schedule, or an :func:`adaptive_radius`.
+      **options: Options of every location.
 
     Returns:
       A transformation with the state :class:`LocationState`.
@@ -261,54 +249,60 @@ def vclip(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.vclip(oa.adaptive_radius(0.5)), optax.sgd(0.1))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.vclip(2.5, init="zeros")
+      >>> tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0].tolist()
+      [1.5, 2.0]
 
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    return track_location("l2", tau, scope=scope, init=init)
+    return track_location(distances.l2(), tau, **options)
 
 
+@with_location_options
 def cclip(
-    tau: Any, *, scope: Any = "global", init: str = "first"
+    tau: Tau, **options: Unpack[LocationOptions]
 ) -> optax.GradientTransformationExtraArgs:
     """CClip: ``m <- m + clip(g - m, -tau, tau)``, a median element by element.
 
     Args:
-      tau: a float, a schedule, or an :func:`adaptive_radius`.
-      scope: of an adaptive radius, see :func:`track_location`.
-      init: ``"first"`` or ``"zeros"``.
+      tau: Radius, not negative: a float, a schedule, or an :func:`adaptive_radius`.
+      **options: Options of every location.
 
     Returns:
       A transformation with the state :class:`LocationState`.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or a gradient is complex.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.cclip(0.01), optax.sgd(0.1))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.cclip(0.5, init="zeros")
+      >>> tx.update(jnp.array([3.0, -0.25]), tx.init(jnp.zeros(2)))[0].tolist()
+      [0.5, -0.25]
 
     References:
       Schaipp et al., 2024, 2402.12828.
     """
-    return track_location("l1", tau, scope=scope, init=init)
+    return track_location(distances.l1(), tau, **options)
 
 
+@with_location_options
 def clipped_ema(
-    decay: float, max_norm: float, *, scope: Any = "global", init: str = "first"
+    decay: float | jax.Array,
+    max_norm: float | jax.Array,
+    **options: Unpack[LocationOptions],
 ) -> optax.GradientTransformationExtraArgs:
     """``m <- m + (1 - decay) min(1, max_norm/|g - m|) (g - m)``, a Huber location.
 
-    The EMA of gradients whose distance to it is clipped: ``"huber"`` with ``tau = (1 -
-    decay)/decay`` and ``mu = decay max_norm``.
+    The EMA of gradients whose distance to it is clipped: ``oa.distances.huber(mu)``
+    with ``tau = (1 - decay)/decay`` and ``mu = decay max_norm``.
 
     Args:
-      decay: of the EMA, in (0, 1).
-      max_norm: largest distance that counts in full; positive.
-      scope: of the norm, see :func:`track_location`.
-      init: ``"first"`` or ``"zeros"``.
+      decay: Decay of the EMA, in (0, 1).
+      max_norm: Largest distance that counts in full, positive.
+      **options: Options of every location.
 
     Returns:
       A transformation with the state :class:`LocationState`.
@@ -317,22 +311,68 @@ def clipped_ema(
       ValueError: If an argument is out of range.
 
     Example:
-      >>> import optax, optax_avg as oa
-      >>> tx = optax.chain(oa.clipped_ema(0.9, max_norm=1.0), optax.sgd(0.1))
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> tx = oa.clipped_ema(0.5, max_norm=2.5, init="zeros")
+      >>> tx.update(jnp.array([3.0, 4.0]), tx.init(jnp.zeros(2)))[0].tolist()
+      [0.75, 1.0]
 
     References:
       Schaipp et al., 2024, 2402.12828.
     """
     decay = _checks.within("decay", decay, 0, 1, open_low=True, closed_high=False)
     max_norm = _checks.within("max_norm", max_norm, 0, INFINITY, open_low=True)
-    return track_location(
-        "huber", (1 - decay) / decay, mu=decay * max_norm, scope=scope, init=init
-    )
+    huber = distances.huber(decay * max_norm)
+    return track_location(huber, (1 - decay) / decay, **options)
 
 
-def _groups(scope: Any, tree: Any) -> list[list[int]]:
+def _check_distance(distance: object) -> None:
+    """Raises if a distance is given by its name or by a function that returns one."""
+    if isinstance(distance, Distance):
+        return
+    factories = {
+        name: getattr(distances, name)
+        for name in distances.__all__
+        if name not in ("Distance", "Step")
+    }
+    name = distance if isinstance(distance, str) else getattr(distance, "__name__", "")
+    call = f"pass oa.distances.{name}()."
+    if isinstance(distance, str):
+        came = f"the string {name!r}"
+        if name not in factories:
+            call = f"pass one of {', '.join(f'oa.distances.{n}()' for n in factories)}."
+    elif not callable(distance):
+        came, call = type(distance).__name__, "pass one such as oa.distances.l2()."
+    elif factories.get(name) is distance:
+        came = f"the function {name}, which has to be called first"
+    else:
+        came = f"the function {name}"
+        call = "pass oa.distances.Distance(step) for a proximal step of your own."
+    raise TypeError(f"distance must be an oa.distances.Distance. It is {came}; {call}")
+
+
+def _checked_radius(distance: Distance, tau: Tau) -> Tau:
+    """``tau`` as it is used; raises where it does not fit the distance."""
+    if isinstance(tau, AdaptiveRadius):
+        if not distance.tau_is_radius:
+            raise ValueError(
+                "tau of this distance is a step size, not a radius that can adapt; "
+                "pass a float or a schedule, or a distance such as oa.distances.l2()."
+            )
+        return tau
+    return number_or_schedule("tau", tau, 0, INFINITY)
+
+
+def _check_choices(scope: Scope, init: str, reset: bool) -> None:
+    check_choice("init", init, "first", "zeros")
+    if reset and init != "zeros":
+        raise ValueError("reset=True has m = 0 at every step; pass init='zeros'.")
+    if isinstance(scope, str) and scope not in ("global", "leaf"):
+        raise ValueError(f"scope must be 'global', 'leaf' or a tree, got {scope!r}.")
+
+
+def _groups(scope: Scope, tree: Any) -> list[list[int]]:
     """Positions of the leaves of each group among all, absent ones counted."""
-    leaves = jax.tree.leaves(tree, is_leaf=_leaves.is_absent)
+    leaves, _ = flatten(tree)
     labels: list[Any] = [0] * len(leaves)
     if scope == "leaf":
         labels = list(range(len(leaves)))
@@ -351,22 +391,33 @@ def _groups(scope: Any, tree: Any) -> list[list[int]]:
     return list(groups.values())
 
 
-def _radii(tau: Any, state: LocationState, count: int) -> jax.Array:
+def _radii(tau: Tau, state: LocationState, count: int) -> jax.Array:
     """The radius of each group; infinite while an adaptive one is not yet known."""
     if isinstance(tau, AdaptiveRadius):
         known = state.location_radius > 0
         return jnp.where(known, state.location_radius, INFINITY)
-    now = tau(state.location_step) if callable(tau) else tau
-    return jnp.full(count, jnp.asarray(now, jnp.float32))
+    return jnp.full(count, jnp.asarray(at(tau, state.location_step), jnp.float32))
+
+
+def _followed(
+    tau: AdaptiveRadius,
+    radii: jax.Array,
+    inside: jax.Array,
+    sizes: jax.Array,
+    dtype: Any,
+) -> jax.Array:
+    """``tau exp(-rate (inside - quantile))``, or the size where ``tau`` is unknown."""
+    followed = radii * jnp.exp(-tau.rate * (inside - tau.quantile))
+    followed = jnp.where(jnp.isfinite(radii), followed, sizes).astype(dtype)
+    return jnp.maximum(followed, jnp.finfo(dtype).tiny)
 
 
 def _by_group(
-    proximal: Callable[[Any, Any], distances.Step],
+    distance: Distance,
     groups: list[list[int]],
-    delta: dict[int, jax.Array],
+    delta: ByPosition,
     radii: jax.Array,
-    by_shape: bool,
-) -> tuple[dict[int, jax.Array], jax.Array, jax.Array]:
+) -> tuple[ByPosition, jax.Array, jax.Array]:
     """Steps by position, and shares inside and sizes by group."""
     step, inside, sizes = {}, [jnp.ones(0)], [jnp.ones(0)]
     for group, radius in zip(groups, radii, strict=True):
@@ -376,10 +427,18 @@ def _by_group(
             sizes.append(jnp.zeros(1))
             continue
         leaves, split = [delta[i] for i in members], lambda parts: parts
-        if not by_shape:
+        if not distance.by_leaf:
             leaves, split = _numerics.join_small(leaves)
-        found = proximal(leaves, radius)
+        found = distance.step(leaves, radius)
         step |= dict(zip(members, split(found.leaves), strict=True))
-        inside.append(found.inside[None])
-        sizes.append(found.size[None])
+        inside.append(jnp.asarray(found.inside)[None])
+        sizes.append(jnp.asarray(found.size)[None])
     return step, jnp.concatenate(inside), jnp.concatenate(sizes)
+
+
+def _advanced(m: list[Leaf], step: ByPosition, finite: jax.Array) -> list[Leaf]:
+    """``m + step`` where the sample is finite."""
+    new = list(m)
+    for i, s in step.items():
+        new[i] = jnp.where(finite, m[i] + s, m[i]).astype(m[i].dtype)
+    return new

@@ -1,9 +1,9 @@
 """How heavy are the tails of gradient noise: ``P(|x| > s) ~ s^-alpha``.
 
-Below 2 the variance is infinite, at 1 the mean goes: there a mean of gradients does not
-get better with their number, and locations of :mod:`optax_avg.robust.location` do.
-Noise is the difference of two gradients in a row: what they share cancels, the index
-stays.
+Below 2 the variance is infinite, and at 1 there is no mean either: a mean of gradients
+does not get better with their number, but locations as in
+:mod:`optax_avg.robust.location` do. Noise is taken as the difference of two gradients
+in a row: their common part cancels, and the index stays.
 """
 
 import math
@@ -15,23 +15,34 @@ import optax
 from jax import lax
 
 from optax_avg import _checks, _leaves, _numerics
+from optax_avg.robust._gradients import counter, flatten, positions_in_both
+
+__all__ = [
+    "TailIndices",
+    "TailState",
+    "alpha_stable",
+    "hill",
+    "pickands",
+    "tail_indices",
+    "track_tail_index",
+]
 
 
 class TailState(NamedTuple):
     """State of :func:`track_tail_index`.
 
     Attributes:
-      tail_step: int32, finite gradients so far.
-      waiting: the first gradient of a pair, in float32 or wider.
-      block_sum: sum of the differences of this block.
-      samples: int32, differences that are not zero.
-      blocks: int32, full blocks.
-      tail_block: int32, differences in a block.
-      mean_log: of the norms of differences.
-      mean_log_block: of the norms of sums of blocks.
-      largest: shape (num_largest,), the largest norms in descending order.
-      left_out: int32, gradients that were not finite.
-      remainders: what rounding took from the two means, which would stall in long runs.
+      tail_step: Number of finite gradients so far, int32.
+      waiting: The first gradient of a pair, in float32 or wider.
+      block_sum: Sum of the differences of this block, in float32 or wider.
+      samples: Number of differences that are not zero, int32.
+      blocks: Number of full blocks, int32.
+      tail_block: Number of differences in a block, int32.
+      mean_log: Mean logarithm of the norms of differences.
+      mean_log_block: Mean logarithm of the norms of sums of blocks.
+      largest: The largest norms in descending order, shape (num_largest,).
+      left_out: Number of gradients that were not finite, int32.
+      remainders: Rounding errors of the two means, which would stall in long runs.
     """
 
     tail_step: jax.Array
@@ -51,9 +62,11 @@ class TailIndices(NamedTuple):
     """Three estimates of ``alpha``; NaN as long as there are too few samples.
 
     Attributes:
-      hill: from the ``num_largest`` largest norms.
-      pickands: from three order statistics; does not suppose a Pareto tail.
-      alpha_stable: supposes stable noise, uses all norms; 2 is Gaussian.
+      hill: Estimate of :func:`hill` from the ``num_largest`` largest norms.
+      pickands: Estimate of :func:`pickands` from three order statistics. It does not
+        assume a Pareto tail.
+      alpha_stable: Estimate of :func:`alpha_stable` from all norms. It assumes stable
+        noise; 2 is Gaussian.
     """
 
     hill: jax.Array
@@ -65,10 +78,10 @@ def hill(largest: jax.Array) -> jax.Array:
     """``1/alpha = mean_{i < k} log(x_(i)/x_(k))`` of the k largest, descending.
 
     Args:
-      largest: shape (k,), in descending order.
+      largest: The largest norms in descending order, shape (k,).
 
     Returns:
-      ``alpha``.
+      The estimate of ``alpha``, a scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -87,10 +100,11 @@ def pickands(largest: jax.Array) -> jax.Array:
     """``1/alpha = log2((x_(k) - x_(2k))/(x_(2k) - x_(4k)))`` of the 4k largest.
 
     Args:
-      largest: shape (4k or up to 3 more,), in descending order.
+      largest: The largest norms in descending order, shape (4k,). Up to 3 more are
+        ignored.
 
     Returns:
-      ``alpha``; negative for distributions with an end.
+      The estimate of ``alpha``, a scalar. It is negative for distributions with an end.
 
     Example:
       >>> import jax.numpy as jnp
@@ -107,19 +121,21 @@ def pickands(largest: jax.Array) -> jax.Array:
 
 
 def alpha_stable(
-    mean_log: jax.Array, mean_log_block: jax.Array, block: Any
+    mean_log: jax.typing.ArrayLike,
+    mean_log_block: jax.Array,
+    block: jax.typing.ArrayLike,
 ) -> jax.Array:
     """``1/alpha = (E log|sum of a block| - E log|x|)/log(block)``.
 
     A sum of ``n`` stable variables is distributed as ``n^(1/alpha)`` times one.
 
     Args:
-      mean_log: of the norms of samples.
-      mean_log_block: of the norms of sums of ``block`` samples.
-      block: samples in a block.
+      mean_log: Mean logarithm of the norms of samples.
+      mean_log_block: Mean logarithm of the norms of sums of ``block`` samples.
+      block: Number of samples in a block.
 
     Returns:
-      ``alpha``.
+      The estimate of ``alpha``, a scalar.
 
     Example:
       >>> import jax.numpy as jnp
@@ -141,12 +157,12 @@ def track_tail_index(
 ) -> optax.GradientTransformationExtraArgs:
     """Passes gradients on and keeps what estimates of their tail index need.
 
-    Two trees like the gradient and ``num_largest`` numbers, however long it runs.
-    Parameters should change little from one gradient to the next.
+    The state holds two trees like the gradient and ``num_largest`` numbers, however
+    long it runs. Parameters should change little from one gradient to the next.
 
     Args:
-      num_largest: norms of differences that are kept, at least 4.
-      block: differences in a block, at least 2.
+      num_largest: Number of the largest norms of differences to keep, at least 4.
+      block: Number of differences in a block, at least 2.
 
     Returns:
       A transformation with the state :class:`TailState`, read by :func:`tail_indices`.
@@ -171,35 +187,33 @@ def track_tail_index(
     _checks.check_integer("num_largest", num_largest, 4)
     _checks.check_integer("block", block, 2)
 
-    def init_fn(params: Any) -> TailState:
-        count = lambda: jnp.zeros([], jnp.int32)
+    def init_fn(params: optax.Params) -> TailState:
         mean = lambda: jnp.zeros([], jnp.float32)
         return TailState(
-            count(),
+            counter(),
             _leaves.zeros_like_wide(params),
             _leaves.zeros_like_wide(params),
-            count(),
-            count(),
+            counter(),
+            counter(),
             jnp.asarray(block, jnp.int32),
             mean(),
             mean(),
             jnp.zeros(num_largest, jnp.float32),
-            count(),
+            counter(),
             (mean(), mean()),
         )
 
     def update_fn(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, TailState]:
         del params, extra_args
-        leaves = jax.tree.leaves(updates, is_leaf=_leaves.is_absent)
-        old, structure = jax.tree.flatten(state.waiting, is_leaf=_leaves.is_absent)
-        sums = jax.tree.leaves(state.block_sum, is_leaf=_leaves.is_absent)
-        floats = [
-            i
-            for i, (u, w) in enumerate(zip(leaves, old, strict=True))
-            if not (_leaves.is_absent(u) or _leaves.is_absent(w))
-        ]
+        leaves, _ = flatten(updates)
+        old, structure = flatten(state.waiting)
+        sums, _ = flatten(state.block_sum)
+        floats = positions_in_both(leaves, old)
         finite = _numerics.all_finite([leaves[i] for i in floats])
         x = {i: _numerics.wide(leaves[i]) - old[i] for i in floats}
         size = _numerics.norm(x).astype(jnp.float32)
@@ -250,24 +264,24 @@ def _mean_of_logs(
     size: jax.Array,
     counts: jax.Array,
 ) -> tuple[jax.Array, jax.Array]:
-    """The mean with one more, the ``count``-th, where it counts, and its remainder."""
+    """The mean with the ``count``-th logarithm if it counts, and its rounding error."""
     log = jnp.log(jnp.where(counts, size, 1))
     change = ((log - mean) - rest) / jnp.maximum(count, 1)
     new, left = _numerics.sum_and_error(mean, rest + change)
     return jnp.where(counts, new, mean), jnp.where(counts, left, rest)
 
 
-def tail_indices(state: Any) -> TailIndices:
+def tail_indices(state: optax.OptState) -> TailIndices:
     """The estimates from what :func:`track_tail_index` has kept.
 
     Args:
-      state: an optimizer state with one :class:`TailState` anywhere in it.
+      state: An optimizer state with one :class:`TailState` anywhere in it.
 
     Returns:
       A :class:`TailIndices`.
 
     Raises:
-      ValueError: If there is none or more than one.
+      ValueError: If there is no such state or more than one.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa

@@ -1,4 +1,4 @@
-"""Gradients at perturbed parameters: a rule, and three forms to use it."""
+"""Gradients at perturbed parameters: a rule, and three forms in which to use it."""
 
 from optax_avg.sharpness._rule import RuleState, SharpnessRule
 

@@ -1,72 +1,106 @@
-"""A sharpness rule: where to take gradients, and what to make of them."""
+"""A sharpness rule: where to take gradients, and how to combine them.
+
+    g_i = gradient at x + probe(i, g_0, ..., g_{i-1}),
+    result = combine(g_0, g_1, ...)
+
+The functions here are the steps that all three forms are made of.
+"""
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
-from optax_avg import _checks, _leaves, _mesh, _mixups, _numerics
+from optax_avg import _checks, _leaves, _mixups, _numerics
 
-Grads = Sequence[Any]
+Grads = Sequence[optax.Updates]
+Memory = Any  # trees of arrays that a rule keeps, in a structure of its own
+GradientAt = Callable[[optax.Params], optax.Updates]
+Mean = Callable[[Any], Any]  # the mean of a tree over mapped axes
+
+Operand = TypeVar("Operand")
+Result = TypeVar("Result")
 
 
 class RuleState(NamedTuple):
     """What a rule carries from step to step.
 
     Attributes:
-      rule_step: int32, optimizer steps seen, on which radii are scheduled; at the
-        largest integer it goes back by the rule's ``period``.
-      rule_memory: the rule's own trees, ``()`` for most.
+      rule_step: Number of optimizer steps so far, int32. Schedules are called with it.
+        At the largest integer it goes back by the rule's ``period``.
+      rule_memory: What the rule remembers, ``()`` for most rules.
     """
 
     rule_step: jax.Array
-    rule_memory: Any
+    rule_memory: Memory
+
+
+Probe = Callable[[int, optax.Params, Grads, RuleState], optax.Updates | None]
+Direction = Callable[[int, optax.Params, Grads, RuleState], optax.Updates | None]
+Combine = Callable[[optax.Params, Grads, RuleState], tuple[optax.Updates, Memory]]
+Skip = Callable[[optax.Params, optax.Updates, RuleState], tuple[optax.Updates, Memory]]
+InitMemory = Callable[[optax.Params], Memory]
+Due = Callable[[RuleState], jax.Array]
+
+
+def _no_memory(params: optax.Params) -> Memory:
+    del params
+    return ()
+
+
+def _no_direction(
+    i: int, params: optax.Params, grads: Grads, state: RuleState
+) -> optax.Updates | None:
+    del i, params, grads, state
 
 
 class SharpnessRule(NamedTuple):
-    """A method, written once.
+    """A method of the sharpness family, independent of how it is used.
 
-    Gradients are in float32 or wider, structured like the parameters, None where there
-    is no gradient.
+    All gradients are trees like the parameters in float32 or wider. Leaves without a
+    gradient are None.
 
     Attributes:
-      num_evals: evaluations per step, static.
-      probe: ``(i, params, grads[:i], state) -> offset`` of evaluation ``i``, None for
-        the parameters themselves.
-      combine: ``(params, grads, state) -> (gradient, memory)``.
-      init_memory: ``params -> memory``.
-      direction: ``(i, params, grads[:i], state) -> tree`` or None; where it is a tree,
-        evaluation ``i`` is the Hessian-vector product along it.
-      num_ascents: leading evaluations that make offsets and directions. An
-        ``ascent_fn`` of :func:`sharpness_aware` takes them.
-      in_result: which of these leading evaluations ``combine`` needs of the loss, None
-        for all. With an ``ascent_fn`` each of them is taken twice: ``probe`` and
+      num_evals: Number of evaluations per step, a Python integer.
+      probe: ``(i, params, grads[:i], state) -> offset`` from the parameters at which
+        evaluation ``i`` takes place. None means at the parameters themselves.
+      combine: ``(params, grads, state) -> (gradient, memory)``, the result of a step.
+      init_memory: ``params -> memory`` before the first step.
+      direction: ``(i, params, grads[:i], state) -> tree``. If it returns a tree,
+        evaluation ``i`` is the Hessian-vector product along it; if None, a gradient.
+      num_ascents: Number of leading evaluations from which offsets and directions are
+        made. An ``ascent_fn`` of :func:`sharpness_aware` takes these.
+      in_result: Indices of those leading evaluations that ``combine`` uses; None for
+        all. With an ``ascent_fn`` each of them is evaluated twice: ``probe`` and
         ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
-      due: ``state -> bool``, whether this step takes all evaluations; None for always.
-      skip: ``(params, g_0, state) -> (gradient, memory)`` of a step that is not due.
-      period: steps after which what is due at some of them comes round again.
+      due: ``state -> bool``, whether this step takes all evaluations. None means every
+        step does.
+      skip: ``(params, g_0, state) -> (gradient, memory)``, the result of a step that
+        is not due. None means the plain gradient.
+      period: Number of steps after which ``due`` repeats itself.
     """
 
     num_evals: int
-    probe: Callable[[int, Any, Grads, RuleState], Any]
-    combine: Callable[[Any, Grads, RuleState], tuple[Any, Any]]
-    init_memory: Callable[[Any], Any] = lambda params: ()
-    direction: Callable[[int, Any, Grads, RuleState], Any] = lambda *_: None
+    probe: Probe
+    combine: Combine
+    init_memory: InitMemory = _no_memory
+    direction: Direction = _no_direction
     num_ascents: int = 1
     in_result: tuple[int, ...] | None = None
-    due: Callable[[RuleState], Any] | None = None
-    skip: Callable[[Any, Any, RuleState], tuple[Any, Any]] | None = None
-    period: Any = 1
+    due: Due | None = None
+    skip: Skip | None = None
+    period: int | jax.Array = 1
 
     @property
     def init(self) -> Any:
-        """Raises: Optax asks for it where a rule stands in place of a link."""
+        """Raises, because Optax asks for ``init`` if a rule is used as a link."""
         raise AttributeError(_mixups.RULE_FOR_LINK)
 
 
-def init_state(rule: SharpnessRule, params: Any) -> RuleState:
+def init_state(rule: SharpnessRule, params: optax.Params) -> RuleState:
     """The state of a rule before the first step.
 
     Raises:
@@ -78,43 +112,36 @@ def init_state(rule: SharpnessRule, params: Any) -> RuleState:
     return state
 
 
-def displaced(params: Any, offset: Any) -> Any:
-    """``x + d`` in the dtype of ``x``; ``x`` itself where there is no offset."""
-    if offset is None:
-        return params
-
-    def one(x, d):
-        if d is None:
-            return x
-        return (_numerics.wide(x) + lax.stop_gradient(d)).astype(x.dtype)
-
-    return jax.tree.map(one, params, offset)
+def displaced(params: optax.Params, offset: optax.Updates | None) -> optax.Params:
+    """``x + d`` in the dtype of ``x``. No gradient flows through ``d``."""
+    return _leaves.moved(params, lax.stop_gradient(offset))
 
 
-def widened(grads: Any, params: Any) -> Any:
+def widened(grads: optax.Updates, params: optax.Params) -> optax.Updates:
     """Gradients in float32 or wider, None where a leaf has none."""
-    return _leaves.over(lambda g: _numerics.wide(g), params, grads)
+    return _leaves.over(_numerics.wide, params, grads)
 
 
 def evaluate(
     rule: SharpnessRule,
-    grad_at: Callable[[Any], Any],
-    params: Any,
+    grad_at: GradientAt,
+    params: optax.Params,
     state: RuleState,
     grads: Grads = (),
     ascents: Grads = (),
-    ascent_at: Callable[[Any], Any] | None = None,
-) -> list[Any]:
-    """All gradients of a step that ``combine`` gets.
+    ascent_at: GradientAt | None = None,
+) -> list[optax.Updates]:
+    """All gradients of a step, as ``combine`` takes them.
 
     Args:
-      rule: whose step.
-      grad_at: from parameters to the loss's gradient.
-      params: ``x``.
-      state: of the rule.
-      grads: the first ones, for ``combine``.
-      ascents: the first ones, for ``probe`` and ``direction``.
-      ascent_at: from parameters to the gradient of the ascent, if it is another.
+      rule: The rule.
+      grad_at: Function from parameters to the gradient of the loss.
+      params: The parameters ``x``.
+      state: State of the rule.
+      grads: Gradients known already, as ``combine`` takes them.
+      ascents: Gradients known already, as ``probe`` and ``direction`` take them.
+      ascent_at: Function from parameters to the gradient of the ascent, if the ascent
+        is on another function than the loss.
 
     Returns:
       As many gradients as the rule has evaluations.
@@ -125,26 +152,93 @@ def evaluate(
         along = rule.direction(i, params, ascents, state)
 
         def taken(at, x=x, along=along):
-            g = at(x) if along is None else _hessian_product(at, x, along)
-            return widened(g, params)
+            if along is None:
+                return widened(at(x), params)
+            hv = _numerics.hessian_product(at, x, along, _WITHOUT_PRODUCTS)
+            return widened(hv, params)
 
         if ascent_at is None or i >= rule.num_ascents:
             ascents.append(taken(grad_at))
             grads.append(ascents[-1])
         else:
             ascents.append(taken(ascent_at))
-            grads.append(taken(grad_at) if _in_result(rule, i) else ascents[-1])
+            grads.append(taken(grad_at) if in_result(rule, i) else ascents[-1])
     return grads
 
 
-def _in_result(rule: SharpnessRule, i: int) -> bool:
+_WITHOUT_PRODUCTS = (
+    "rules of gradients alone, such as gam() in place of gam_hvp() and "
+    "gradient_regularisation(scheme='central') in place of 'exact'"
+)
+
+
+def in_result(rule: SharpnessRule, i: int) -> bool:
+    """Whether ``combine`` uses evaluation ``i``."""
     return rule.in_result is None or i in rule.in_result
 
 
+def when_due(
+    rule: SharpnessRule,
+    state: RuleState,
+    full: Callable[[Operand], Result],
+    skip: Callable[[Operand], Result],
+    operand: Operand,
+) -> Result:
+    """``full(operand)`` if all evaluations are due, ``skip(operand)`` if not."""
+    if rule.due is None:
+        return full(operand)
+    return lax.cond(rule.due(state), full, skip, operand)
+
+
+def finish(
+    rule: SharpnessRule,
+    params: optax.Params,
+    state: RuleState,
+    grads: Grads,
+    like: optax.Updates,
+    mean: Mean | None = None,
+) -> tuple[optax.Updates, RuleState]:
+    """Result and next state of a step with all its gradients.
+
+    Args:
+      rule: The rule.
+      params: The parameters ``x``.
+      state: State of the rule.
+      grads: All gradients of the step, ``g_0, g_1, ...``
+      like: A gradient in the structure and dtypes of the result.
+      mean: Mean over devices that have gradients of their own. The result is the mean
+        of their results, and the memory is made of the mean gradients.
+
+    Returns:
+      The gradient and the next state.
+    """
+    gradient, memory = rule.combine(params, grads, state)
+    if mean is not None:
+        gradient, grads = mean(gradient), mean(grads)
+        memory = rule.combine(params, grads, state)[1]
+    return _like(gradient, like), advanced(rule, state, memory, grads)
+
+
+def finish_plain(
+    rule: SharpnessRule,
+    params: optax.Params,
+    state: RuleState,
+    g: optax.Updates,
+    mean: Mean | None = None,
+) -> tuple[optax.Updates, RuleState]:
+    """Result and next state of a step that is not due, from its one gradient ``g``."""
+    first = widened(g, params)
+    first = first if mean is None else mean(first)
+    gradient, memory = first, state.rule_memory
+    if rule.skip is not None:
+        gradient, memory = rule.skip(params, first, state)
+    return _like(gradient, g), advanced(rule, state, memory, [first])
+
+
 def advanced(
-    rule: SharpnessRule, state: RuleState, memory: Any, grads: Grads
+    rule: SharpnessRule, state: RuleState, memory: Memory, grads: Grads
 ) -> RuleState:
-    """The next state; memory keeps its value where a gradient is not finite."""
+    """The next state. The memory stays as it was if a gradient is not finite."""
     step = _numerics.advance_clock(state.rule_step, rule.period)
     if jax.tree.leaves(memory):
         finite = _numerics.all_finite(list(grads))
@@ -154,40 +248,8 @@ def advanced(
     return RuleState(step, memory)
 
 
-WITHOUT_PRODUCTS = (
-    "rules of gradients alone, such as gam() in place of gam_hvp() and "
-    "gradient_regularisation(scheme='central') in place of 'exact'"
-)
-
-
-def _hessian_product(grad_at: Callable[[Any], Any], x: Any, along: Any) -> Any:
-    """``H(x) v``, forward over reverse."""
-    leaves, structure = jax.tree.flatten(x)
-    tangents = structure.flatten_up_to(along)
-    moving = [i for i, v in enumerate(tangents) if v is not None]
-
-    def of(values):
-        changed = list(leaves)
-        for i, value in zip(moving, values, strict=True):
-            changed[i] = value
-        return grad_at(structure.unflatten(changed))
-
-    tangent = [tangents[i].astype(leaves[i].dtype) for i in moving]
-    # Inside shard_map a local direction makes the point local too.
-    primal = [
-        _mesh.vary(leaves[i], _mesh.varying_axes(v))
-        for i, v in zip(moving, tangent, strict=True)
-    ]
-    return _numerics.derivative_along(of, primal, tangent, WITHOUT_PRODUCTS)
-
-
-def skipping(rule: SharpnessRule) -> Callable[[Any, Any, RuleState], tuple[Any, Any]]:
-    """What a step does that is not due: the plain gradient unless the rule says."""
-    return rule.skip or (lambda params, g, state: (g, state.rule_memory))
-
-
-def like(gradient: Any, g: Any) -> Any:
-    """The gradient in the structure and dtypes in which gradients come."""
+def _like(gradient: optax.Updates, g: optax.Updates) -> optax.Updates:
+    """``gradient`` in the structure and dtypes of ``g``."""
     return jax.tree.map(
         lambda g, new: g if new is None else new.astype(g.dtype),
         g,
@@ -197,10 +259,14 @@ def like(gradient: Any, g: Any) -> Any:
 
 
 def refuse_masked(name: str, tree: Any) -> None:
-    """The loss cannot be called on a masked tree."""
+    """Raises if a tree is masked, because the loss cannot be called on it.
+
+    Raises:
+      ValueError: If a leaf is ``optax.MaskedNode``.
+    """
     leaves = jax.tree.leaves(tree, is_leaf=_leaves.is_masked)
     if any(_leaves.is_masked(leaf) for leaf in leaves):
         raise ValueError(
-            f"{name} cannot stand inside optax.masked or optax.partition; pass where= "
-            "to the rule, or use sharpness_aware before the chain."
+            f"{name} cannot be used inside optax.masked or optax.partition; pass "
+            "where= to the rule, or use sharpness_aware before the chain."
         )

@@ -4,27 +4,45 @@ result = combine(g_0, ..., g_n)
 """
 
 from collections.abc import Callable
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_avg import _checks, _leaves, _mixups, _numerics
-from optax_avg.sharpness._rule import Grads, RuleState, SharpnessRule
-from optax_avg.sharpness.offsets import (
+from optax_avg.sharpness._ascent import (
     Radius,
     after_clean,
     ascent,
     check_one_radius,
     check_radius,
-    finite,
     radius_at,
-    sam,
 )
+from optax_avg.sharpness._rule import Combine, Memory, SharpnessRule
+from optax_avg.sharpness.offsets import sam
+
+__all__ = [
+    "cr_sam",
+    "every_k",
+    "friendly_sam",
+    "gam",
+    "gam_hvp",
+    "gnp",
+    "gradient_regularisation",
+    "gsam",
+    "look_sam",
+    "momentum_sam",
+    "vasso",
+    "wsam",
+]
+
+Scheme = Literal["forward", "backward", "central", "exact"]
+Decomposition = Literal["paper", "reference"]
 
 
-def _linear(*pairs: tuple[Any, Any]) -> Any:
-    """``sum_i c_i v_i`` over trees."""
+def _linear(*pairs: tuple[jax.typing.ArrayLike, optax.Updates]) -> optax.Updates:
+    """``sum_i c_i v_i`` over trees, from pairs ``(c_i, v_i)``."""
     factors = [c for c, _ in pairs]
     return jax.tree.map(
         lambda *leaves: sum(c * v for c, v in zip(factors, leaves, strict=True)),
@@ -32,7 +50,7 @@ def _linear(*pairs: tuple[Any, Any]) -> Any:
     )
 
 
-def _combining(f: Callable[..., Any]) -> Callable[[Any, Grads, RuleState], Any]:
+def _combining(f: Callable[..., optax.Updates]) -> Combine:
     """A ``combine`` without memory from a function of the gradients."""
     return lambda params, grads, state: (f(*grads), state.rule_memory)
 
@@ -40,77 +58,97 @@ def _combining(f: Callable[..., Any]) -> Callable[[Any, Grads, RuleState], Any]:
 def gsam(rho: Radius = 0.05, alpha: float = 0.4) -> SharpnessRule:
     """Surrogate-gap SAM: ``gd - alpha (part of g0 orthogonal to gd)``.
 
+    ``d = rho g0/|g0|``.
+
     Args:
-      rho: radius; the authors let it follow the learning rate, see
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params. The
+        authors let it follow the learning rate, as does
         :func:`optax_avg.schedules.follow_learning_rate`.
-      alpha: weight of the ascent on the surrogate gap; 0 is SAM.
+      alpha: Weight of the ascent on the surrogate gap, not negative. With 0 this is
+        SAM.
 
     Returns:
       A rule of 2 gradients.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` or ``alpha`` is negative or not finite.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.gsam(0.05, alpha=0.4)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.gsam(0.5, alpha=0.4)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.23, 4.85]
 
     References:
       Zhuang et al., "Surrogate Gap Minimization Improves Sharpness-Aware Training",
       2022, 2203.08065.
     """
-    alpha = finite("alpha", alpha)
+    alpha = _checks.finite("alpha", alpha)
     combine = lambda g0, gd: _linear((1, gd), (-alpha, _numerics.project_out(g0, gd)))
     return sam(rho)._replace(combine=_combining(combine), in_result=None)
 
 
 def gnp(rho: Radius = 0.05, alpha: float = 0.8) -> SharpnessRule:
-    """Gradient norm penalty: ``(1 - alpha) g0 + alpha gd`` with ``d = rho u(g0)``.
+    """Gradient norm penalty: ``(1 - alpha) g0 + alpha gd`` with ``d = rho g0/|g0|``.
 
-    The authors' code mixes in ``u(g0)`` in place of ``g0``; this is the paper's.
+    This is the paper's rule. The authors' code mixes in ``g0/|g0|`` in place of ``g0``.
 
     Args:
-      rho: Radius; the paper writes ``r``.
-      alpha: penalty over radius; 1 is SAM.
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params. The
+        paper writes ``r``.
+      alpha: Weight of the penalty over the radius, not negative. With 1 this is SAM.
 
     Returns:
       A rule of 2 gradients.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` or ``alpha`` is negative or not finite.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.gnp(0.05, alpha=0.8)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.gnp(0.5, alpha=0.5)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.15, 4.4]
 
     References:
       Zhao et al., "Penalizing Gradient Norm for Efficiently Improving Generalization in
       Deep Learning", 2022, 2202.03599.
     """
-    alpha = finite("alpha", alpha)
+    alpha = _checks.finite("alpha", alpha)
     combine = lambda g0, gd: _linear((1 - alpha, g0), (alpha, gd))
-    rule = sam(rho)
-    return rule._replace(combine=_combining(combine), in_result=None)
+    return sam(rho)._replace(combine=_combining(combine), in_result=None)
 
 
 def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
     """Weighted SAM: ``(1 - a) g0 + a gd`` with ``a = gamma/(1 - gamma)``.
 
-    This is the coupled form; see :func:`optax_avg.decoupled_wsam` for the other.
+    ``d = rho g0/|g0|``. This is the coupled form; :func:`optax_avg.decoupled_wsam` is
+    the other one.
 
     Args:
-      rho: radius.
-      gamma: weight of the sharpness, in [0, 1); 1/2 is SAM.
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
+      gamma: Weight of the sharpness, in [0, 1). With 1/2 this is SAM.
 
     Returns:
       A rule of 2 gradients.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` is negative or not finite, or ``gamma`` is not in [0, 1).
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.wsam(0.05, gamma=0.5)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.wsam(0.5, gamma=0.75)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.9, 6.4]
 
     References:
       Yue et al., "Sharpness-Aware Minimization Revisited: Weighted Sharpness as a
@@ -122,7 +160,9 @@ def wsam(rho: Radius = 0.05, gamma: float = 0.9) -> SharpnessRule:
 
 
 def gradient_regularisation(
-    gamma: float = 0.01, rho: Radius = 0.01, scheme: str = "forward"
+    gamma: float = 0.01,
+    rho: optax.ScalarOrSchedule = 0.01,
+    scheme: Scheme = "forward",
 ) -> SharpnessRule:
     """Gradient of ``L + gamma/2 |grad L|^2`` by finite differences, or exactly.
 
@@ -131,29 +171,37 @@ def gradient_regularisation(
     g0))/(2 rho)``; ``"exact"``: ``g0 + gamma H g0``.
 
     Args:
-      gamma: weight of the penalty.
-      rho: Step of the difference; positive. The paper writes ``epsilon``.
-      scheme: of the difference.
+      gamma: Weight of the penalty, not negative.
+      rho: Step of the difference per unit of gradient, a positive number or a schedule.
+        The paper writes ``epsilon``.
+      scheme: Which difference to take, or ``"exact"`` for the Hessian-vector product.
 
     Returns:
       A rule of 2 gradients (3 for ``"central"``; 1 and a Hessian-vector product for
-      ``"exact"``). It is not invariant to the scale of the loss.
+      ``"exact"``). It depends on the scale of the loss.
 
     Raises:
-      ValueError: If an argument is out of range.
-      TypeError: When ``"exact"`` is used, if the gradient has no forward derivative, as
-        where the ``fwd`` of a ``jax.custom_vjp`` calls the function itself.
+      ValueError: If ``gamma`` is negative, ``rho`` is not positive or is a tree, one of
+        them is not finite, or ``scheme`` is unknown.
+      TypeError: When ``"exact"`` is used, if the gradient has no forward derivative.
+        An example is a ``jax.custom_vjp`` whose ``fwd`` calls the function itself.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.gradient_regularisation(0.1, 0.05)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.gradient_regularisation(0.5, scheme="exact")
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [4.5, 8.0]
 
     References:
       Karakida et al., "Understanding Gradient Regularization in Deep Learning:
       Efficient Finite-Difference Computation and Implicit Bias", 2023, 2210.02720.
     """
-    gamma = finite("gamma", gamma)
+    gamma = _checks.finite("gamma", gamma)
     rho = check_one_radius("rho", rho, "gradient_regularisation", open_low=True)
+    _checks.one_of("scheme", scheme, get_args(Scheme))
     if scheme == "exact":
         return SharpnessRule(
             2,
@@ -161,54 +209,58 @@ def gradient_regularisation(
             _combining(lambda g0, hg: _linear((1, g0), (gamma, hg))),
             direction=lambda i, params, grads, state: grads[0] if i == 1 else None,
         )
-    signs = {"forward": (1,), "backward": (-1,), "central": (1, -1)}
-    if scheme not in signs:
-        raise ValueError(f"scheme must be one of {[*signs, 'exact']}, got {scheme!r}.")
+    signs = {"forward": (1,), "backward": (-1,), "central": (1, -1)}[scheme]
 
     def probe(i, params, grads, state):
         if i == 0:
             return None
-        return _numerics.scale(signs[scheme][i - 1] * radius_at(rho, state), grads[0])
+        return _numerics.scale(signs[i - 1] * radius_at(rho, state), grads[0])
 
     def combine(params, grads, state):
         g0, r = grads[0], gamma / radius_at(rho, state)
         if scheme == "central":
             result = _linear((1, g0), (r / 2, grads[1]), (-r / 2, grads[2]))
         else:
-            sign = signs[scheme][0]
+            sign = signs[0]
             result = _linear((1 - sign * r, g0), (sign * r, grads[1]))
         return result, state.rule_memory
 
-    return SharpnessRule(1 + len(signs[scheme]), probe, combine)
+    return SharpnessRule(1 + len(signs), probe, combine)
 
 
 def cr_sam(rho: Radius = 0.05, gamma: float = 0.1, beta: float = 0.01) -> SharpnessRule:
-    """Curvature-regularised SAM, with ``gw`` at ``x + d`` and ``gb`` at ``x - d``.
+    """Curvature-regularised SAM: ``gw + gamma (gw + gb - 2 g0) + beta (gw - gb)``.
 
-    ``gw + gamma (gw + gb - 2 g0) + beta (gw - gb)``, ``d = rho u(g0)``.
+    ``gw`` is the gradient at ``x + d``, ``gb`` that at ``x - d``, ``d = rho g0/|g0|``.
 
     Args:
-      rho: radius.
-      gamma: weight of the second difference.
-      beta: weight of the first difference; with ``gamma`` 0 as well this is SAM.
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
+      gamma: Weight of the second difference, not negative.
+      beta: Weight of the first difference, not negative. If ``gamma`` and ``beta`` are
+        0 this is SAM.
 
     Returns:
       A rule of 3 gradients.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho``, ``gamma`` or ``beta`` is negative or not finite.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.cr_sam(0.05)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.cr_sam(0.5, gamma=0.1, beta=0.25)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.45, 5.2]
 
     References:
       Wu et al., "CR-SAM: Curvature Regularized Sharpness-Aware Minimization", 2024,
       2312.13555.
     """
     rho = check_radius("rho", rho)
-    gamma = finite("gamma", gamma)
-    beta = finite("beta", beta)
+    gamma = _checks.finite("gamma", gamma)
+    beta = _checks.finite("beta", beta)
 
     def probe(i, params, grads, state):
         if i == 0:
@@ -222,12 +274,17 @@ def cr_sam(rho: Radius = 0.05, gamma: float = 0.1, beta: float = 0.01) -> Sharpn
     return SharpnessRule(3, probe, _combining(combine))
 
 
-def _ema_of_gradients(params: Any) -> tuple[jax.Array, Any]:
-    """No gradient yet, and zeros."""
-    return jnp.asarray(False), _leaves.over(_numerics.zeros_like, params, params)
+def _zeros(params: optax.Params) -> optax.Updates:
+    """Zeros in the place of gradients, in float32 or wider."""
+    return _leaves.over(_numerics.zeros_like, params, params)
 
 
-def _ema(memory: Any, decay: Any, g: Any) -> tuple[jax.Array, Any]:
+def _no_mean(params: optax.Params) -> Memory:
+    """A mean of gradients that has seen none: ``(False, zeros)``."""
+    return jnp.asarray(False), _zeros(params)
+
+
+def _ema(memory: Memory, decay: float | jax.Array, g: optax.Updates) -> Memory:
     """``m <- decay m + (1 - decay) g``; the first gradient itself."""
     begun, m = memory
     mixed = jax.tree.map(
@@ -237,23 +294,29 @@ def _ema(memory: Any, decay: Any, g: Any) -> tuple[jax.Array, Any]:
 
 
 def vasso(rho: Radius = 0.05, theta: float = 0.4) -> SharpnessRule:
-    """Variance-suppressed SAM: ``d = rho u(m)``, ``m <- (1 - theta) m + theta g0``.
+    """Variance-suppressed SAM: ``d = rho m/|m|``, result ``gd``.
 
-    ``m`` starts at the first ``g0``.
+    ``m <- (1 - theta) m + theta g0`` before ``d`` is made; ``m`` starts at the first
+    ``g0``.
 
     Args:
-      rho: radius.
-      theta: weight of the newest gradient, in [0, 1]; 1 is SAM.
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
+      theta: Weight of the newest gradient, in [0, 1]. With 1 this is SAM.
 
     Returns:
       A rule of 2 gradients that remembers ``m``.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` is negative or not finite, or ``theta`` is not in [0, 1].
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.vasso(0.05, theta=0.4)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.vasso(0.5, theta=0.4)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.3, 4.8]
 
     References:
       Li and Giannakis, "Enhancing Sharpness-Aware Optimization Through Variance
@@ -269,38 +332,44 @@ def vasso(rho: Radius = 0.05, theta: float = 0.4) -> SharpnessRule:
     def combine(params, grads, state):
         return grads[-1], _ema(state.rule_memory, 1 - theta, grads[0])
 
-    probe = after_clean(offset)
-    return SharpnessRule(2, probe, combine, _ema_of_gradients, in_result=())
+    return SharpnessRule(2, after_clean(offset), combine, _no_mean, in_result=())
 
 
 def friendly_sam(
     rho: Radius = 0.05, sigma: float = 1.0, decay: float = 0.9
 ) -> SharpnessRule:
-    """Friendly SAM: ``d = rho u(g0 - sigma m)``, then ``m`` follows ``g0``.
+    """Friendly SAM: ``d = rho u/|u|`` with ``u = g0 - sigma m``, result ``gd``.
 
-    ``m <- decay m + (1 - decay) g0``. The first step is SAM's and sets ``m`` to ``g0``.
+    Then ``m <- decay m + (1 - decay) g0``. The first step is a step of SAM and sets
+    ``m`` to ``g0``.
 
     Args:
-      rho: radius.
-      sigma: share of the full gradient, as ``m`` estimates it, that is removed; 0 is
-        SAM.
-      decay: of ``m``, in [0, 1].
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
+      sigma: Share of the full gradient, as estimated by ``m``, that is removed from the
+        ascent; not negative. With 0 this is SAM.
+      decay: Decay of ``m``, in [0, 1].
 
     Returns:
       A rule of 2 gradients that remembers ``m``.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` or ``sigma`` is negative or not finite, or ``decay`` is not
+        in [0, 1].
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.friendly_sam(0.05)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.friendly_sam(0.5)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.3, 4.8]
 
     References:
       Li et al., "Friendly Sharpness-Aware Minimization", 2024, 2403.12350.
     """
     rho = check_radius("rho", rho)
-    sigma = finite("sigma", sigma)
+    sigma = _checks.finite("sigma", sigma)
     decay = _checks.within("decay", decay, 0, 1)
 
     def offset(params, g0, state):
@@ -311,35 +380,43 @@ def friendly_sam(
     def combine(params, grads, state):
         return grads[-1], _ema(state.rule_memory, decay, grads[0])
 
-    probe = after_clean(offset)
-    return SharpnessRule(2, probe, combine, _ema_of_gradients, in_result=())
+    return SharpnessRule(2, after_clean(offset), combine, _no_mean, in_result=())
 
 
 def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
-    """The rule at every ``k``-th step, from the first; the plain gradient elsewhere.
+    """The rule at every ``k``-th step, the plain gradient at the others.
 
-    The other evaluations stand under ``lax.cond``, in which XLA's CPU backend runs
-    gradients of convolutions an order of magnitude slower; there take
-    :func:`optax_avg.multi_call`, which has every gradient outside of it.
+    The first step follows the rule. On the other steps the further evaluations are
+    skipped by ``lax.cond``. XLA's CPU backend runs gradients of convolutions inside of
+    ``lax.cond`` an order of magnitude slower; there use :func:`optax_avg.multi_call`,
+    which takes every gradient outside of it.
 
     Args:
-      rule: any rule with a clean evaluation.
-      k: at least 1.
+      rule: A rule of two evaluations or more.
+      k: Number of steps from one that follows the rule to the next, at least 1.
 
     Returns:
       A rule whose other steps cost one gradient.
 
     Raises:
       ValueError: If ``k`` is below 1, or the rule has one evaluation.
+      TypeError: If ``rule`` is no rule.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.every_k(oa.rules.sam(0.05), 5)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> rule = oa.rules.every_k(oa.rules.sam(0.5), 2)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(lambda x: 0.5 * x**2), rule)
+      >>> x = jnp.array(2.0)
+      >>> _, first, state = sharp(x, sharp.init(x))
+      >>> float(first), float(sharp(x, state)[1])
+      (2.5, 2.0)
     """
     _mixups.refuse_no_rule("every_k", rule)
     _checks.check_integer("k", k, 1)
     if rule.num_evals < 2:
-        raise ValueError("every_k needs a rule of two evaluations or more.")
+        raise ValueError(
+            "every_k needs a rule of two evaluations or more; use this rule as it is."
+        )
     inner = rule.due
     due = lambda state: (
         (state.rule_step % k == 0) & (True if inner is None else inner(state))
@@ -350,29 +427,36 @@ def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
 def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRule:
     """LookSAM: SAM every ``k`` steps, its new direction reused in between.
 
-    SAM steps return ``gd`` and keep ``gv``, the part of ``gd`` orthogonal to ``g0``;
-    the others return ``g0 + alpha (|g0|/|gv|) gv``, or ``g0`` while ``gv`` is 0.
+    SAM steps have the result ``gd`` and keep ``gv``, the part of ``gd`` orthogonal to
+    ``g0``. The other steps have the result ``g0 + alpha (|g0|/|gv|) gv``, or ``g0`` if
+    ``gv`` is 0.
 
     Args:
-      rho: radius.
-      k: steps between SAM steps; 1 is SAM.
-      alpha: weight of the reused direction.
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
+      k: Number of steps from one SAM step to the next, at least 1. With 1 this is SAM.
+      alpha: Weight of the reused direction, not negative.
 
     Returns:
       A rule of ``1 + 1/k`` gradients that remembers ``gv``.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` or ``alpha`` is negative or not finite, or ``k`` is below
+        1.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.look_sam(0.05, k=5)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.look_sam(0.5, k=5)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.3, 4.8]
 
     References:
       Liu et al., "Towards Efficient and Scalable Sharpness-Aware Minimization", 2022,
       2203.02714.
     """
-    alpha = finite("alpha", alpha)
+    alpha = _checks.finite("alpha", alpha)
 
     def combine(params, grads, state):
         return grads[-1], _numerics.project_out(grads[-1], grads[0])
@@ -381,35 +465,33 @@ def look_sam(rho: Radius = 0.05, k: int = 5, alpha: float = 0.7) -> SharpnessRul
         gv = state.rule_memory
         return _linear((1, g0), (alpha * _numerics.norm(g0), _numerics.unit(gv))), gv
 
-    rule = SharpnessRule(
-        2,
-        sam(rho).probe,
-        combine,
-        init_memory=lambda params: _ema_of_gradients(params)[1],
-        skip=skip,
-    )
+    rule = SharpnessRule(2, sam(rho).probe, combine, _zeros, skip=skip)
     return every_k(rule, k)
 
 
 def momentum_sam(rho: Radius = 0.05, mu: float = 0.9) -> SharpnessRule:
-    """Momentum SAM: ``d = -rho u(v)``, result ``gd``, then ``v <- mu v + gd``.
+    """Momentum SAM: ``d = -rho v/|v|``, result ``gd``, then ``v <- mu v + gd``.
 
-    One gradient a step. Value, aux and statistics are those of the perturbed pass.
+    A step costs one gradient. Value, aux and statistics are those at ``x + d``.
 
     Args:
-      rho: radius.
-      mu: decay of the momentum ``v``, in [0, 1).
+      rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
+      mu: Decay of the momentum ``v``, in [0, 1).
 
     Returns:
       A rule of 1 gradient that remembers ``v``.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``rho`` is negative or not finite, or ``mu`` is not in [0, 1).
 
     Example:
-      >>> import optax_avg as oa
-      >>> oa.rules.momentum_sam(0.05).num_evals
-      1
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> rule = oa.rules.momentum_sam(0.5)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(lambda x: 0.5 * x**2), rule)
+      >>> x = jnp.array(2.0)
+      >>> _, first, state = sharp(x, sharp.init(x))
+      >>> float(first), float(sharp(x, state)[1])
+      (2.0, 1.5)
 
     References:
       Becker et al., "Momentum-SAM: Sharpness Aware Minimization without Computational
@@ -425,7 +507,7 @@ def momentum_sam(rho: Radius = 0.05, mu: float = 0.9) -> SharpnessRule:
     def combine(params, grads, state):
         return grads[0], _linear((mu, state.rule_memory), (1, grads[0]))
 
-    return SharpnessRule(1, probe, combine, lambda params: _ema_of_gradients(params)[1])
+    return SharpnessRule(1, probe, combine, _zeros)
 
 
 def gam(
@@ -434,39 +516,45 @@ def gam(
     alpha: float = 0.6,
     beta: float = 0.5,
     gamma: float = 0.03,
-    decomposition: str = "paper",
+    decomposition: Decomposition = "paper",
 ) -> SharpnessRule:
     """Gradient norm aware minimization, algorithm 2.
 
-    ``g1`` at ``x + rho' u(g0)``; ``e2 = rho u(g1 - g0)``; ``g2`` at ``x + e2``; ``g3``
-    at ``x + e2 + rho' u(g2)``. ``h+ = alpha g1 + (1 - alpha) g3`` and ``h- = beta g0 +
-    (1 - beta) g2``; result ``h+ - gamma (part of h- orthogonal to h+)``. The authors'
-    code has ``h- = g0 + |1 - beta| g2``: ``decomposition="reference"``.
+    With ``u(v) = v/|v|``: ``g1`` at ``x + rho' u(g0)``; ``e2 = rho u(g1 - g0)``; ``g2``
+    at ``x + e2``; ``g3`` at ``x + e2 + rho' u(g2)``. ``h+ = alpha g1 + (1 - alpha) g3``
+    and ``h- = beta g0 + (1 - beta) g2``; result ``h+ - gamma (part of h- orthogonal to
+    h+)``. The authors' code has ``h- = g0 + |1 - beta| g2``:
+    ``decomposition="reference"``.
 
-    The defaults are those of the authors' code for CIFAR-100 with a ResNet. There
-    ``grad_norm_rho`` is ``rho``, ``grad_rho`` is ``rho_prime``, ``grad_beta_1``, the
-    weight of ``g1``, is ``alpha``, ``grad_beta_0`` is ``beta``, and ``grad_gamma`` is
-    ``gamma``, as its README says, too.
+    The defaults are those of the authors' code for CIFAR-100 with a ResNet. Its names
+    are ``grad_norm_rho`` for ``rho``, ``grad_rho`` for ``rho_prime``, ``grad_beta_1``
+    for ``alpha``, ``grad_beta_0`` for ``beta`` and ``grad_gamma`` for ``gamma``.
 
     Args:
-      rho: radius of the ball in which the gradient norm is maximised.
-      rho_prime: step of the finite differences.
-      alpha: weight of ``g1`` in ``h+``.
-      beta: weight of ``g0`` in ``h-``.
-      gamma: weight of the orthogonal part; with ``alpha`` 1 and ``gamma`` 0 this is SAM
-        of radius ``rho_prime``.
-      decomposition: ``"paper"`` or ``"reference"``.
+      rho: Radius of the ball in which the gradient norm is maximised; a number, a
+        schedule, or a tree of them like a prefix of params.
+      rho_prime: Length of the step of the finite differences, of the same kinds.
+      alpha: Weight of ``g1`` in ``h+``, in [0, 1].
+      beta: Weight of ``g0`` in ``h-``, not negative.
+      gamma: Weight of the orthogonal part, not negative. With ``alpha`` 1 and ``gamma``
+        0 this is SAM of radius ``rho_prime``.
+      decomposition: Which ``h-`` to use, ``"paper"`` or ``"reference"``.
 
     Returns:
       A rule of 4 gradients.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If ``alpha`` is not in [0, 1], another number is negative or not
+        finite, or ``decomposition`` is unknown.
 
     Example:
-      >>> import optax_avg as oa
-      >>> oa.rules.gam().num_evals
-      4
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.gam(0.5, 0.25)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.21, 4.78]
 
     References:
       Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and
@@ -474,12 +562,9 @@ def gam(
     """
     rho, rho_prime = check_radius("rho", rho), check_radius("rho_prime", rho_prime)
     alpha = _checks.within("alpha", alpha, 0, 1)
-    beta = finite("beta", beta)
-    gamma = finite("gamma", gamma)
-    if decomposition not in ("paper", "reference"):
-        raise ValueError(
-            f"decomposition must be 'paper' or 'reference', got {decomposition!r}."
-        )
+    beta = _checks.finite("beta", beta)
+    gamma = _checks.finite("gamma", gamma)
+    _checks.one_of("decomposition", decomposition, get_args(Decomposition))
 
     def probe(i, params, grads, state):
         if i == 0:
@@ -501,33 +586,41 @@ def gam(
     return SharpnessRule(4, probe, _combining(combine), num_ascents=3)
 
 
-def gam_hvp(rho: Radius = 0.2, alpha: float = 1.0) -> SharpnessRule:
+def gam_hvp(rho: optax.ScalarOrSchedule = 0.2, alpha: float = 1.0) -> SharpnessRule:
     """Gradient norm aware minimization, algorithm 1, with Hessian-vector products.
 
-    ``f = H g0/|g0|``, ``xa = x + rho u(f)``, result ``g0 + alpha rho H(xa) g(xa)/
+    ``f = H g0/|g0|``, ``xa = x + rho f/|f|``, result ``g0 + alpha rho H(xa) g(xa)/
     |g(xa)|``.
 
     Args:
-      rho: radius of the ball in which the gradient norm is maximised.
-      alpha: weight of the regulariser.
+      rho: Radius of the ball in which the gradient norm is maximised, a number or a
+        schedule.
+      alpha: Weight of the regulariser, not negative.
 
     Returns:
       A rule of 2 gradients and 2 Hessian-vector products.
 
     Raises:
-      ValueError: If an argument is out of range.
-      TypeError: When it is used, if the gradient has no forward derivative, as where
-        the ``fwd`` of a ``jax.custom_vjp`` calls the function itself.
+      ValueError: If ``rho`` or ``alpha`` is negative or not finite, or ``rho`` is a
+        tree.
+      TypeError: When the rule is used, if the gradient has no forward derivative. An
+        example is a ``jax.custom_vjp`` whose ``fwd`` calls the function itself.
 
     Example:
-      >>> import optax_avg as oa
-      >>> rule = oa.rules.gam_hvp(0.2)
+      >>> import jax, jax.numpy as jnp, optax_avg as oa
+      >>> loss = lambda x: x @ (jnp.array([0.5, 1.0]) * x)
+      >>> rule = oa.rules.gam_hvp(0.5)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> x = jnp.array([3.0, 2.0])
+      >>> [round(float(g), 2) for g in sharp(x, sharp.init(x))[1]]
+      [3.27, 4.84]
 
     References:
-      Zhang et al., 2023, 2303.03108.
+      Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and
+      Improves Generalization", 2023, 2303.03108.
     """
     rho = check_one_radius("rho", rho, "gam_hvp")
-    alpha = finite("alpha", alpha)
+    alpha = _checks.finite("alpha", alpha)
 
     def probe(i, params, grads, state):
         return None if i < 2 else ascent(params, grads[1], radius_at(rho, state))

@@ -3,90 +3,102 @@
     g_i = gradient at x + probe(i, g_0, ..., g_{i-1}),
     result = combine(g_0, g_1, ...)
 
-:func:`sharpness_aware` wraps a ``value_and_grad`` function and is the form to take;
-:func:`as_link` makes a rule the first link of an Optax chain;
-:func:`optax_avg.multi_call` serves trainers that compute one gradient a call. The rules
-are in :mod:`optax_avg.rules`.
+:func:`sharpness_aware` wraps a ``value_and_grad`` function; it suits most training
+loops. :func:`as_link` makes a rule the first link of an Optax chain.
+:func:`optax_avg.multi_call` serves trainers that compute one gradient per call. The
+rules are in :mod:`optax_avg.rules`.
 """
 
-from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+import functools
+from collections.abc import Callable
+from typing import Any, Literal, Protocol
 
 import jax
-import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _checks, _leaves, _mesh, _mixups, _numerics, _sight
+from optax_avg import _checks, _leaves, _mesh, _mixups, _sight
 from optax_avg.sharpness._rule import (
+    GradientAt,
+    Mean,
     RuleState,
     SharpnessRule,
-    _in_result,
-    advanced,
     displaced,
     evaluate,
+    finish,
+    finish_plain,
+    in_result,
     init_state,
-    like,
     refuse_masked,
-    skipping,
+    when_due,
     widened,
 )
 
+__all__ = ["SharpnessAware", "as_link", "sharpness_aware"]
+
+Out = Any  # the value, a scalar, or (value, aux) with has_aux
+ValueAndGradFn = Callable[..., tuple[Out, optax.Updates]]
+Perturbation = Literal["local", "global"] | _mesh.AxisName
+
+_Evaluation = Callable[[optax.Params], tuple[Out, optax.Updates]]
+
 
 class SharpnessAware(Protocol):
-    """What :func:`sharpness_aware` returns."""
+    """What :func:`sharpness_aware` returns: a function with an attribute ``init``."""
 
-    init: Callable[[Any], RuleState]
+    init: Callable[[optax.Params], RuleState]
 
     def __call__(
-        self, params: Any, state: RuleState, *args: Any, **kwargs: Any
-    ) -> tuple[Any, Any, RuleState]:
+        self, params: optax.Params, state: RuleState, *args: Any, **kwargs: Any
+    ) -> tuple[Out, optax.Updates, RuleState]:
         """Returns the value (with aux), the gradient and the next state."""
         ...
 
 
 def sharpness_aware(
-    value_and_grad_fn: Callable[..., tuple[Any, Any]],
+    value_and_grad_fn: ValueAndGradFn,
     rule: SharpnessRule,
     *,
     has_aux: bool = False,
-    ascent_fn: Callable[..., tuple[Any, Any]] | None = None,
-    axis_name: str | Sequence[str] | None = None,
-    perturbation: str | Sequence[str] = "local",
+    ascent_fn: ValueAndGradFn | None = None,
+    axis_name: _mesh.AxisName | None = None,
+    perturbation: Perturbation = "local",
 ) -> SharpnessAware:
     """Makes a drop-in for ``jax.value_and_grad`` whose gradient follows a rule.
 
-    Value and aux are those of the first evaluation: the clean parameters, but for
-    ``momentum_sam``, which has no clean evaluation.
+    Value and aux are those of the first evaluation. It is at the clean parameters,
+    except for ``momentum_sam``, which has no clean evaluation.
 
     Args:
       value_and_grad_fn: ``(params, *args, **kwargs) -> (value, grads)``, or
         ``((value, aux), grads)`` with ``has_aux``, as from ``jax.value_and_grad``.
-      rule: from :mod:`optax_avg.rules`.
-      has_aux: whether there is an aux.
-      ascent_fn: like ``value_and_grad_fn``, for the ascent (a loss without L2, or on
-        part of the batch). Offsets are made of its gradients alone, the result of the
-        loss's alone. Value and aux are then those of ``ascent_fn`` at the clean
-        parameters, at every step. Rules whose result is the last gradient cost as much
-        as before; ``gsam``, ``gnp``, ``wsam``, ``cr_sam``, ``gradient_regularisation``,
-        ``gam_hvp`` and the SAM steps of ``look_sam`` take one gradient more, ``gam``
-        takes three more. A step on which nothing is due costs one gradient of the loss
-        and the value of ``ascent_fn``.
-      axis_name: mapped axis or axes over which gradients and value are averaged.
-      perturbation: ``"local"``: every device ascends along its own gradient
-        (m-sharpness); ``"global"``: along the average over all axes; or the axes over
-        which the ascent is averaged. Without ``axis_name`` there is ``"local"`` alone:
-        gradients are taken as they come, under plain ``jit`` those of the whole batch.
+      rule: A rule from :mod:`optax_avg.rules`.
+      has_aux: Whether the functions return an aux.
+      ascent_fn: Function like ``value_and_grad_fn`` for the ascent, such as the loss
+        without L2 or on part of the batch. Offsets are made from its gradients alone,
+        the result from those of the loss alone. Value and aux are then those of
+        ``ascent_fn`` at the clean parameters, at every step. Rules whose result is the
+        last gradient cost as much as before. ``gsam``, ``gnp``, ``wsam``, ``cr_sam``,
+        ``gradient_regularisation``, ``gam_hvp`` and the SAM steps of ``look_sam`` take
+        one gradient more, ``gam`` takes three more. A step that is not due costs one
+        gradient of the loss and the value of ``ascent_fn``.
+      axis_name: Mapped axis or axes over which gradients and value are averaged.
+      perturbation: ``"local"``: each device ascends along its own gradient
+        (m-sharpness). ``"global"``: all ascend along the average over all axes. Names
+        of axes: the ascent is averaged over these. Only ``"local"`` is possible without
+        ``axis_name``: gradients are then used as they come, and under plain ``jit``
+        they are those of the whole batch.
 
     Returns:
       A function with an attribute ``init``: ``state = sharp.init(params)``; ``out,
       grads, state = sharp(params, state, *args, **kwargs)``. ``out`` is the value, or
-      ``(value, aux)`` with ``has_aux``.
+      ``(value, aux)`` with ``has_aux``. ``grads`` has the structure and dtypes of the
+      gradients of ``value_and_grad_fn``.
 
     Raises:
       ValueError: If ``perturbation`` names no axis, or ``ascent_fn`` is given to a rule
-        of one evaluation. The function itself raises if ``value_and_grad_fn`` returns
-        something else than it should.
+        of one evaluation. The returned function raises it if ``value_and_grad_fn`` does
+        not return what it should.
       TypeError: If ``rule`` is no rule, or a function cannot be called.
 
     Example:
@@ -99,68 +111,40 @@ def sharpness_aware(
       (2.0, 2.5)
 
     References:
-      See the rules.
+      Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
+      Generalization", 2021, 2010.01412. Each rule names its own paper.
     """
     _mixups.refuse_no_rule("sharpness_aware", rule)
     _mixups.refuse_no_function("value_and_grad_fn", value_and_grad_fn)
     if ascent_fn is not None:
         _mixups.refuse_no_function("ascent_fn", ascent_fn)
-    axes = _names(axis_name)
+    axes = _mesh.axis_names(axis_name)
     ascent_axes = _ascent_axes(perturbation, axes)
     if ascent_fn is not None and rule.num_evals < 2:
-        raise ValueError("this rule has one evaluation and takes no ascent_fn.")
+        raise ValueError(
+            "this rule has one evaluation and takes no ascent_fn; leave ascent_fn out."
+        )
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
+    mean = functools.partial(_mean, axes=rest_axes) if rest_axes else None
 
     def sharp(params, state, *args, **kwargs):
-        def taken(name, fn):
-            def out_and_grads(x):
+        def evaluation(name, fn):
+            def at(x):
                 # Of replicated parameters shard_map would sum the gradients itself.
                 x = jax.tree.map(lambda leaf: _mesh.vary(leaf, axes), x)
                 found = fn(x, *args, **kwargs)
                 _mixups.refuse_no_pair(name, found, params, has_aux)
                 return found[0], _mean(found[1], ascent_axes)
 
-            return out_and_grads
+            return at
 
-        loss_at = taken("value_and_grad_fn", value_and_grad_fn)
-        ascent_at = None if ascent_fn is None else taken("ascent_fn", ascent_fn)
-        start = displaced(params, rule.probe(0, params, (), state))
-
-        def full(ascent, g):
-            grads = evaluate(
-                rule,
-                lambda x: loss_at(x)[1],
-                params,
-                state,
-                [widened(g, params)],
-                [widened(ascent, params)],
-                None if ascent_at is None else lambda x, at=ascent_at: at(x)[1],
-            )
-            gradient, memory = rule.combine(params, grads, state)
-            if rest_axes:
-                gradient, grads = _mean(gradient, rest_axes), _mean(grads, rest_axes)
-                memory = rule.combine(params, grads, state)[1]
-            return like(gradient, g), advanced(rule, state, memory, grads)
-
-        def skip(g):
-            first = _mean(widened(g, params), rest_axes)
-            gradient, memory = skipping(rule)(params, first, state)
-            return like(gradient, g), advanced(rule, state, memory, [first])
-
-        if ascent_at is None:
-            out, g = loss_at(start)
-            gradient, state = _when_due(rule, state, lambda g: full(g, g), skip, g)
+        loss_at = evaluation("value_and_grad_fn", value_and_grad_fn)
+        if ascent_fn is None:
+            stepped = _step_of_one(rule, params, state, loss_at, mean)
         else:
-
-            def ascend(_):
-                out, ascent = ascent_at(start)
-                g = loss_at(start)[1] if _in_result(rule, 0) else ascent
-                return out, *full(ascent, g)
-
-            def descend(_):
-                return ascent_at(start)[0], *skip(loss_at(start)[1])
-
-            out, gradient, state = _when_due(rule, state, ascend, descend, ())
+            ascent_at = evaluation("ascent_fn", ascent_fn)
+            stepped = _step_of_two(rule, params, state, loss_at, ascent_at, mean)
+        out, gradient, state = stepped
         value, aux = out if has_aux else (out, None)
         value = _mean(value, axes)
         return ((value, aux) if has_aux else value), gradient, state
@@ -170,23 +154,86 @@ def sharpness_aware(
     return named
 
 
+def _step_of_one(
+    rule: SharpnessRule,
+    params: optax.Params,
+    state: RuleState,
+    loss_at: _Evaluation,
+    mean: Mean | None,
+) -> tuple[Out, optax.Updates, RuleState]:
+    """Value, gradient and next state of a step whose ascent is on the loss."""
+    out, g = loss_at(_first_point(rule, params, state))
+
+    def full(g):
+        first = [widened(g, params)]
+        grads = evaluate(rule, _gradient_of(loss_at), params, state, first, first)
+        return finish(rule, params, state, grads, g, mean)
+
+    def skip(g):
+        return finish_plain(rule, params, state, g, mean)
+
+    return out, *when_due(rule, state, full, skip, g)
+
+
+def _step_of_two(
+    rule: SharpnessRule,
+    params: optax.Params,
+    state: RuleState,
+    loss_at: _Evaluation,
+    ascent_at: _Evaluation,
+    mean: Mean | None,
+) -> tuple[Out, optax.Updates, RuleState]:
+    """Value, gradient and next state of a step whose ascent is on another function."""
+    start = _first_point(rule, params, state)
+
+    def full(_):
+        out, ascent = ascent_at(start)
+        g = loss_at(start)[1] if in_result(rule, 0) else ascent
+        grads = evaluate(
+            rule,
+            _gradient_of(loss_at),
+            params,
+            state,
+            [widened(g, params)],
+            [widened(ascent, params)],
+            _gradient_of(ascent_at),
+        )
+        return out, *finish(rule, params, state, grads, g, mean)
+
+    def skip(_):
+        g = loss_at(start)[1]
+        return ascent_at(start)[0], *finish_plain(rule, params, state, g, mean)
+
+    return when_due(rule, state, full, skip, ())
+
+
+def _first_point(
+    rule: SharpnessRule, params: optax.Params, state: RuleState
+) -> optax.Params:
+    return displaced(params, rule.probe(0, params, (), state))
+
+
+def _gradient_of(evaluation: _Evaluation) -> GradientAt:
+    return lambda x: evaluation(x)[1]
+
+
 def as_link(
     rule: SharpnessRule, name: str = "sharpness"
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the first link of an Optax chain, which replaces the gradient.
 
     Args:
-      rule: from :mod:`optax_avg.rules`.
-      name: for messages.
+      rule: A rule from :mod:`optax_avg.rules`.
+      name: Name of the link in error messages.
 
     Returns:
       A transformation whose ``update`` needs ``grad_fn=``, a function from parameters
-      to gradients on the same batch. Inside ``optax.MultiSteps`` it must be over all
-      micro-batches: Optax calls the inner update with the last one's.
+      to gradients on the same batch. Inside ``optax.MultiSteps`` it must cover all
+      micro-batches, because Optax calls the inner update at the last one only.
 
     Raises:
-      ValueError: If ``update`` gets no ``params`` or ``grad_fn``, a masked tree, or
-        something else than gradients.
+      ValueError: If ``update`` gets no ``params``, no ``grad_fn``, a masked tree, or
+        something other than gradients.
       TypeError: If ``rule`` is no rule, or ``grad_fn`` no function.
 
     Example:
@@ -199,18 +246,18 @@ def as_link(
     """
     _mixups.refuse_no_rule("as_link", rule)
 
-    def init(params: Any) -> RuleState:
+    def init(params: optax.Params) -> RuleState:
         refuse_masked(name, params)
         return init_state(rule, params)
 
     def update(
-        updates: Any,
+        updates: optax.Updates,
         state: Any,
         params: Any = None,
         *,
-        grad_fn: Any = None,
+        grad_fn: Any = None,  # checked below
         **extra_args: Any,
-    ) -> tuple[Any, Any]:
+    ) -> tuple[optax.Updates, RuleState]:
         del extra_args
         _checks.require_params(name, params)
         _sight.report(name, received=updates)
@@ -224,84 +271,20 @@ def as_link(
             return found
 
         def full(g):
+            # The one gradient of momentum_sam is not at the clean parameters.
             first = () if rule.num_evals == 1 else [widened(g, params)]
             grads = evaluate(rule, grad_at, params, state, first, first)
-            gradient, memory = rule.combine(params, grads, state)
-            return like(gradient, updates), advanced(rule, state, memory, grads)
+            return finish(rule, params, state, grads, updates)
 
         def skip(g):
-            first = widened(g, params)
-            gradient, memory = skipping(rule)(params, first, state)
-            return like(gradient, updates), advanced(rule, state, memory, [first])
+            return finish_plain(rule, params, state, g)
 
-        return _when_due(rule, state, full, skip, updates)
+        return when_due(rule, state, full, skip, updates)
 
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def trajectory_loss(
-    student_logits: jax.Array, teacher_logits: jax.Array, temperature: float = 5.0
-) -> jax.Array:
-    """MESA's trajectory loss: ``T^2 KL(teacher/T || student/T)``, mean over examples.
-
-    Added to the training loss with the logits of averaged parameters as the teacher's,
-    it flattens at the cost of one more forward pass. No gradient flows to the teacher.
-
-    Args:
-      student_logits: ``(..., classes)``.
-      teacher_logits: of the same shape.
-      temperature: ``T``, positive.
-
-    Returns:
-      A scalar in nats, float32 or wider.
-
-    Raises:
-      ValueError: If the shapes differ or ``temperature`` is not positive.
-
-    Example:
-      >>> import jax.numpy as jnp, optax_avg as oa
-      >>> float(oa.trajectory_loss(jnp.zeros((4, 3)), jnp.ones((4, 3))))
-      0.0
-
-    References:
-      Du et al., "Sharpness-Aware Training for Free", 2022, 2205.14083.
-    """
-    if jnp.shape(student_logits) != jnp.shape(teacher_logits):
-        raise ValueError(
-            f"logits differ in shape: {jnp.shape(student_logits)} of the student, "
-            f"{jnp.shape(teacher_logits)} of the teacher."
-        )
-    t = _checks.within(
-        "temperature", temperature, 0, float("inf"), open_low=True, closed_high=False
-    )
-    student = jax.nn.log_softmax(_numerics.wide(student_logits) / t)
-    teacher = jax.nn.log_softmax(_numerics.wide(lax.stop_gradient(teacher_logits)) / t)
-    # A class of probability 0 counts nothing, though its logit is infinite.
-    apart = jnp.where(teacher > -jnp.inf, teacher - student, 0)
-    kl = jnp.sum(jnp.exp(teacher) * apart, axis=-1)
-    return t**2 * jnp.mean(kl)
-
-
-def _when_due(
-    rule: SharpnessRule,
-    state: RuleState,
-    full: Callable[[Any], Any],
-    skip: Callable[[Any], Any],
-    g: Any,
-) -> Any:
-    """All evaluations where they are due, one elsewhere."""
-    if rule.due is None:
-        return full(g)
-    return lax.cond(rule.due(state), full, skip, g)
-
-
-def _names(axes: str | Sequence[str] | None) -> tuple[str, ...]:
-    if axes is None:
-        return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
-
-
-def _ascent_axes(perturbation: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
+def _ascent_axes(perturbation: Perturbation, axes: tuple[str, ...]) -> tuple[str, ...]:
     """The axes over which the ascent is averaged.
 
     Raises:
@@ -315,7 +298,7 @@ def _ascent_axes(perturbation: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
             "none; pass axis_name= inside shard_map or pmap. Under plain jit leave "
             "perturbation out: there gradients are those of the whole batch."
         )
-    found = axes if perturbation == "global" else _names(perturbation)
+    found = axes if perturbation == "global" else _mesh.axis_names(perturbation)
     if not found or not set(found) <= set(axes):
         raise ValueError(
             f"perturbation must be 'local', 'global' or axes out of axis_name={axes}, "
@@ -325,7 +308,7 @@ def _ascent_axes(perturbation: Any, axes: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _mean(tree: Any, axes: tuple[str, ...]) -> Any:
-    """The mean over mapped axes."""
+    """The mean of the float leaves over mapped axes."""
     if not axes:
         return tree
     return jax.tree.map(

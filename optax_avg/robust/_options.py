@@ -1,0 +1,121 @@
+"""Arguments that the transformations of this room share, and their checks."""
+
+from collections.abc import Callable, Hashable
+from typing import Any, Literal, ParamSpec, TypedDict, TypeVar
+
+import jax
+import optax
+
+from optax_avg import _checks, _options
+from optax_avg._options import Option
+
+P = ParamSpec("P")
+T = TypeVar("T")
+
+INFINITY = float("inf")
+
+# The name of a mesh axis or a tuple of names; None where there are no devices.
+AxisName = Hashable | None
+# All leaves, each leaf, or a tree of labels like a prefix of the gradients.
+Scope = Literal["global", "leaf"] | Any
+Start = Literal["first", "zeros"]
+
+
+class ScopeOption(TypedDict, total=False):
+    """Option of what is measured in groups of leaves."""
+
+    scope: Scope
+
+
+class LocationOptions(ScopeOption, total=False):
+    """Options of every location over iterations."""
+
+    init: Start
+
+
+class RowOptions(TypedDict, total=False):
+    """Options of every aggregator."""
+
+    per_elt_axis: int | None
+    axis_name: AxisName
+
+
+class OnePassOptions(LocationOptions, RowOptions, total=False):
+    """Options of a location over the elements."""
+
+
+_OPTIONS = {
+    "scope": Option(
+        "global",
+        """Leaves that share a norm and an adaptive radius: ``"global"`` for all,
+  ``"leaf"`` for each alone, or a tree of labels like a prefix of the gradients, one
+  group for each label.""",
+    ),
+    "init": Option(
+        "first",
+        """Where the location starts: ``"first"`` for the first finite gradient, or
+  ``"zeros"``.""",
+    ),
+    "per_elt_axis": Option(
+        None,
+        """Axis of the elements: of examples, micro-batches, workers or objectives.
+  The default is 0, or no axis with ``axis_name``, where each device holds one
+  element.""",
+    ),
+    "axis_name": Option(
+        None,
+        """Name of the axis of devices, inside ``shard_map`` or ``pmap``. The gradients
+  must differ over it: take them at ``jax.lax.pcast(params, axis_name,
+  to="varying")``, or ``jax.grad`` sums them over the devices.""",
+    ),
+}
+_OF_ROWS = """ValueError: In ``update``, if the gradients are the same on all devices of
+  ``axis_name``, or if they do not have the shapes of ``params`` with an axis of
+  elements."""
+
+
+def with_scope(
+    scope: Scope = "global",
+) -> Callable[[Callable[P, T]], Callable[P, T]]:
+    """Completes a factory by :class:`ScopeOption`."""
+    return _options.with_options(ScopeOption, _OPTIONS, scope=scope)
+
+
+def with_location_options(factory: Callable[P, T]) -> Callable[P, T]:
+    """Completes a factory by :class:`LocationOptions`."""
+    return _options.with_options(LocationOptions, _OPTIONS)(factory)
+
+
+def with_row_options(factory: Callable[P, T]) -> Callable[P, T]:
+    """Completes a factory by :class:`RowOptions`."""
+    return _options.with_options(RowOptions, _OPTIONS, raises=_OF_ROWS)(factory)
+
+
+def with_one_pass_options(factory: Callable[P, T]) -> Callable[P, T]:
+    """Completes a factory by :class:`OnePassOptions`."""
+    return _options.with_options(OnePassOptions, _OPTIONS, raises=_OF_ROWS)(factory)
+
+
+def number_or_schedule(
+    name: str, value: optax.ScalarOrSchedule, low: float, high: float, **bounds: bool
+) -> optax.ScalarOrSchedule:
+    """A schedule as it is, a number as :func:`optax_avg._checks.within` has it."""
+    return (
+        value if callable(value) else _checks.within(name, value, low, high, **bounds)
+    )
+
+
+def at(value: optax.ScalarOrSchedule, step: jax.Array) -> jax.typing.ArrayLike:
+    """The value of a number or schedule at a step."""
+    return value(step) if callable(value) else value
+
+
+def check_choice(name: str, value: object, *choices: str) -> None:
+    """Raises unless a string is one of the choices.
+
+    Raises:
+      ValueError: If it is none of them.
+    """
+    if value not in choices:
+        listed = ", ".join(map(repr, choices[:-1])) + f" or {choices[-1]!r}"
+        raise ValueError(f"{name} must be {listed}, got {value!r}.")
