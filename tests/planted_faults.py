@@ -1050,8 +1050,8 @@ FAULTS = {
     ),
     "Fisher merging forgets its weights": Fault(
         "optax_avg/merging/curvature.py",
-        "return shares, sum(a * f for a, f in zip(w, shares, strict=True))",
-        "return shares, sum(shares)",
+        "weighted = [a * f for a, f in zip(w, shares, strict=True)]",
+        "weighted = shares",
         f"{MERGING} -k equals_the_reference",
     ),
     "gradient matching forgets the base": Fault(

@@ -215,7 +215,7 @@ REFUSED = {
     "a text": (
         "out.safetensors",
         text("out.safetensors"),
-        "is no safetensors file; only a safetensors file may be replaced",
+        "is not a safetensors file; only a safetensors file may be replaced",
     ),
     "a directory for a file": (
         "out.safetensors",
@@ -583,7 +583,7 @@ def test_what_a_killed_run_took_away_is_named(place, run):
     for options in ([], ["--force"], ["--dry-run"]):
         code, _, errors = run(*SOUP, "--out", "out", *options)
         assert code == 1
-        assert "out.replaced is what a run that was killed took away from " in errors
+        assert "out.replaced is what was at " in errors
         assert everything(place) == before
     os.rename("out.replaced", "out")
     assert run(*SOUP, "--out", "out", "--force")[0] == 0
@@ -596,7 +596,7 @@ def test_what_a_killed_run_left_is_named_and_kept(run):
     code, _, errors = run(*SOUP, "--out", "out")
     assert code == 0
     assert errors.count("warning: ") == 1
-    assert ".out.x1.partial is of a run that was killed, or of one that" in errors
+    assert ".out.x1.partial belongs to a run that was killed, or to one" in errors
     assert Path(".out.x1.partial").exists()
 
 
@@ -915,11 +915,11 @@ def test_a_dry_run_says_what_would_be_done(place, run, monkeypatch):
     written = f"write    {place}/work/new/x.safetensors, a safetensors file: 48 bytes; "
     assert lines[3].startswith(written)
     assert lines[3].endswith(" are free on its disk")
-    said = "Nothing was written, and no values were read: NaN and inf among them"
-    assert lines[4:] == [said, "would only be found by the run itself."]
+    said = "Nothing was written, and no values were read: only the run itself"
+    assert lines[4:] == [said, "finds NaN and inf among them."]
     out = run(*SOUP, "--out", "out", "--dry-run", "--force")[1]
     assert "/out, an Orbax checkpoint: 48 bytes; " in out
-    assert out.endswith("\nwould only be found by the run itself.\n")
+    assert out.endswith("\nfinds NaN and inf among them.\n")
     assert "; what is there is replaced\nNothing was written" in out
     assert everything(place) == before
 

@@ -338,7 +338,7 @@ def test_a_result_beyond_its_type_is_refused(run):
         "2",
     ]
     args += ["--out", "out.safetensors"]
-    refused(run(*args), "w leaves the range of float16", "a wider type")
+    refused(run(*args), "w leaves the range of float16", "a wider dtype")
     assert sorted(os.listdir()) == ["b.safetensors", "x0.safetensors"]
     checked(run(*args, "--allow-nonfinite"))
     assert np.isinf(load()["w"]).all()
@@ -558,7 +558,7 @@ BROKEN = {
     ),
     "not safetensors": (
         lambda: change_index(lambda m: m.update(x="pytorch_model.bin")),
-        "is no .safetensors file",
+        "is not a .safetensors file",
     ),
     "no index": (
         lambda: Path("a/model.safetensors.index.json").write_text("[]"),
@@ -617,7 +617,7 @@ def test_a_single_model_is_noted(method, run):
     args = ["merge", method, "a.safetensors", *fisher, "--out", "out.safetensors"]
     code, _, errors = run(*args)
     assert code == 0
-    said = "note: a.safetensors is the only model, so that the result is a copy of it."
+    said = "note: a.safetensors is the only model, so the result is a copy of it."
     assert said in errors
     np.testing.assert_allclose(load()["w"], leaves["w"], rtol=1e-6)
     more = fisher * 2

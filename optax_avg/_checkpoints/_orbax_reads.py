@@ -1,28 +1,28 @@
 """Large arrays of Orbax checkpoints, read a part at a time.
 
-Chunks that are small are read through TensorStore, in which Orbax keeps arrays. It
-decodes a chunk as a whole. A part of an array in large chunks, or in chunks that each
-have a piece of every row, would take many of them, over and over: such an array is
-copied chunk by chunk to a file, and read from there.
+Orbax stores arrays with TensorStore, which decodes a chunk as a whole. Arrays in small
+chunks are read through it. If chunks are large, or each has a piece of every row, a
+part would need many chunks, and each would be decoded many times. Such an array is
+copied chunk by chunk to a file and read from there.
 
-No less than the plain bytes of one chunk are then in memory, and its compressed bytes
-while it is decoded. Orbax makes one compressed chunk of an array on one device unless
-``chunk_byte_size`` says otherwise, so that a leaf of 600 MB takes 1.2 GB once.
+Memory then holds the plain bytes of at least one chunk, and its compressed bytes while
+it is decoded. Orbax makes one compressed chunk of an array on one device unless
+``chunk_byte_size`` says otherwise, so a leaf of 600 MB once takes 1.2 GB.
 """
 
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from optax_avg._checkpoints.orbax_parts import Box, boxes
+from optax_avg._checkpoints.orbax_parts import Box, Store, boxes
 from optax_avg._checkpoints.sources import Parts, Scratch, named
 
-SLAB = 2**23  # bytes that may be decoded for any one element of a part
+SLAB = 2**23  # most bytes that are decoded for one element of a part
 COPIED = 2**24  # bytes that are copied at once
 
 
@@ -30,12 +30,12 @@ def parts_of(path: str, name: str, scratch: Scratch) -> Parts:
     """Reads ranges of the elements of an array, in C order.
 
     Args:
-      path: of a checkpoint on a local disk.
-      name: of the array there.
-      scratch: makes a file for the copy, if there has to be one.
+      path: Path of a checkpoint on a local disk.
+      name: Name of the array in it.
+      scratch: Makes a file for the copy, if one is needed.
     """
     with named(path):
-        # The chunks in which one part ends wait for the next one.
+        # The cache keeps the chunks in which one part ends for the next part.
         store = _opened(path, name, 2 * SLAB)
     dtype = store.dtype.numpy_dtype
     if _slab(store) * dtype.itemsize > SLAB:
@@ -56,13 +56,13 @@ def parts_of_copy(whole: np.ndarray, file: BinaryIO) -> Parts:
     return lambda begin, end: _at(file, begin, end - begin, dtype)
 
 
-def _opened(path: str, name: str, cached: int) -> Any:
-    """The TensorStore of an array, which keeps so many bytes of decoded chunks."""
+def _opened(path: str, name: str, cached: int) -> Store:
+    """The TensorStore of an array; ``cached`` bytes of decoded chunks are kept."""
     import tensorstore
 
     with open(os.path.join(path, "_METADATA"), encoding="utf-8") as file:
         metadata = json.load(file)
-    # As a dict, since an address would give another meaning to a percent sign.
+    # A dict, because a percent sign has another meaning in an address.
     kvstore: Any = {"driver": "file", "path": f"{path}/{name}/"}
     if metadata.get("use_ocdbt", os.path.exists(f"{path}/manifest.ocdbt")):
         base = {"driver": "file", "path": f"{path}/"}
@@ -70,7 +70,7 @@ def _opened(path: str, name: str, cached: int) -> Any:
     spec = {
         "driver": "zarr3" if metadata.get("use_zarr3") else "zarr",
         "kvstore": kvstore,
-        # A chunk that is missing was lost, unless Orbax left out those of zeros.
+        # A missing chunk was lost, unless Orbax did not write chunks of zeros.
         "fill_missing_data_reads": not metadata.get(
             "store_array_data_equal_to_fill_value", False
         ),
@@ -81,26 +81,26 @@ def _opened(path: str, name: str, cached: int) -> Any:
     return tensorstore.open(spec, open=True, read=True, context=context).result()
 
 
-def _chunk(store: Any) -> tuple[int, ...]:
+def _chunk(store: Store) -> tuple[int, ...]:
     stored = store.chunk_layout.read_chunk.shape or ()  # None of a number
     pairs = zip(stored, store.shape, strict=True)
     return tuple(min(n, most) for n, most in pairs)
 
 
-def _slab(store: Any) -> int:
-    """Elements of the shortest range in C order that is made of whole chunks."""
+def _slab(store: Store) -> int:
+    """Number of elements of the shortest range in C order of whole chunks."""
     chunk = _chunk(store)
     axis = next((i for i, n in enumerate(chunk) if n > 1), len(chunk))
     return math.prod(chunk[axis : axis + 1]) * math.prod(store.shape[axis + 1 :])
 
 
-def _copied(path: str, name: str, store: Any, file: BinaryIO) -> Parts:
-    """Reads ranges from a copy in which one group of chunks follows another."""
+def _copied(path: str, name: str, store: Store, file: BinaryIO) -> Parts:
+    """Reads ranges from a copy in which groups of chunks follow each other."""
     shape, dtype = tuple(store.shape), store.dtype.numpy_dtype
     most = max(1, COPIED // dtype.itemsize)
     group = _group(_chunk(store), shape, most)
     size = math.prod(group)
-    # A chunk that is copied in several pieces is decoded once, and kept for them.
+    # A chunk that is copied in several pieces is decoded once and cached.
     cached = 0 if size <= most else size * dtype.itemsize + 2**20
     with named(path):
         store = _opened(path, name, cached)
@@ -125,13 +125,13 @@ def _copied(path: str, name: str, store: Any, file: BinaryIO) -> Parts:
 def _box_of(
     box: Box, places: list[tuple[Box, int]], file: BinaryIO, dtype: np.dtype
 ) -> np.ndarray:
-    """A box that is a range in C order, from the groups that it meets."""
+    """A box that is a range in C order, from the groups that overlap it."""
     made = np.empty(_extent(box), dtype)
     for whole, begin in places:
         pairs = zip(box, whole, strict=True)
         both = [slice(max(a.start, b.start), min(a.stop, b.stop)) for a, b in pairs]
         if all(s.start < s.stop for s in both):
-            # What a range has of a group is a range there.
+            # The overlap of a range with a group is a range in the group.
             own = _extent(both)
             at = [s.start - b.start for s, b in zip(both, whole, strict=True)]
             first = begin + int(np.ravel_multi_index(at, _extent(whole)))
@@ -141,7 +141,7 @@ def _box_of(
     return made
 
 
-def _extent(box: Any) -> tuple[int, ...]:
+def _extent(box: Sequence[slice]) -> tuple[int, ...]:
     return tuple(s.stop - s.start for s in box)
 
 
@@ -153,7 +153,7 @@ def _moved(box: Box, whole: Box) -> Box:
 def _group(
     chunk: tuple[int, ...], shape: tuple[int, ...], most: int
 ) -> tuple[int, ...]:
-    """The shape of neighbouring chunks of at most so many elements, or of one chunk."""
+    """The shape of one chunk, or of neighbours with at most ``most`` elements."""
     group = list(chunk)
     for axis in reversed(range(len(shape))):
         times = max(1, most // math.prod(group))

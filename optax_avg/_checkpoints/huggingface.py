@@ -1,4 +1,4 @@
-"""Hugging Face folders: one safetensors file, or shards and an index of them."""
+"""Hugging Face folders: one safetensors file, or several with an index."""
 
 import json
 import os
@@ -14,7 +14,7 @@ PICKLED = (".bin", ".bin.index.json", ".pt", ".pth", ".ckpt")
 
 
 def folder_of(path: str) -> str | None:
-    """The Hugging Face folder that a path names, itself or by its index."""
+    """The Hugging Face folder at a path, which may also be that of its index."""
     if path.endswith(f"{SUFFIX}.index.json") and not os.path.isdir(path):
         return os.path.dirname(path) or os.curdir
     if os.path.isdir(path) and _models_in(path):
@@ -27,10 +27,10 @@ def _models_in(folder: str) -> list[str]:
 
 
 def open_huggingface(path: str) -> Checkpoint:
-    """A Hugging Face folder, or the index in one.
+    """Opens a Hugging Face folder, or the index in one.
 
     Raises:
-      ValueError: If the index and the shards do not fit each other.
+      ValueError: If the index and the shards disagree.
     """
     if not os.path.isdir(path):
         return _open_shards(path)
@@ -44,7 +44,7 @@ def open_huggingface(path: str) -> Checkpoint:
 
 
 def check_not_pickled(path: str) -> None:
-    """Raises for weights that PyTorch pickled, which run code when they are read."""
+    """Raises a ValueError for weights that PyTorch pickled: reading them runs code."""
     odd = [os.path.basename(path)] if path.endswith(PICKLED) else []
     if os.path.isdir(path):
         odd = [name for name in sorted(os.listdir(path)) if name.endswith(PICKLED)]
@@ -84,7 +84,7 @@ def _open_shards(index: str) -> Checkpoint:
 def _check_index(
     index: str, shard_of: dict[str, str], shards: list[str], names: list[str]
 ) -> None:
-    """Raises unless the shards hold what the index says, each tensor once."""
+    """Raises a ValueError unless each tensor is once in the shard of the index."""
     found: dict[str, str] = {}
     for shard, name in zip(shards, names, strict=True):
         if name in found:
@@ -98,12 +98,12 @@ def _check_index(
 
 
 def _read_index(path: str) -> dict[str, str]:
-    """From names of tensors to those of their shards."""
+    """The name of the shard of each tensor, by the name of the tensor."""
     with named(path), open(path, encoding="utf-8") as file:
         found = json.load(file)
     found = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(found, dict) or not found:
-        raise ValueError(f"{path} has no weight_map; it is no index of shards.")
+        raise ValueError(f"{path} has no weight_map; it is not an index of shards.")
     for name, shard in found.items():
         if not isinstance(shard, str) or os.path.basename(shard) != shard or not shard:
             raise ValueError(
@@ -111,5 +111,5 @@ def _read_index(path: str) -> dict[str, str]:
                 "in the folder of the index."
             )
         if not shard.endswith(SUFFIX):
-            raise ValueError(f"{path}: the shard {shard} is no {SUFFIX} file.")
+            raise ValueError(f"{path}: the shard {shard} is not a {SUFFIX} file.")
     return dict(found)

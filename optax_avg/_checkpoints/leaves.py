@@ -1,11 +1,12 @@
 """The leaves of a checkpoint: arrays by path, and groups of them by bytes."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
+from jax.tree_util import KeyPath
 
 # The names of a leaf's containers, from the outermost to its own.
 Path = tuple[str, ...]
@@ -46,13 +47,13 @@ class Leaf(NamedTuple):
         return self.size * jnp.dtype(self.dtype).itemsize
 
 
-def path_of(keys: tuple[Any, ...]) -> Path:
+def path_of(keys: KeyPath) -> Path:
     """A key path of JAX as names; the one leaf that is the whole tree is ``value``."""
     names = tuple(jax.tree_util.keystr((key,), simple=True) for key in keys)
     return names or ("value",)
 
 
-def nested(leaves: dict[Path, Any]) -> Nested:
+def nested(leaves: Mapping[Path, object]) -> Nested:
     """Nested dicts of leaves by path.
 
     Raises:

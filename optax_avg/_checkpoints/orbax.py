@@ -18,6 +18,8 @@ RECORD = "record"  # item of each snapshot of a SnapshotStore
 
 # A path on a disk or in a bucket, of the package etils that Orbax brings.
 AnyPath = Any
+# What saves and restores in Orbax, which has no stable type for it.
+Checkpointer = Any
 
 
 def orbax() -> Any:

@@ -1,7 +1,7 @@
 """Large arrays of Orbax checkpoints, written a part at a time.
 
-A part is a range of the elements in C order. Orbax itself reads and writes an array as
-a whole; TensorStore, in which it keeps arrays, reads and writes boxes of them.
+A part is a range of the elements in C order. Orbax itself reads and writes whole
+arrays. TensorStore, with which it stores them, reads and writes boxes.
 """
 
 import collections
@@ -12,13 +12,16 @@ from typing import Any
 
 import numpy as np
 
-WRITTEN = 2**22  # bytes of the chunks that we write
-AT_ONCE = 4  # chunks that are being written at the same time
+WRITTEN = 2**22  # bytes of the chunks of large arrays
+AT_ONCE = 4  # chunks that are written at the same time
+# Range of each axis.
 Box = tuple[slice, ...]
+# An array of the package tensorstore, which says nothing of its types.
+Store = Any
 
 
 def boxes(shape: tuple[int, ...], begin: int, end: int) -> Iterator[Box]:
-    """The boxes that make a range of the elements in C order, in this order."""
+    """Yields the boxes that make a range of the elements in C order, in this order."""
     if begin >= end:
         return
     if not shape:
@@ -41,7 +44,7 @@ def _in_row(shape: tuple[int, ...], row: int, begin: int, end: int) -> Iterator[
 
 
 def chunk_of(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
-    """The shape of chunks of at most so many elements, each a range in C order."""
+    """The shape of chunks of at most ``most`` elements, each a range in C order."""
     chunk = [1] * len(shape)
     for axis in reversed(range(len(shape))):
         chunk[axis] = max(1, min(shape[axis], most))
@@ -54,7 +57,7 @@ def chunk_of(shape: tuple[int, ...], most: int) -> tuple[int, ...]:
 def in_chunks(
     shape: tuple[int, ...], chunk: tuple[int, ...], parts: Iterable[np.ndarray]
 ) -> Iterator[tuple[Box, np.ndarray]]:
-    """Boxes of whole chunks and their elements, which come in C order in any parts."""
+    """Yields whole chunks, as boxes and elements, from parts of any size in C order."""
     axis = next((i for i, n in enumerate(chunk) if n > 1), max(len(shape) - 1, 0))
     row = math.prod(shape[axis + 1 :])
     waiting: list[np.ndarray] = []
@@ -79,9 +82,9 @@ def in_chunks(
 
 
 def write_parts(
-    store: Any, chunk: tuple[int, ...], parts: Iterable[np.ndarray]
+    store: Store, chunk: tuple[int, ...], parts: Iterable[np.ndarray]
 ) -> None:
-    """Writes all elements of a TensorStore, given in C order in any parts."""
+    """Writes all elements of a TensorStore, from parts of any size in C order."""
     writing: collections.deque[Any] = collections.deque()
     try:
         for box, elements in in_chunks(tuple(store.shape), chunk, parts):
@@ -92,7 +95,7 @@ def write_parts(
         while writing:
             writing.popleft().result()
     except BaseException:
-        for written in writing:  # or it would write to what is deleted
+        for written in writing:  # or it would write to deleted files
             with contextlib.suppress(Exception):
                 written.result()
         raise

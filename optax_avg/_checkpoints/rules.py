@@ -9,12 +9,13 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from optax_avg import _numerics
 
 # Slices of one leaf in all trees, in order, as arrays of any dtype. Each call begins
 # again at the first element.
-Slices = Callable[[], Iterator[list[Any]]]
+Slices = Callable[[], Iterator[Sequence[ArrayLike]]]
 # What a rule must know of a whole leaf: None, arrays, or a tuple of them.
 Found = Any
 
@@ -46,6 +47,6 @@ def check_fault(rule: Rule, fault: jax.Array | bool, name: str) -> None:
         raise ValueError(f"{rule.complaint}; this does not hold at {name}.")
 
 
-def widened(leaves: Sequence[Any]) -> list[jax.Array]:
+def widened(leaves: Sequence[ArrayLike]) -> list[jax.Array]:
     """The leaves in float32 or wider."""
     return [_numerics.wide(jnp.asarray(x)) for x in leaves]

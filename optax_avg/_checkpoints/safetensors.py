@@ -1,6 +1,6 @@
 """Safetensors files, read leaf by leaf or a part of a leaf at a time.
 
-A file is the length of a header, the header in JSON, and the arrays one after another.
+A file has the length of its header, the header in JSON, and one array after another.
 """
 
 import functools
@@ -15,7 +15,7 @@ from optax_avg._checkpoints.sources import Checkpoint, imported, named
 
 SUFFIX = ".safetensors"
 METADATA = "__metadata__"
-# What safetensors calls its types, and what NumPy does.
+# Names of dtypes in NumPy, by their names in safetensors.
 TYPES = {
     "F64": "float64",
     "F32": "float32",
@@ -36,13 +36,13 @@ TYPES = {
 
 
 def open_safetensors(path: str) -> Checkpoint:
-    """A safetensors file.
+    """Opens a safetensors file.
 
-    The library checks it but reads no part of an array that is not a row, and no
-    float8, so that arrays are read from where the header says that they are.
+    The library safetensors checks the file, but it can read neither float8 nor parts of
+    an array other than rows. Arrays are therefore read from the offsets in the header.
 
     Raises:
-      ValueError: If it is none, or has a type without a name in NumPy.
+      ValueError: If it is not a safetensors file, or has an unknown dtype.
     """
     safetensors = imported("safetensors", "this needs safetensors", "cli")
     with named(path), safetensors.safe_open(path, "np") as file:

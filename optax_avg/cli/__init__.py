@@ -18,12 +18,14 @@ except ImportError as error:
         'optax-avg needs typer and rich; write pip install "optax_avg[cli]".'
     ) from error
 
+__all__ = ["app", "main"]
+
 app = typer.Typer(
-    help="Averages and merges of checkpoints, a few leaves in memory at a time.",
+    help="Average and merge checkpoints with a few leaves in memory at a time.",
     epilog="Exit codes: 0 done; 1 not done, for the reason that is printed; 2 wrong "
     "usage; 129, 130 and 143 stopped by a signal, with nothing written. A run that is "
-    "killed may leave a directory beside --out, whose name ends with .partial; the "
-    "next run names it.",
+    "killed may leave a directory beside --out whose name ends with .partial. The "
+    "next run names it in a warning.",
     no_args_is_help=True,
     add_completion=False,
     pretty_exceptions_enable=False,
@@ -35,12 +37,13 @@ app.command(epilog=_output.example("reconstruct snapshots --sigma-rel 0.08 --out
 app.command(epilog=_output.example("inspect ema"))(_averages.inspect)
 
 
-# What users and disks do; other errors are ours and show where they come from.
+# Errors that users and disks cause. Others are faults of this library and keep their
+# traceback.
 REASONS = (ValueError, OSError, ImportError, RuntimeError, ArithmeticError)
 
 
 def main() -> None:
-    """Runs the command; what goes wrong is one line, and nothing is half written."""
+    """Runs the command; an error prints one line, and leaves no half-written result."""
     logging.getLogger("absl").setLevel(logging.CRITICAL)
     with _signals.watched():
         try:

@@ -31,25 +31,30 @@ def reconstruct(
         float | None, typer.Option(help="Half-life of an EMA, in optimizer steps.")
     ] = None,
     window: Annotated[
-        int | None, typer.Option(help="Latest optimizer steps to take the mean of.")
+        int | None,
+        typer.Option(help="Number of latest optimizer steps for a uniform mean."),
     ] = None,
     step: Annotated[
-        int | None, typer.Option(help="Where the average ends; by default the last.")
+        int | None,
+        typer.Option(
+            help="Training step at which the average ends; by default the last."
+        ),
     ] = None,
     name: Annotated[
-        list[str] | None, typer.Option(help="Averages to make it of; by default all.")
+        list[str] | None,
+        typer.Option(help="Average to combine; repeat it for several. By default all."),
     ] = None,
     normalize: Annotated[
         posthoc.Normalization,
         typer.Option(help="How the weights of snapshots are normalised."),
     ] = "constrained",
-    dtype: Annotated[str, typer.Option(help="Of the result.")] = "float32",
+    dtype: Annotated[str, typer.Option(help="Dtype of the result.")] = "float32",
 ) -> None:
-    """Make an average that was not kept, from the snapshots of others.
+    """Make an average that was not kept, from snapshots of other averages.
 
-    Snapshots that cannot be read are named and left out, and a width that the snapshots
-    cannot express is said, with those that they can. A half-life is that of an EMA
-    whose weights on the iterates sum to one.
+    Damaged snapshots are skipped with a warning that names them. A second warning
+    states the residual if the snapshots cannot express the average. The half-life is
+    that of an EMA whose weights on the iterates sum to one.
     """
     kind = _dtype(dtype)
     targets = {"sigma-rel": sigma_rel, "half-life": half_life, "window": window}
@@ -89,7 +94,7 @@ def reconstruct(
 
 
 def _check_directory(store: str) -> None:
-    """Raises unless there is a directory, which may be that of a store."""
+    """Raises a ValueError unless there is a directory, which may be that of a store."""
     if is_remote(store) or os.path.isdir(store):
         return
     said = "is not a directory" if os.path.exists(store) else "does not exist"
@@ -97,6 +102,7 @@ def _check_directory(store: str) -> None:
 
 
 def _wanted(store: str) -> str:
+    """What to pass instead, for error messages."""
     return (
         "reconstruct takes the directory to which a SnapshotStore saved. The mean of "
         f"finished checkpoints is: optax-avg merge soup {store} OTHER --out RESULT"
@@ -104,6 +110,7 @@ def _wanted(store: str) -> str:
 
 
 def _dtype(name: str) -> np.dtype:
+    """The floating point type that an option names."""
     try:
         kind = jnp.dtype(name)
     except TypeError as error:
@@ -114,10 +121,12 @@ def _dtype(name: str) -> np.dtype:
 
 
 def inspect(
-    path: Annotated[str, typer.Argument(help="A checkpoint, or a SnapshotStore.")],
+    path: Annotated[
+        str, typer.Argument(help="Checkpoint, or directory of a SnapshotStore.")
+    ],
     only: Only = None,
 ) -> None:
-    """Show leaves, dtypes and bytes; of a store, its averages, widths and mean ages."""
+    """Show the leaves of a checkpoint, and the averages in it with their widths."""
     shown = Console()
     if path and posthoc.is_store(path):
         found = posthoc.summarize_store(path)
@@ -163,7 +172,7 @@ def _averages_in(source: Checkpoint) -> list[posthoc.AverageSummary]:
 
 
 def _largest(source: Checkpoint, i: int) -> float:
-    """The largest element of a leaf, as that of a stacked state."""
+    """The largest element of a leaf; a stacked state has several equal ones."""
     return float(np.max(source.read([i])[0]))
 
 

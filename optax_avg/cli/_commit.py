@@ -1,6 +1,7 @@
-"""How a result takes its name: complete, and over nothing that was not given up.
+"""Renames a complete result to its target, where it replaces only what it may.
 
-It is made in a directory beside its target, whose name ends with ``.partial``.
+The result is written to a directory beside its target whose name ends with
+``.partial``.
 """
 
 import contextlib
@@ -18,14 +19,14 @@ from optax_avg.cli._targets import Target, aside_of, identity, odd_at, shortened
 
 
 def warn_of_leftovers(target: Target) -> None:
-    """Names what a run left that was killed."""
+    """Warns of directories that a killed run left."""
     parent, name = os.path.split(target.path)
     name = glob.escape(shortened(name))
     pattern = os.path.join(glob.escape(parent), f".{name}.*.partial")
     for path in sorted(glob.glob(pattern)):
         warnings.warn(
-            f"{path} is of a run that was killed, or of one that still writes "
-            f"{target.shown}; delete it if there is none.",
+            f"{path} belongs to a run that was killed, or to one that still writes "
+            f"{target.shown}; delete it if no run is active.",
             RuntimeWarning,
             stacklevel=2,
         )
@@ -33,7 +34,7 @@ def warn_of_leftovers(target: Target) -> None:
 
 @contextlib.contextmanager
 def partial(target: Target) -> Iterator[str]:
-    """A directory beside a target, which is deleted at the end."""
+    """A directory beside a target, deleted at the end of the block."""
     parent, name = os.path.split(target.path)
     missing = [p for p in Path(target.path).parents if not p.exists()]
     try:
@@ -52,12 +53,12 @@ def partial(target: Target) -> Iterator[str]:
 
 
 def commit(new: str, target: Target) -> None:
-    """Gives a complete result the name of its target.
+    """Renames a complete result to its target.
 
-    A checkpoint that it replaces goes where the new one was.
+    A checkpoint that it replaces moves to the former path of the result.
 
     Raises:
-      FileExistsError: If there is anything else by now than there was.
+      FileExistsError: If the target has changed since it was checked.
     """
     now = identity(target.path)
     with held():
@@ -79,7 +80,7 @@ def commit(new: str, target: Target) -> None:
 
 
 def _put(new: str, path: str) -> None:
-    """Renames to a name that must be free."""
+    """Renames a result to a path that must be free."""
     if os.path.isdir(new):
         _put_folder(new, path)
         return
@@ -93,7 +94,8 @@ def _put(new: str, path: str) -> None:
 
 
 def _put_folder(new: str, path: str) -> None:
-    if os.name == "posix":  # where a rename takes the place of an empty directory
+    """Renames a directory to a path that must be free."""
+    if os.name == "posix":  # a rename replaces an empty directory there
         os.mkdir(path)
     try:
         os.rename(new, path)
@@ -107,7 +109,7 @@ def _put_folder(new: str, path: str) -> None:
 
 @contextlib.contextmanager
 def _someone_else() -> Iterator[None]:
-    """Raises FileExistsError where another run exchanges the same directory."""
+    """Raises a FileExistsError if another run exchanges the same directory."""
     try:
         yield
     except OSError as error:
@@ -117,9 +119,9 @@ def _someone_else() -> Iterator[None]:
 
 
 def _exchange(new: str, path: str) -> None:
-    """Replaces a directory, which has another name for the moment between."""
+    """Replaces a directory, which has another name for a moment."""
     for root, _, files in os.walk(new):
-        for name in files:  # the old one goes when the new one is on the disk
+        for name in files:  # the new one must be on the disk before the old one goes
             with open(os.path.join(root, name), "rb") as file:
                 os.fsync(file.fileno())
     aside = aside_of(path)
@@ -133,7 +135,7 @@ def _exchange(new: str, path: str) -> None:
             os.rename(aside, path)
         except OSError as error:
             warnings.warn(
-                f"what was at {path} is at {aside} now: {error}.",
+                f"what was at {path} is now at {aside}: {error}.",
                 RuntimeWarning,
                 stacklevel=3,
             )

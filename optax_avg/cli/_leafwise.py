@@ -1,4 +1,4 @@
-"""Merges leaf by leaf: small ones a batch at a time, large ones a part at a time."""
+"""Merges leaf by leaf: small leaves in batches, large leaves in parts."""
 
 import contextlib
 import os
@@ -22,9 +22,9 @@ from optax_avg.cli._signals import check_signals
 from optax_avg.cli._targets import Format
 
 READERS = 2  # models that are read at the same time
-PARTS = 4  # a part of a large leaf, in all trees together, is this share of a batch
+PARTS = 4  # parts of a large leaf, in all trees together, that make one batch
 WIDE = ("float64", "complex128", "int64", "uint64")
-# From a leaf and the slices of it in all trees to the merged ones.
+# Takes a leaf and its slices in all trees, and yields the merged slices.
 Method = Callable[[Leaf, Slices], Iterator[jax.Array]]
 
 
@@ -32,10 +32,10 @@ class Column(NamedTuple):
     """A leaf in all trees.
 
     Attributes:
-      leaf: of the first tree.
-      places: its index in each tree.
-      itemsize: bytes of an element where it has most.
-      wide: whether a type of 64 bits is among them, which JAX needs to be told.
+      leaf: The leaf in the first tree.
+      places: Index of the leaf in each tree.
+      itemsize: Largest number of bytes of an element.
+      wide: Whether a dtype has 64 bits, which JAX must be told.
     """
 
     leaf: Leaf
@@ -45,15 +45,15 @@ class Column(NamedTuple):
 
 
 class Job(NamedTuple):
-    """What is merged, and how.
+    """A merge of checkpoints.
 
     Attributes:
-      method: of one leaf.
-      paths: of all trees.
-      sources: the trees.
-      allow_nonfinite: whether NaN and inf may be merged, and come out.
-      readers: threads that read.
-      scratch: a directory for copies of leaves that are not cheap to read by parts.
+      method: Merge of one leaf.
+      paths: Paths of all trees.
+      sources: Checkpoints of all trees.
+      allow_nonfinite: Whether NaN and inf may be merged, and may be in the result.
+      readers: Threads that read.
+      scratch: Directory for copies of leaves that are expensive to read by parts.
     """
 
     method: Method
@@ -65,7 +65,7 @@ class Job(NamedTuple):
 
 
 def by_rule(rule: Rule) -> Method:
-    """A method that merges each slice by itself, knowing what was found in all."""
+    """A method that merges each slice by itself, after a search through all slices."""
 
     @jax.jit
     def combine(found, xs):
@@ -92,7 +92,7 @@ def as_a_whole(merge: Callable[[Leaf, list[jax.Array]], jax.Array]) -> Method:
         if rest:
             columns = zip(first, *rest, strict=True)
             first = [jnp.concatenate(parts) for parts in columns]
-        yield merge(leaf, first)
+        yield merge(leaf, [jnp.asarray(x) for x in first])
 
     return merged
 
@@ -109,15 +109,16 @@ def merge_checkpoints(
     """Merges checkpoints into one with the leaves and dtypes of the first.
 
     Args:
-      method: of one leaf.
-      paths: of the models and what else the method takes.
-      output: the options of the command.
-      only: the subtree to take.
-      allow_nonfinite: whether NaN and inf may be merged, and come out.
-      format_of: the kind of checkpoint for a path and the metadata of the first.
+      method: Merge of one leaf.
+      paths: Models and the other checkpoints that the method takes.
+      output: Options of the command.
+      only: Subtree to take, None for the whole tree.
+      allow_nonfinite: Whether NaN and inf may be merged, and may be in the result.
+      format_of: Takes the path of the result and the metadata of the first model, and
+        returns the kind of checkpoint to write.
 
     Raises:
-      ValueError: If the checkpoints differ, or one or the result is not finite.
+      ValueError: If the checkpoints differ, or an element is not finite.
     """
     target = _output.check(output, paths, lambda path: format_of(path, {}))
     trees = [open_checkpoint(path, only) for path in paths]
@@ -164,7 +165,7 @@ def _made(job: Job, columns: list[Column]) -> list[Iterable[np.ndarray]]:
 
 
 def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
-    """The merged elements of a leaf that is never in memory as a whole."""
+    """The merged elements of a leaf that never lies in memory as a whole."""
     is_float = _is_inexact(column.leaf)
     trees = job.sources if is_float else job.sources[:1]
     size = sources.BATCH // PARTS // len(trees)
@@ -189,7 +190,7 @@ def _merged_by_parts(job: Job, column: Column) -> Iterator[np.ndarray]:
 
 
 def _unnamed_file(folder: str, files: contextlib.ExitStack) -> BinaryIO:
-    """A file without a name from the start, so that nothing is left of it."""
+    """A file without a name, so that nothing is left of it after a kill."""
     with tempfile.TemporaryFile(dir=folder) as made:
         return files.enter_context(os.fdopen(os.dup(made.fileno()), "rb+"))
 
@@ -218,7 +219,7 @@ def _merged(
             if not job.allow_nonfinite and not all(_finite([made])):
                 raise ValueError(
                     f"{column.leaf.name} leaves the range of {made.dtype} when it is "
-                    "merged; cast the first model to a wider type, or pass "
+                    "merged; cast the first model to a wider dtype, or pass "
                     "--allow-nonfinite."
                 )
             array = np.asarray(made)
@@ -231,10 +232,11 @@ def _finite(xs: list[jax.Array]) -> list[jax.Array]:
 
 
 def _check_finite(xs: list[jax.Array], leaf: Leaf, paths: Sequence[str]) -> None:
+    """Raises a ValueError that names the first checkpoint with NaN or inf."""
     for path, finite in zip(paths, _finite(xs), strict=True):
         if not finite:
             raise ValueError(
-                f"{leaf.name} holds NaN or inf in {path}; leave this model out, or "
+                f"{leaf.name} holds NaN or inf in {path}; merge without this model, or "
                 "pass --allow-nonfinite."
             )
 
@@ -244,7 +246,7 @@ def _is_inexact(leaf: Leaf) -> bool:
 
 
 def _columns(trees: list[Checkpoint], paths: Sequence[str]) -> list[Column]:
-    """The leaves of the first tree with their places in all.
+    """The leaves of the first tree with their places in all trees.
 
     Raises:
       ValueError: If the trees differ.

@@ -1,6 +1,6 @@
 """``optax-avg merge``: the methods of :mod:`optax_avg.merging` over checkpoints."""
 
-from typing import Annotated, Any
+from typing import Annotated
 
 import jax
 import typer
@@ -28,9 +28,9 @@ from optax_avg.merging import curvature, soups, spheres, task_vectors
 merge = typer.Typer(
     help="Merge finished models of the same leaves into one. A model is an Orbax "
     "checkpoint, a .safetensors file or a Hugging Face folder of such files. The "
-    "result has the dtypes, integers and metadata of the first model, of the base for "
-    "wise-ft. If that is a Hugging Face folder, --out is one too, with its "
-    "configuration and tokenizer, unless it ends with .safetensors.",
+    "result has the dtypes, integers and metadata of the first model (for wise-ft, of "
+    "the base). If the first model is a Hugging Face folder, --out becomes one too, "
+    "with its configuration and tokenizer, unless --out ends with .safetensors.",
     no_args_is_help=True,
     epilog=example("merge soup a.safetensors b.safetensors --out soup.safetensors"),
 )
@@ -50,7 +50,7 @@ def soup(
     weights: Weights = None,
     extrapolate: Extrapolate = False,
 ) -> None:
-    """Take the weighted mean, by default the uniform one."""
+    """Take the weighted mean of the models, by default the uniform one."""
     n = len(models)
     rule = soups.weighted_rule(n, numbers(weights, n, extrapolate))
     merge_models(by_rule(rule), models, output, common)
@@ -70,10 +70,15 @@ def wise_ft(
     base: Base,
     output: Output,
     common: Common,
-    alpha: Annotated[float, typer.Option(help="0: the base; 1: fine-tuned.")] = 0.5,
+    alpha: Annotated[
+        float,
+        typer.Option(
+            help="Position between the base (0) and the fine-tuned model (1)."
+        ),
+    ] = 0.5,
     extrapolate: Extrapolate = False,
 ) -> None:
-    """Interpolate between a model and what it was fine-tuned from."""
+    """Interpolate between a base and a model that was fine-tuned from it."""
     alpha = between("--alpha", alpha, extrapolate)
     rule = soups.wise_ft_rule(alpha)
     merge_models(by_rule(rule), [base, tuned], output, common)
@@ -88,7 +93,7 @@ def wise_ft(
 )
 @merges
 def model_stock(models: Models, base: Base, output: Output, common: Common) -> None:
-    """Go from the mean towards the base, as far as the angle between models says."""
+    """Move the mean towards the base, by the angles between the models."""
     rule = task_vectors.model_stock_rule(len(models))
     merge_models(by_rule(rule), [*models, base], output, common)
 
@@ -104,7 +109,7 @@ def model_stock(models: Models, base: Base, output: Output, common: Common) -> N
 def task_arithmetic(
     models: Models, base: Base, output: Output, common: Common, scale: Scale = 1.0
 ) -> None:
-    """Add what fine-tuning changed to the base."""
+    """Add the changes of all fine-tuned models to the base."""
     rule = task_vectors.task_arithmetic_rule(finite("--scale", scale))
     merge_models(by_rule(rule), [*models, base], output, common)
 
@@ -121,27 +126,35 @@ def ties(
     base: Base,
     output: Output,
     common: Common,
-    density: Annotated[float, typer.Option(help="Share of a leaf that stays.")] = 0.2,
+    density: Annotated[
+        float, typer.Option(help="Share of the elements of a leaf that stay.")
+    ] = 0.2,
     scale: Scale = 1.0,
     drop: Annotated[
-        bool, typer.Option("--dare", help="Keep the share at random, rescaled (DARE).")
+        bool,
+        typer.Option(
+            "--dare",
+            help="Choose the elements that stay at random, and rescale them (DARE).",
+        ),
     ] = False,
     seed: Annotated[
-        int, typer.Option(help="Random seed of --dare.", min=-(2**63), max=2**63 - 1)
+        int, typer.Option(help="Random seed for --dare.", min=-(2**63), max=2**63 - 1)
     ] = 0,
 ) -> None:
-    """Trim task vectors, elect signs, average who agree; --dare drops instead.
+    """Trim task vectors, elect signs and average the values that agree (TIES).
 
-    Large leaves are merged in parts; with --dare they are merged whole.
+    With --dare elements are dropped at random instead of the smallest ones, and large
+    leaves are merged whole instead of in parts.
     """
     n, scale = len(models), finite("--scale", scale)
     rule = task_vectors.ties_rule(n, density, scale)
 
     @jax.jit
-    def dropped(number: Any, xs: list[jax.Array]) -> jax.Array:
+    def dropped(number: jax.Array, xs: list[jax.Array]) -> jax.Array:
         key = jax.random.fold_in(jax.random.key(seed), number)
         kept = merging.dare(xs[:n], xs[n], density, key)
-        return merging.ties(kept, xs[n], 1.0, scale=scale).astype(xs[0].dtype)
+        (tied,) = jax.tree.leaves(merging.ties(kept, xs[n], 1.0, scale=scale))
+        return tied.astype(xs[0].dtype)
 
     method = by_rule(rule)
     if drop:
@@ -157,8 +170,8 @@ def ties(
 )
 @merges
 def slerp(
-    a: Annotated[str, typer.Argument(help="The model at 0.")],
-    b: Annotated[str, typer.Argument(help="The model at 1.")],
+    a: Annotated[str, typer.Argument(help="Model that is the result at --t 0.")],
+    b: Annotated[str, typer.Argument(help="Model that is the result at --t 1.")],
     output: Output,
     common: Common,
     t: Annotated[float, typer.Option(help="Position on the arc.")] = 0.5,
@@ -176,7 +189,7 @@ def slerp(
 def karcher(
     models: Models, output: Output, common: Common, weights: Weights = None
 ) -> None:
-    """Take the mean direction on the sphere, times the mean norm."""
+    """Take the mean direction on the sphere, times the mean norm, leaf by leaf."""
     n = len(models)
     rule = spheres.karcher_rule(n, numbers(weights, n, extrapolate=True))
     merge_models(by_rule(rule), models, output, common)
@@ -218,13 +231,14 @@ def fisher(
     fishers: Annotated[
         list[str],
         typer.Option(
-            "--fisher", help="Diagonal Fisher matrix; once a model, in order."
+            "--fisher",
+            help="Diagonal Fisher matrix of a model; once for each model, in order.",
         ),
     ],
     weights: Weights = None,
     extrapolate: Extrapolate = False,
 ) -> None:
-    """Weigh every element by its Fisher information."""
+    """Take the mean with every element weighted by its Fisher information."""
     n = len(models)
     check_count("--fisher", fishers, n)
     rule = curvature.fisher_rule(n, numbers(weights, n, extrapolate))
@@ -248,13 +262,18 @@ def gradient_matching(
     common: Common,
     hessians: Annotated[
         list[str],
-        typer.Option("--hessian", help="Diagonal Hessian; once a model, in order."),
+        typer.Option(
+            "--hessian",
+            help="Diagonal Hessian of a model; once for each model, in order.",
+        ),
     ],
     base_hessian: Annotated[str, typer.Option(help="Diagonal Hessian of the base.")],
     scale: Scale = 1.0,
-    damping: Annotated[float, typer.Option(help="Added to the base's Hessian.")] = 0.0,
+    damping: Annotated[
+        float, typer.Option(help="Number that is added to the Hessian of the base.")
+    ] = 0.0,
 ) -> None:
-    """Merge so that gradients match, by diagonal Hessians."""
+    """Merge so that gradients match, with diagonal Hessians."""
     n, scale = len(models), finite("--scale", scale)
     check_count("--hessian", hessians, n)
     rule = curvature.gradient_matching_rule(n, scale, damping)

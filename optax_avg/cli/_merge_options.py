@@ -1,4 +1,4 @@
-"""The options that every merge has, what is checked of them, and the run itself."""
+"""The options that every merge has, their checks, and the run of a merge."""
 
 import inspect
 import math
@@ -11,28 +11,29 @@ import typer
 from optax_avg._checkpoints.huggingface import folder_of
 from optax_avg._checkpoints.safetensors import SUFFIX
 from optax_avg.cli._leafwise import Method, merge_checkpoints
-from optax_avg.cli._output import Output, bundles, say, writes
+from optax_avg.cli._output import Only, Output, bundles, say, writes
 from optax_avg.cli._shards import bytes_of, folder_like
 from optax_avg.cli._targets import Format
 from optax_avg.cli._writing import format_of, safetensors_with
 
-LARGEST = "5GB"  # shards of Hugging Face folders
-Models = Annotated[list[str], typer.Argument(help="The models.")]
-Base = Annotated[str, typer.Option(help="The model that they were fine-tuned from.")]
-Scale = Annotated[float, typer.Option(help="Factor of what is added to the base.")]
+LARGEST = "5GB"  # default size of a shard of a Hugging Face folder
+Models = Annotated[list[str], typer.Argument(help="Models to merge.")]
+Base = Annotated[str, typer.Option(help="Model before fine-tuning.")]
+Scale = Annotated[
+    float, typer.Option(help="Factor of the change that is added to the base.")
+]
 Weights = Annotated[
     str | None,
-    typer.Option(help="Weights of the models, such as 0.7,0.3, that sum to one."),
+    typer.Option(help="Weights of the models, of sum one, such as 0.7,0.3."),
 ]
 Extrapolate = Annotated[
-    bool, typer.Option("--extrapolate", help="Allow what does not lie between models.")
-]
-Only = Annotated[
-    str | None,
-    typer.Option(help="The subtree to take, such as params or state.params."),
+    bool,
+    typer.Option(
+        "--extrapolate", help="Allow positions and weights outside of [0, 1]."
+    ),
 ]
 AllowNonfinite = Annotated[
-    bool, typer.Option("--allow-nonfinite", help="Merge models with NaN or inf.")
+    bool, typer.Option("--allow-nonfinite", help="Merge models that hold NaN or inf.")
 ]
 MaxShardSize = Annotated[
     str | None,
@@ -44,7 +45,13 @@ MaxShardSize = Annotated[
 
 
 class Common(NamedTuple):
-    """Options of every merge, beside those of every command that writes."""
+    """Options of every merge.
+
+    Attributes:
+      only: Subtree to take, None for the whole tree.
+      allow_nonfinite: Whether NaN and inf may be merged.
+      max_shard_size: Largest size of a shard, such as ``5GB``; None for the default.
+    """
 
     only: str | None
     allow_nonfinite: bool
@@ -69,7 +76,17 @@ def merges(command: Callable[..., None]) -> Callable[..., None]:
 def merge_models(
     method: Method, paths: list[str], output: Output, common: Common
 ) -> None:
-    """Merges the models and what else a method takes."""
+    """Merges checkpoints into one.
+
+    Args:
+      method: Merge of one leaf.
+      paths: Models and the other checkpoints that the method takes.
+      output: Options of the output.
+      common: Options of every merge.
+
+    Raises:
+      typer.BadParameter: If an option does not fit the others.
+    """
     size = common.max_shard_size
     try:
         max_bytes = bytes_of(LARGEST if size is None else size)
@@ -80,12 +97,13 @@ def merge_models(
     )
     if folder is None and size is not None:
         raise typer.BadParameter(
-            "--max-shard-size is for Hugging Face folders; the first model is none, or "
-            f"--out names a {SUFFIX} file."
+            "--max-shard-size is for Hugging Face folders; the first model is not one, "
+            f"or --out names a {SUFFIX} file."
         )
     if folder is not None and common.only is not None:
         raise typer.BadParameter(
-            f"--only takes a part, no Hugging Face model; pass --out NAME{SUFFIX}."
+            f"--only takes a part of a model, which is not a Hugging Face model; pass "
+            f"--out NAME{SUFFIX}."
         )
 
     def kind(path: str, metadata: dict[str, str]) -> Format:
@@ -104,13 +122,15 @@ def merge_models(
 
 
 def numbers(given: str | None, n: int, extrapolate: bool) -> list[float] | None:
-    """Weights of the models; None for equal ones."""
+    """The weights that an option gives, None if it is absent."""
     if given is None:
         return None
     try:
         found = [float(x) for x in given.split(",")]
     except ValueError as error:
-        raise typer.BadParameter(f"--weights {given} are not numbers.") from error
+        raise typer.BadParameter(
+            f"--weights {given} are not numbers; write --weights 0.7,0.3."
+        ) from error
     if len(found) != n or not abs(sum(found) - 1) <= 1e-6:
         raise typer.BadParameter(
             f"--weights must be {n} numbers of sum one, got {given}."
@@ -124,7 +144,7 @@ def numbers(given: str | None, n: int, extrapolate: bool) -> list[float] | None:
 
 
 def between(name: str, value: float, extrapolate: bool) -> float:
-    """A position between two models."""
+    """A position, which must lie between two models unless that is waived."""
     if not math.isfinite(value) or not (0 <= value <= 1 or extrapolate):
         raise typer.BadParameter(
             f"{name} {value:g} is not between 0 and 1; pass --extrapolate to use it."
@@ -133,17 +153,21 @@ def between(name: str, value: float, extrapolate: bool) -> float:
 
 
 def finite(name: str, value: float) -> float:
+    """The value of an option, which must be finite."""
     if not math.isfinite(value):
         raise typer.BadParameter(f"{name} must be finite, got {value:g}.")
     return value
 
 
 def note_of_one(models: list[str]) -> None:
-    """Says that nothing is merged, as where a pattern of names matched one file."""
+    """Prints a note if there is one model only, as if a pattern matched one file."""
     if len(models) == 1:
-        say(f"note: {models[0]} is the only model, so that the result is a copy of it.")
+        say(f"note: {models[0]} is the only model, so the result is a copy of it.")
 
 
 def check_count(name: str, given: list[str], n: int) -> None:
+    """Raises unless an option is given once for each model."""
     if len(given) != n:
-        raise typer.BadParameter(f"{n} models need as many {name}.")
+        raise typer.BadParameter(
+            f"{n} models need as many {name}, got {len(given)}; repeat {name}."
+        )

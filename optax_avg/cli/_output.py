@@ -1,4 +1,4 @@
-"""What all commands do that write: check, or say what they would do, and write."""
+"""The output of commands: its options, its checks, dry runs and progress."""
 
 import collections
 import contextlib
@@ -24,22 +24,32 @@ from optax_avg.cli._targets import Format, Target, check_room, room, target_of
 from optax_avg.cli._writing import format_of, write_checkpoint
 
 Out = Annotated[
-    str, typer.Option(help="The result: a directory for Orbax, or a .safetensors file.")
+    str,
+    typer.Option(
+        help="Path of the result: a directory for Orbax, or a .safetensors file."
+    ),
 ]
 Force = Annotated[
-    bool, typer.Option("--force", help="Replace the checkpoint that is at --out.")
+    bool, typer.Option("--force", help="Replace the checkpoint at --out.")
 ]
 DryRun = Annotated[
-    bool, typer.Option("--dry-run", help="Say what would be done, and write nothing.")
+    bool, typer.Option("--dry-run", help="Print what would be done, and write nothing.")
 ]
 Only = Annotated[
     str | None,
-    typer.Option(help="The subtree to take, such as params or state.params."),
+    typer.Option(help="Subtree to take, such as params or state.params."),
 ]
 
 
 class Output(NamedTuple):
-    """The options of every command that writes, and the name of the command."""
+    """The options of every command that writes.
+
+    Attributes:
+      command: Name of the command.
+      out: Path of the result.
+      force: Whether a checkpoint at that path is replaced.
+      dry_run: Whether nothing is written.
+    """
 
     command: str
     out: str
@@ -62,10 +72,17 @@ def writes(command: Callable[..., None]) -> Callable[..., None]:
 def bundles(
     command: Callable[..., None],
     argument: str,
-    bundle: Callable[..., Any],
+    bundle: Callable[..., NamedTuple],
     options: list[inspect.Parameter],
 ) -> Callable[..., None]:
-    """A command with options in place of the argument that bundles them."""
+    """A command whose argument is replaced by the options that make it.
+
+    Args:
+      command: Function of the command.
+      argument: Name of the argument to replace.
+      bundle: Makes the argument from the values of the options.
+      options: Options, as parameters of a function.
+    """
     given = inspect.signature(command)
     kind = inspect.Parameter.KEYWORD_ONLY
     own = [x for x in given.parameters.values() if x.name != argument]
@@ -85,7 +102,7 @@ def _signed(function: Any, signature: inspect.Signature) -> Any:
 
 
 def example(arguments: str) -> str:
-    """What ``--help`` of a command ends with."""
+    """The last line of the help of a command."""
     return f"Example: optax-avg {arguments}"
 
 
@@ -94,25 +111,25 @@ def check(
     inputs: Sequence[str],
     format_of: Callable[[str], Format] = format_of,
 ) -> Target:
-    """Where the result goes, before anything is read.
+    """The target of a command, checked before anything is read.
 
     Raises:
-      ValueError: If an input has no name, or the result cannot have its name.
-      FileExistsError: If there is something that is not to be replaced.
+      ValueError: If a path is empty, or the result cannot have its path.
+      FileExistsError: If there is something at the path that may not be replaced.
     """
     if "" in inputs:
         raise ValueError("the path of an input is empty.")
-    # The path of an index stands for its folder.
+    # The path of an index means the folder of the model.
     read = [folder_of(path) or path for path in inputs]
     return target_of(output.out, format_of, read, output.force)
 
 
 def say(line: str) -> None:
-    """Prints to standard error, if there is still someone who listens."""
+    """Prints to standard error, unless it was closed."""
     try:
         print(line, file=sys.stderr, flush=True)
     except OSError:
-        # What is left in the buffer must not fail at the end of the process.
+        # Otherwise the rest of the buffer would fail at the end of the process.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
@@ -127,12 +144,13 @@ def write(
     """Writes leaves that are made a batch at a time.
 
     Args:
-      output: the options of the command.
-      reads: the inputs, and the bytes that are read of each.
-      leaves: of the result.
-      make: from indices of leaves to the elements of each, in one or several arrays.
-      what: the result is, for ``--dry-run``.
-      format_of: the kind of checkpoint that is written to a path.
+      output: Options of the command.
+      reads: Inputs, and the number of bytes that are read of each.
+      leaves: Leaves of the result.
+      make: Takes indices of leaves and returns the elements of each, in one or several
+        arrays.
+      what: Description of the result for ``--dry-run``.
+      format_of: Takes a path and returns the kind of checkpoint to write there.
     """
     target = check(output, [path for path, _ in reads], format_of)
     target.format.check(leaves)
@@ -164,7 +182,7 @@ def write(
 def _plan(
     target: Target, reads: list[tuple[str, int]], leaves: list[Leaf], what: str
 ) -> str:
-    """What would be read, computed and written."""
+    """The report of a dry run: what would be read, computed and written."""
     lines = [f"read     {path}: {nbytes:,} bytes" for path, nbytes in reads]
     by_dtype = collections.Counter(leaf.dtype for leaf in leaves)
     dtypes = ", ".join(f"{count} of {dtype}" for dtype, count in by_dtype.items())
@@ -176,14 +194,14 @@ def _plan(
         + ("" if free is None else f"; {free:,} are free on its disk")
         + ("" if target.found is None else "; what is there is replaced")
     )
-    lines.append("Nothing was written, and no values were read: NaN and inf among them")
-    lines.append("would only be found by the run itself.")
+    lines.append("Nothing was written, and no values were read: only the run itself")
+    lines.append("finds NaN and inf among them.")
     return "\n".join(lines)
 
 
 @contextlib.contextmanager
 def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
-    """A bar on a terminal, which is drawn when the first leaves are made."""
+    """A progress bar on a terminal, drawn when the first leaves are made."""
     bar = Progress(
         "{task.description}",
         BarColumn(),
@@ -193,7 +211,7 @@ def _progress(name: str, total: int) -> Iterator[Callable[[int], None]]:
     )
     task = bar.add_task(escape(name), total=total)
 
-    # Rich leaves when a terminal or a pipe was closed.
+    # Rich raises SystemExit if a terminal or a pipe was closed.
     unseen = contextlib.suppress(OSError, SystemExit)
 
     def advance(nbytes: int) -> None:

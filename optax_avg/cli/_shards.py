@@ -1,6 +1,6 @@
-"""Hugging Face folders written: shards of a largest size, an index, and what is copied.
+"""Hugging Face folders that are written: shards, an index and companion files.
 
-Configuration and tokenizer are files that the first model brings.
+Configuration and tokenizer are copied from the folder of the first model.
 """
 
 import filecmp
@@ -29,17 +29,17 @@ UNITS = {
     "GIB": 2**30,
     "TIB": 2**40,
 }
-# Weights of this or another library, and a card that tells of another model.
+# Files that are not copied: weights of any library, and the card of another model.
 LEFT = [f"*{x}" for x in (SUFFIX, ".index.json", *PICKLED)]
 LEFT += ["*.h5", "*.msgpack", "*.gguf", "*.onnx", "*.ot", "*.npz", "README.md", ".*"]
 SHARD = re.compile(r"model(-\d{5,}-of-\d{5,})?\.safetensors|" + re.escape(INDEX))
 
 
 def bytes_of(size: str) -> int:
-    """Bytes of a size such as 5GB, 500MB, 2GiB or 1000.
+    """Number of bytes of a size such as 5GB, 500MB, 2GiB or 1000.
 
     Raises:
-      ValueError: If it is none, or zero.
+      ValueError: If it is not a size, or zero.
     """
     found = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", size)
     unit = UNITS.get(found[2].upper()) if found else None
@@ -53,9 +53,9 @@ def folder_like(model: str, max_bytes: int, metadata: dict[str, str]) -> Format:
     """The format of a Hugging Face folder with the files of another one.
 
     Args:
-      model: the folder whose configuration and tokenizer are copied.
-      max_bytes: of a shard.
-      metadata: of every shard.
+      model: Folder whose configuration and tokenizer are copied.
+      max_bytes: Largest number of bytes of a shard, unless one leaf has more.
+      metadata: Metadata of every shard.
     """
     write = functools.partial(
         _write, model=model, max_bytes=max_bytes, metadata=metadata
@@ -95,7 +95,7 @@ def _write(
 
 
 def _companions(folder: str) -> list[str]:
-    """Files beside the weights of a model; subfolders are no part of it."""
+    """Names of the files beside the weights of a model, without subfolders."""
     return [
         name
         for name in sorted(os.listdir(folder))
@@ -108,6 +108,7 @@ def _is_left(name: str) -> bool:
 
 
 def _stranger(path: str, *, model: str) -> str:
+    """Says what in a folder does not belong to a model like another one."""
     copied = _companions(model)
     for name in sorted(os.listdir(path)):
         found = os.path.join(path, name)
@@ -117,5 +118,5 @@ def _stranger(path: str, *, model: str) -> str:
         if name in copied and not filecmp.cmp(found, os.path.join(model, name), False):
             return f"holds {name}, which differs from that of {model}"
     if not any(os.path.exists(os.path.join(path, n)) for n in (SINGLE, INDEX)):
-        return "is no Hugging Face folder"
+        return "is not a Hugging Face folder"
     return ""

@@ -1,6 +1,7 @@
-"""Where a result may go: not over what is read, or what is no checkpoint.
+"""Paths to which a result may be written.
 
-A path is freed of dots and links before anything is checked.
+A result replaces neither an input nor anything that is not a checkpoint. Dots and links
+are resolved before a path is checked.
 """
 
 import hashlib
@@ -20,12 +21,12 @@ from optax_avg._checkpoints.orbax import MARKS, RECORD, is_remote
 from optax_avg._checkpoints.safetensors import SUFFIX
 from optax_avg.cli._signals import check_signals
 
-INDEX_SUFFIX = f"{SUFFIX}.index.json"  # of the list of a model's shards
-LONGEST = 120  # bytes of a name that is kept as it is where something is added
-EXACT = ("ext2", "ext3", "ext4", "xfs", "tmpfs")  # they store a byte as a byte
+INDEX_SUFFIX = f"{SUFFIX}.index.json"  # suffix of the list of the shards of a model
+LONGEST = 120  # bytes of a name that is not shortened before a suffix is added
+EXACT = ("ext2", "ext3", "ext4", "xfs", "tmpfs")  # disks that do not compress
 
 
-# From the index of a leaf to its elements, in order, in one or several arrays.
+# Takes the index of a leaf and returns its elements, in order, in one or more arrays.
 Load = Callable[[int], Iterable[np.ndarray]]
 
 
@@ -33,12 +34,12 @@ class Format(NamedTuple):
     """A kind of checkpoint.
 
     Attributes:
-      noun: its name, with an article.
-      folder: whether it is a directory.
-      stranger: says what at a path is not of this kind, ``""`` if all of it is.
-      check: raises ValueError for leaves that it cannot hold.
-      write: leaves to a new path, one by one, each in parts from its first element to
-        its last.
+      noun: Name of the kind, with an article.
+      folder: Whether it is a directory.
+      stranger: Says what at a path does not belong to this kind, ``""`` if all does.
+      check: Raises a ValueError for leaves that it cannot hold.
+      write: Writes leaves to a new path, one by one, each in parts from its first
+        element to its last.
     """
 
     noun: str
@@ -49,13 +50,13 @@ class Format(NamedTuple):
 
 
 class Target(NamedTuple):
-    """Where a result goes.
+    """The path of a result and what is there.
 
     Attributes:
-      path: absolute, without dots and links.
-      shown: the path as it is named in messages.
-      format: of the result.
-      found: which file or directory is there, None if there is none.
+      path: Absolute path without dots and links.
+      shown: Path as messages show it.
+      format: Kind of checkpoint to write.
+      found: Identity of the file or directory that is there, None if there is none.
     """
 
     path: str
@@ -71,7 +72,7 @@ def target_of(
 
     Raises:
       ValueError: If the path cannot be that of a result.
-      FileExistsError: If there is something that is not to be replaced.
+      FileExistsError: If there is something that may not be replaced.
     """
     path, shown = _normalised(out)
     form = format_of(path)
@@ -87,14 +88,14 @@ def target_of(
     aside = aside_of(path)
     if form.folder and os.path.lexists(aside):
         raise FileExistsError(
-            f"{aside} is what a run that was killed took away from {shown}; rename it "
+            f"{aside} is what was at {shown} before a run that was killed; rename it "
             f"to {shown}, or delete it."
         )
     return Target(path, shown, form, found)
 
 
 def _normalised(out: str) -> tuple[str, str]:
-    """A path without dots and links, and how to show it."""
+    """A path without dots and links, and the path that messages show."""
     if not out:
         raise ValueError("--out is empty; pass the path of the result.")
     if is_remote(out):
@@ -108,7 +109,7 @@ def _normalised(out: str) -> tuple[str, str]:
 
 
 def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
-    """Raises if a path is not one that a result may have, with or without --force."""
+    """Raises if a result may not have a path, with or without --force."""
     if _holds(path, os.path.realpath(os.curdir)):
         raise ValueError(
             f"{shown} is, or holds, the current directory; pass a path within it."
@@ -141,7 +142,7 @@ def _check_place(path: str, shown: str, inputs: Sequence[str]) -> None:
 
 
 def _check_model_around(path: str, shown: str) -> None:
-    """Raises where a file would make one model of a Hugging Face folder two."""
+    """Raises if a file would be a second model in a Hugging Face folder."""
     folder, name = os.path.split(path)
     if name.endswith(INDEX_SUFFIX):
         raise ValueError(
@@ -164,7 +165,7 @@ def _check_model_around(path: str, shown: str) -> None:
 
 
 def _words(index: str) -> set[str]:
-    """What stands in quotation marks in a file that may be damaged."""
+    """The text between quotation marks in a file that may be damaged."""
     try:
         return set(Path(index).read_text(encoding="utf-8").split('"'))
     except (OSError, ValueError):
@@ -172,7 +173,7 @@ def _words(index: str) -> set[str]:
 
 
 def _all_of(given: str) -> Iterator[str]:
-    """An input and what lies in it, which may be links to elsewhere."""
+    """Yields an input and the files in it, with links resolved."""
     yield os.path.realpath(given)
     seen = set()
     for root, folders, files in os.walk(given, followlinks=True):
@@ -186,7 +187,7 @@ def _all_of(given: str) -> Iterator[str]:
 
 
 def _holds(folder: str, path: str) -> bool:
-    """Whether a path without links is that of a directory, or lies in it."""
+    """Whether a path without links is a directory or lies in it."""
     if not os.path.exists(folder):
         return False
     places = [Path(path), *Path(path).parents]
@@ -194,7 +195,7 @@ def _holds(folder: str, path: str) -> bool:
 
 
 def _check_replaced(path: str, shown: str, form: Format, force: bool) -> None:
-    """Raises unless what is at a path may be replaced."""
+    """Raises a FileExistsError unless what is at a path may be replaced."""
     odd = odd_at(path, form)
     if odd:
         raise FileExistsError(
@@ -205,7 +206,7 @@ def _check_replaced(path: str, shown: str, form: Format, force: bool) -> None:
 
 
 def odd_at(path: str, form: Format) -> str:
-    """Says what is at a path that is not of a kind of checkpoint, ``""`` if nothing."""
+    """Says what at a path is not of a kind of checkpoint, ``""`` if all of it is."""
     mode = os.lstat(path).st_mode
     if not (stat.S_ISDIR(mode) or stat.S_ISREG(mode)):
         return "is neither a file nor a directory"
@@ -218,7 +219,7 @@ def odd_at(path: str, form: Format) -> str:
 
 
 def identity(path: str) -> tuple[int, int, int] | None:
-    """Tells a file or directory from another one that takes its name."""
+    """Numbers by which a file or directory differs from another of the same name."""
     try:
         found = os.lstat(path)
     except FileNotFoundError:
@@ -227,13 +228,13 @@ def identity(path: str) -> tuple[int, int, int] | None:
 
 
 def aside_of(path: str) -> str:
-    """Where a directory is while another one takes its name."""
+    """The path of a directory while another one takes its place."""
     parent, name = os.path.split(path)
     return os.path.join(parent, f"{shortened(name)}.replaced")
 
 
 def shortened(name: str) -> str:
-    """A name to which something can be added, though disks allow 255 bytes or less."""
+    """A name that is short enough for a suffix; disks allow 255 bytes or less."""
     if len(os.fsencode(name)) <= LONGEST:
         return name
     digest = hashlib.sha256(os.fsencode(name)).hexdigest()[:16]
@@ -241,19 +242,23 @@ def shortened(name: str) -> str:
 
 
 def room(target: Target) -> tuple[int | None, bool]:
-    """Bytes free for a target, None if unknown, and whether no more can go there."""
+    """Free bytes for a target.
+
+    Returns:
+      The number of bytes, None if unknown, and whether it is certainly exact.
+    """
     parent = next(p for p in Path(target.path).parents if p.exists())
     if not hasattr(os, "statvfs"):
         return shutil.disk_usage(parent).free, False
     disk = os.statvfs(parent)
-    if not disk.f_blocks:  # as some network disks say
+    if not disk.f_blocks:  # some network disks do not know
         return None, False
     blocks = disk.f_bfree if os.geteuid() == 0 else disk.f_bavail
     return blocks * disk.f_frsize, _is_exact(parent)
 
 
 def _is_exact(path: Path) -> bool:
-    """Whether a disk is known to neither compress nor share what is written."""
+    """Whether a disk is known to neither compress nor share data."""
     number = os.stat(path).st_dev
     device = f"{os.major(number)}:{os.minor(number)}"
     try:
@@ -269,7 +274,7 @@ def _is_exact(path: Path) -> bool:
 
 
 def check_room(target: Target, nbytes: int) -> None:
-    """Raises if there is certainly no room for so many bytes; warns if likely not."""
+    """Raises an OSError if there is certainly too little room, warns if probably."""
     free, certain = room(target)
     if free is None or nbytes <= free:
         return

@@ -1,6 +1,6 @@
 """Checkpoints written leaf by leaf: Orbax directories and safetensors files.
 
-No more than a leaf or two is in memory.
+Memory holds at most two leaves.
 """
 
 import collections
@@ -28,7 +28,7 @@ from optax_avg._checkpoints.safetensors import METADATA, SUFFIX, TYPES
 from optax_avg.cli._commit import commit, partial
 from optax_avg.cli._targets import Format, Load, Target
 
-# All that Orbax puts into a checkpoint of arrays, relative to its directory.
+# Names of all files that Orbax writes to the directory of a checkpoint of arrays.
 OF_ORBAX = re.compile(
     r"_METADATA|_CHECKPOINT_METADATA|_sharding|commit_success\.txt|manifest\.ocdbt|"
     r"d(/\w{32})?|ocdbt\.process_\d+(/manifest\.ocdbt|/d(/\w{32})?)?|"
@@ -42,21 +42,21 @@ def format_of(path: str) -> Format:
 
 
 def write_checkpoint(target: Target, leaves: list[Leaf], load: Load) -> None:
-    """Writes leaves one by one; there is nothing at the target before all are there.
+    """Writes leaves one by one; the target appears when all are written.
 
     Raises:
-      FileExistsError: If something has come there meanwhile.
-      OSError: If the disk refuses.
+      FileExistsError: If something has appeared there meanwhile.
+      OSError: If the disk refuses to write.
     """
     failed: list[BaseException] = []
 
     def parts(i: int) -> Iterator[np.ndarray]:
         try:
             yield from _checked(load(i), leaves[i])
-        except GeneratorExit:  # it is the disk that fails
+        except GeneratorExit:  # the disk failed, not the leaf
             raise
         except BaseException as error:
-            failed.append(error)  # the layers below make another one of it
+            failed.append(error)  # Orbax would raise another error instead
             raise
 
     with partial(target) as folder:
@@ -71,6 +71,7 @@ def write_checkpoint(target: Target, leaves: list[Leaf], load: Load) -> None:
 
 
 def _checked(parts: Iterable[np.ndarray], leaf: Leaf) -> Iterator[np.ndarray]:
+    """The parts of a leaf, which must have its dtype and number of elements."""
     size = 0
     for part in parts:
         size += part.size
@@ -82,7 +83,7 @@ def _checked(parts: Iterable[np.ndarray], leaf: Leaf) -> Iterator[np.ndarray]:
 
 
 def _cause(error: Exception) -> str:
-    """What the disk said, without what the layers between say of their own."""
+    """The message of the disk, without those of the libraries in between."""
     code = re.search(r"os_error_code='(\d+)'", str(error))
     if code:
         return f"{os.strerror(int(code[1]))}."
@@ -92,7 +93,7 @@ def _cause(error: Exception) -> str:
 
 
 def _check_names(leaves: list[Leaf]) -> None:
-    """Both formats join the parts of a path by dots."""
+    """Raises a ValueError if two leaves have one name, which joins a path by dots."""
     counts = collections.Counter(leaf.name for leaf in leaves)
     for name, count in counts.items():
         if count > 1:
@@ -100,7 +101,7 @@ def _check_names(leaves: list[Leaf]) -> None:
 
 
 def check_safetensors(leaves: list[Leaf]) -> None:
-    """Raises for leaves that safetensors cannot hold."""
+    """Raises a ValueError for leaves that safetensors cannot hold."""
     _check_names(leaves)
     for leaf in leaves:
         if leaf.dtype not in TYPES.values():
@@ -122,7 +123,7 @@ def _stranger_to_safetensors(path: str) -> str:
     try:
         open_checkpoint(path)
     except ValueError:
-        return "is no safetensors file"
+        return "is not a safetensors file"
     return ""
 
 
@@ -141,7 +142,7 @@ def _stranger_to_orbax(path: str) -> str:
 def write_safetensors(
     path: str, leaves: list[Leaf], load: Load, metadata: dict[str, str]
 ) -> None:
-    """Writes one file; the library's own writer wants all arrays at once."""
+    """Writes one file; the writer of safetensors itself needs all arrays at once."""
     names = {dtype: kind for kind, dtype in TYPES.items()}
     header: dict[str, Any] = {METADATA: metadata} if metadata else {}
     end = 0
@@ -171,7 +172,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
             self.i = i
 
     class Opened:
-        """A large array in the making: Orbax creates it, and we write its parts."""
+        """A large array that Orbax creates and whose parts are written here."""
 
         store: Any = None
 
@@ -204,7 +205,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
                     written = []
                     write_parts(opened.store, opened.chunk, parts)
             except BaseException:
-                for done in written:  # or it would write to what is deleted
+                for done in written:  # or it would write to deleted files
                     with contextlib.suppress(Exception):
                         done.result()
                 raise
@@ -228,7 +229,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
 
     tree = nested({leaf.path: Unmade(i) for i, leaf in enumerate(leaves)})
     registry = ocp.type_handlers.create_type_handler_registry((Unmade, OneByOne()))
-    # Trained weights hardly shrink, and squeezing them takes most of the time.
+    # Compression takes most of the time and hardly shrinks trained weights.
     handler = ocp.PyTreeCheckpointHandler(
         type_handler_registry=registry, use_compression=False
     )
@@ -237,6 +238,7 @@ def _write_orbax(path: str, leaves: list[Leaf], load: Load) -> None:
 
 
 def _whole(parts: Iterable[np.ndarray], leaf: Leaf) -> np.ndarray:
+    """A leaf as one array, from its parts."""
     parts = iter(parts)
     first = next(parts)
     if first.size == leaf.size:
@@ -249,7 +251,7 @@ def _whole(parts: Iterable[np.ndarray], leaf: Leaf) -> np.ndarray:
 
 
 def safetensors_with(metadata: dict[str, str]) -> Format:
-    """The format of a safetensors file that has metadata."""
+    """The format of a safetensors file with metadata."""
     write = functools.partial(write_safetensors, metadata=metadata)
     return SAFETENSORS._replace(write=write)
 

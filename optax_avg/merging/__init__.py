@@ -1,11 +1,11 @@
-"""Finished models into one.
+"""Merges of finished models into one.
 
     x = x_0 + sum_t C_t (x_t - x_0)
 
-Merges go leaf by leaf, so that a tree of one leaf is merged as it is within the whole,
-and checkpoints larger than memory can be. Sums are float32 or wider, results have the
-dtypes of the first model; leaves that are not floating point come from it. A zero that
-all trees share, as of a pruning mask, stays zero.
+Every leaf is merged by itself, so checkpoints larger than memory can be merged. Sums
+are float32 or wider. Results have the dtypes of the first model, and leaves that are
+not floating point come from it. A zero that all models share, as in a pruning mask,
+stays zero.
 """
 
 from optax_avg.merging.basin import permute

@@ -1,58 +1,59 @@
 """The largest elements of a vector, exactly as many as are wanted.
 
-Among equal magnitudes at the limit those stay that come first.
+Among equal magnitudes the first elements count as larger.
 """
 
-from collections.abc import Iterator
-from typing import Any, NamedTuple
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 from jax.core import Tracer
+from jax.typing import ArrayLike
 
 from optax_avg import _numerics
 from optax_avg._checkpoints.rules import Slices
 
 DIGIT = 16  # bits of a magnitude that are counted in one pass
 PART = 2**22  # elements that are counted at once
-NO_END = 2**62  # of a whole vector
-LAST = 2**31 - 1  # of a leaf
+NO_END = 2**62  # larger than the number of elements of a tree
+LAST = 2**31 - 1  # at least the number of elements of a leaf
 
 
 class Largest(NamedTuple):
-    """The largest elements: all above a limit, and the first ones at it.
+    """The largest elements: all above a limit, and the first ones at the limit.
 
     Attributes:
-      limit: the least magnitude that stays.
-      end: elements at the limit stay if fewer than this many come before them.
+      limit: Smallest magnitude of these elements.
+      end: Place before which elements at the limit count.
     """
 
-    limit: Any
-    end: Any
+    limit: jax.Array | np.floating | float
+    end: jax.Array | int
 
 
 def after(largest: Largest, start: int) -> Largest:
-    """The same for what begins after ``start`` elements."""
-    return largest._replace(end=min(max(largest.end - start, 0), LAST))
+    """The same for a slice that begins after ``start`` elements."""
+    return largest._replace(end=min(max(int(largest.end) - start, 0), LAST))
 
 
 def is_among(largest: Largest, size: jax.Array) -> jax.Array:
-    """Whether each element is among the largest, by the magnitudes of all."""
+    """Whether each element is among the largest, from the magnitudes of a slice."""
     at_limit = (size == largest.limit) & (_place(size) < largest.end)
     return (size > largest.limit) | at_limit
 
 
-def largest_in(columns: list[list[Any]], density: float) -> list[list[Largest]]:
-    """For leaves of models and their base, the largest elements over all leaves.
+def largest_in(columns: list[list[ArrayLike]], density: float) -> list[list[Largest]]:
+    """The largest elements of task vectors over several leaves.
 
     Args:
-      columns: for each leaf, those of the models and of the base.
-      density: share of the elements of a model that stays.
+      columns: For each leaf, those of the models and then that of the base.
+      density: Share of the elements of each task vector.
 
     Returns:
-      For each leaf, what stays of each model.
+      For each leaf, the largest elements of each task vector.
     """
     n = len(columns[0]) - 1
     if not all(_at_hand(x) for leaves in columns for x in leaves):
@@ -69,23 +70,29 @@ def largest_in(columns: list[list[Any]], density: float) -> list[list[Largest]]:
 
 
 @jax.jit
-def sizes(leaves: list[Any]) -> list[jax.Array]:
-    """Magnitudes of what models add to the base, the last of the leaves."""
+def sizes(leaves: Sequence[ArrayLike]) -> list[jax.Array]:
+    """Magnitudes of task vectors, from leaves of models and then of their base."""
     *xs, x0 = [_numerics.wide(jnp.asarray(x)) for x in leaves]
     return [jnp.abs(x - x0) for x in xs]
 
 
-def _at_hand(x: Any) -> bool:
+def _at_hand(x: ArrayLike) -> bool:
+    """Whether the elements of an array can be read now, by this process."""
     if isinstance(x, Tracer):
         return False
     return not isinstance(x, jax.Array) or x.is_fully_addressable
 
 
 def largest_on_host(slices: Slices, n: int, density: float) -> list[Largest]:
-    """What stays of each of ``n`` models, from slices of them and their base.
+    """The largest elements of ``n`` task vectors, which come slice by slice.
 
-    A magnitude is found digit by digit, by counting: the slices are passed through
-    twice in float32, four times in float64, and once more where the limit is shared.
+    A limit is found digit by digit, by counting. This takes two passes over the slices
+    in float32 and four in float64, and one more if several elements have the limit.
+
+    Args:
+      slices: Slices of the models and then of their base.
+      n: Number of models.
+      density: Share of the elements of each task vector.
     """
     if density == 1:
         return [Largest(-1.0, NO_END)] * n
@@ -121,8 +128,10 @@ def largest_on_host(slices: Slices, n: int, density: float) -> list[Largest]:
     ]
 
 
-def _ends(slices: Slices, limits: list[Any], left: list[int]) -> list[int]:
-    """Where the last of the elements at each limit stands that stay."""
+def _ends(
+    slices: Slices, limits: list[np.unsignedinteger], left: list[int]
+) -> list[int]:
+    """The place after the last element at each limit that counts."""
     left, ends = list(left), [0] * len(left)
     for t, start, bits in _bits(slices, type(limits[0])):
         places = np.flatnonzero(bits == limits[t])[: left[t]]
@@ -132,8 +141,13 @@ def _ends(slices: Slices, limits: list[Any], left: list[int]) -> list[int]:
     return ends
 
 
-def _bits(slices: Slices, integer: Any) -> Iterator[tuple[int, int, np.ndarray]]:
-    """Bits of magnitudes, which are ordered as they are: model, place, some of them."""
+def _bits(
+    slices: Slices, integer: type[np.unsignedinteger]
+) -> Iterator[tuple[int, int, np.ndarray]]:
+    """Yields a model, a place and the bits of some magnitudes from there on.
+
+    The bits are ordered as the magnitudes are.
+    """
     real, start = np.float64 if integer is np.uint64 else np.float32, 0
     for leaves in slices():
         for t, size in enumerate(sizes(leaves)):
@@ -144,7 +158,7 @@ def _bits(slices: Slices, integer: Any) -> Iterator[tuple[int, int, np.ndarray]]
 
 
 def _counted(found: list[jax.Array], density: float) -> list[Largest]:
-    """The same for traced magnitudes, leaf by leaf."""
+    """The largest elements of one task vector, from traced magnitudes of its leaves."""
     n = sum(size.size for size in found)
     if density == 1 or not n:
         return [Largest(-1.0, LAST)] * len(found)
@@ -162,10 +176,10 @@ def _counted(found: list[jax.Array], density: float) -> list[Largest]:
 
 
 def _end(hits: jax.Array, left: jax.Array) -> jax.Array:
-    """The last place with no more than ``left`` hits before it, bit by bit."""
+    """The last place with at most ``left`` hits before it, found bit by bit."""
     place = _place(hits)
 
-    def lower_bit(i, end):
+    def lower_bit(i: jax.Array, end: jax.Array) -> jax.Array:
         later = end | (jnp.int32(1) << (30 - i))
         return jnp.where(jnp.sum(hits & (place < later)) <= left, later, end)
 
@@ -177,7 +191,7 @@ def _end(hits: jax.Array, left: jax.Array) -> jax.Array:
 
 
 def _place(x: jax.Array) -> jax.Array:
-    """How many elements come before each."""
+    """The number of elements before each element."""
     place = jnp.zeros(x.shape, jnp.int32)
     for axis, n in enumerate(x.shape):
         place = place * n + lax.broadcasted_iota(jnp.int32, x.shape, axis)

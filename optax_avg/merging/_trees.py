@@ -7,23 +7,23 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.tree_util import KeyPath
 
 from optax_avg import _leaves
 from optax_avg._checkpoints.alike import ONLY, difference
 from optax_avg._checkpoints.leaves import Leaf
 from optax_avg._checkpoints.rules import Found, Rule, Slices, check_fault, widened
 
-# A model: a pytree of arrays.
-Tree = Any
 # What JAX knows of the containers of a tree.
 Structure = Any
-# Weights of models: float64 of shape (n,), or an array of JAX if they are traced.
-Weights = np.ndarray | jax.Array
+# One weight for each model.
+Weights = Sequence[float] | np.ndarray | jax.Array
 
 _T = TypeVar("_T")
 
 
-def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
+def checked_weights(n: int, weights: Weights | None) -> np.ndarray | jax.Array:
     """Weights that sum to one.
 
     Args:
@@ -31,7 +31,7 @@ def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
       weights: One for each model; by default all are equal.
 
     Returns:
-      The weights in float64; traced ones as they are.
+      The weights, float64 of shape (n,); traced ones as they are.
 
     Raises:
       ValueError: If there are not ``n`` weights, or their sum is not one.
@@ -51,7 +51,7 @@ def checked_weights(n: int, weights: Sequence[float] | None) -> Weights:
     return w
 
 
-def check_alike(models: Sequence[Tree]) -> None:
+def check_alike(models: Sequence[optax.Params]) -> None:
     """Raises a ValueError that names the first leaf in which two models differ."""
     if not models:
         raise ValueError("there are no models; pass a list with at least one.")
@@ -69,8 +69,8 @@ def check_alike(models: Sequence[Tree]) -> None:
 
 
 def merged(
-    rule: Rule, trees: Sequence[Tree], found: Mapping[int, Found] | None = None
-) -> Tree:
+    rule: Rule, trees: Sequence[optax.Params], found: Mapping[int, Found] | None = None
+) -> optax.Params:
     """Merges trees leaf by leaf; leaves that are not floats come from the first.
 
     Args:
@@ -101,7 +101,7 @@ def merged(
     return structure.unflatten(made)
 
 
-def _described(tree: Tree) -> tuple[list[Leaf], Structure]:
+def _described(tree: optax.Params) -> tuple[list[Leaf], Structure]:
     """The leaves of a tree as those of a checkpoint, with the names that JAX gives."""
     entries, structure = jax.tree.flatten_with_path(tree)
     leaves = [
@@ -111,7 +111,7 @@ def _described(tree: Tree) -> tuple[list[Leaf], Structure]:
     return leaves, structure
 
 
-def _name(path: tuple[Any, ...]) -> str:
+def _name(path: KeyPath) -> str:
     """A key path, in words if the leaf is the whole tree."""
     return jax.tree_util.keystr(path) or ONLY
 
@@ -125,7 +125,9 @@ def total(
     return functools.reduce(join, (of(widened(xs)) for xs in slices()))
 
 
-def weighted_sum(w: Any, xs: Sequence[jax.Array]) -> jax.Array:
+def weighted_sum(
+    w: Weights | Sequence[jax.Array], xs: Sequence[jax.Array]
+) -> jax.Array:
     """``sum_t w_t x_t`` with one weight for each vector."""
     terms = (jnp.asarray(a, x.dtype) * x for a, x in zip(w, xs, strict=True))
     return jnp.asarray(sum(terms))

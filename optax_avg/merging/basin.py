@@ -1,23 +1,38 @@
-"""Models of one function, brought into one basin before they are averaged.
+"""Permutations of channels that bring two models into one basin.
 
-Channels inside a network can change places without changing what it computes:
+The channels of a network can be permuted without changing its function:
 
     W_l <- P_l W_l P_{l-1}^T,    b_l <- P_l b_l
 """
 
 import itertools
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
+from jax.typing import ArrayLike
 
 from optax_avg.merging._trees import check_alike
 
+__all__ = ["permute"]
+
+# A key in the paths of the leaves of a layer, or several keys.
+Layer = str | tuple[str, ...]
+# An array on the host or on a device.
+_Array = TypeVar("_Array", np.ndarray, jax.Array)
+
 
 class _Place(NamedTuple):
-    """Where channels of a layer stand: a leaf's axis, ``blocks`` times over."""
+    """Axis of a leaf along which the channels of a layer lie.
+
+    Attributes:
+      leaf: Index of the leaf.
+      axis: Its axis, from the end.
+      blocks: How often all channels follow each other along the axis.
+    """
 
     leaf: int
     axis: int
@@ -25,35 +40,36 @@ class _Place(NamedTuple):
 
 
 def permute(
-    model: Any,
-    reference: Any,
-    layers: Sequence[str | tuple[str, ...]],
+    model: optax.Params,
+    reference: optax.Params,
+    layers: Sequence[Layer],
     *,
     max_sweeps: int = 100,
-) -> Any:
-    """Git Re-Basin by matching weights: the channels of a chain in another's order.
+) -> optax.Params:
+    """Git Re-Basin by matching weights: permutes channels to match a reference.
 
     Finds permutations that maximise ``sum_l <W_l, P_l W'_l P_{l-1}^T>`` over all
-    layers, one layer after another as a linear assignment until none gains, so that
-    ``model``, whose function stays as it is, lies near ``reference`` and can be
-    averaged with it. On the host, in float64.
+    layers. It solves a linear assignment for one layer after another until none gains.
+    The result computes the same function as ``model`` but lies near ``reference``, so
+    that the two can be averaged. The computation runs on the host, in float64.
 
     Args:
-      model: a tree; the channels of its last layer, and its inputs, stay in place.
-      reference: one like it.
-      layers: the chain from input to output, each a key in the paths of its leaves, as
-        ``"Dense_0"``; a layer and its normalisation together, as ``("Conv_0",
-        "BatchNorm_0")``. Leaves are as Flax has them: channels are the last axis of
-        each, and those of the layer before the last axis but one of kernels, several
-        times over after flattening.
-      max_sweeps: over the layers.
+      model: Tree whose channels are permuted. The inputs and the channels of the last
+        layer stay in place.
+      reference: Tree of the same structure.
+      layers: Layers from input to output. Each is a key in the paths of its leaves, as
+        ``"Dense_0"``, or several keys for a layer and its normalisation, as
+        ``("Conv_0", "BatchNorm_0")``. Leaves have the layout of Flax: the channels of a
+        layer are the last axis of its leaves, and those of the layer before are the
+        last axis but one of its kernels. They are repeated there after flattening.
+      max_sweeps: Largest number of sweeps over the layers.
 
     Returns:
       A tree like ``model``.
 
     Raises:
-      ValueError: If the trees differ, a layer is not in them, two layers do not fit or
-        a leaf is not finite.
+      ValueError: If the trees differ, a layer is not in them, two layers do not fit
+        each other, or a leaf is not finite.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -66,7 +82,7 @@ def permute(
       Ainsworth, Hayase and Srinivasa, "Git Re-Basin: Merging Models modulo Permutation
       Symmetries", 2022, 2209.04836, section 3.2.
     """
-    # JAX needs SciPy but loads this part only when it is asked for.
+    # Imported here because it takes long.
     from scipy.optimize import linear_sum_assignment
 
     check_alike([reference, model])
@@ -106,8 +122,37 @@ def permute(
     return structure.unflatten(leaves)
 
 
-def _places(keys, names, shapes, layers) -> list[list[_Place]]:
-    """Where the channels of each layer but the last stand."""
+def _places(
+    keys: list[list[str]],
+    names: list[str],
+    shapes: list[tuple[int, ...]],
+    layers: Sequence[Layer],
+) -> list[list[_Place]]:
+    """The places of the channels of each layer but the last.
+
+    Args:
+      keys: Keys in the path of each leaf.
+      names: Name of each leaf, for messages.
+      shapes: Shape of each leaf.
+      layers: Layers from input to output.
+
+    Raises:
+      ValueError: If a layer is not in the tree, or two layers do not fit each other.
+    """
+    members = _members(keys, names, shapes, layers)
+    return [
+        _channels(names, shapes, here, after)
+        for here, after in itertools.pairwise(members)
+    ]
+
+
+def _members(
+    keys: list[list[str]],
+    names: list[str],
+    shapes: list[tuple[int, ...]],
+    layers: Sequence[Layer],
+) -> list[list[int]]:
+    """The leaves of each layer."""
     if len(layers) < 2:
         raise ValueError(f"layers must name at least two, got {list(layers)}.")
     members = []
@@ -120,31 +165,40 @@ def _places(keys, names, shapes, layers) -> list[list[_Place]]:
                 f"no leaf has {sorted(missing)[0]!r} in its path: {names}."
             )
         members.append(found)
-    places = []
-    for here, after in itertools.pairwise(members):
-        width = shapes[here[0]][-1]
-        for i in here:
-            if shapes[i][-1] != width:
-                raise ValueError(
-                    f"{names[here[0]]} has {width} channels and {names[i]} "
-                    f"{shapes[i][-1]}; leaves of a layer must have as many."
-                )
-        channels = [_Place(i, -1, 1) for i in here]
-        for i in after:
-            if len(shapes[i]) < 2:
-                continue
-            blocks, rest = divmod(shapes[i][-2], max(width, 1))
-            if rest or not blocks:
-                raise ValueError(
-                    f"{names[i]} takes {shapes[i][-2]} inputs, which is no multiple of "
-                    f"the {width} channels of {names[here[0]]}."
-                )
-            channels.append(_Place(i, -2, blocks))
-        places.append(channels)
-    return places
+    return members
 
 
-def _float64(x: Any, name: str) -> np.ndarray:
+def _channels(
+    names: list[str], shapes: list[tuple[int, ...]], here: list[int], after: list[int]
+) -> list[_Place]:
+    """The places of the channels of a layer, in itself and in the next one."""
+    width = shapes[here[0]][-1]
+    for i in here:
+        if shapes[i][-1] != width:
+            raise ValueError(
+                f"{names[here[0]]} has {width} channels and {names[i]} "
+                f"{shapes[i][-1]}; leaves of a layer must have as many."
+            )
+    channels = [_Place(i, -1, 1) for i in here]
+    for i in after:
+        if len(shapes[i]) < 2:
+            continue
+        blocks, rest = divmod(shapes[i][-2], max(width, 1))
+        if rest or not blocks:
+            raise ValueError(
+                f"{names[i]} takes {shapes[i][-2]} inputs, which is no multiple of "
+                f"the {width} channels of {names[here[0]]}."
+            )
+        channels.append(_Place(i, -2, blocks))
+    return channels
+
+
+def _float64(x: ArrayLike, name: str) -> np.ndarray:
+    """An array in float64 or complex128.
+
+    Raises:
+      ValueError: If an element is not finite.
+    """
     wide = np.asarray(x)
     wide = wide.astype(np.complex128 if np.iscomplexobj(wide) else np.float64)
     if not np.all(np.isfinite(wide)):
@@ -153,19 +207,20 @@ def _float64(x: Any, name: str) -> np.ndarray:
 
 
 def _width(arrays: dict[int, np.ndarray], channels: list[_Place]) -> int:
+    """Number of channels."""
     first = channels[0]
     return arrays[first.leaf].shape[first.axis]
 
 
 def _rows(x: np.ndarray, place: _Place) -> np.ndarray:
-    """A row for each channel."""
+    """A matrix with a row for each channel."""
     x = np.moveaxis(x, place.axis, 0)
     x = np.moveaxis(x.reshape(place.blocks, -1, *x.shape[1:]), 1, 0)
     return x.reshape(len(x), -1)
 
 
-def _take(x: Any, place: _Place, order: np.ndarray) -> Any:
-    """The channels in another order."""
+def _take(x: _Array, place: _Place, order: np.ndarray) -> _Array:
+    """An array with its channels in another order."""
     n = len(order)
     whole = np.concatenate([b * n + order for b in range(place.blocks)])
     return x.take(whole, axis=place.axis)

@@ -1,43 +1,61 @@
-"""Means weighted by curvature, element by element.
+"""Means of models weighted by curvature, element by element.
 
 x = x_0 + (H_0 + sum_t a H_t)^-1 sum_t a (H_t + H_0)(x_t - x_0)
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jax import lax
 
 from optax_avg import _checks, _leaves, _numerics
 from optax_avg._checkpoints.rules import Rule
-from optax_avg.merging._trees import checked_weights, merged
+from optax_avg.merging._trees import Weights, checked_weights, merged
+
+__all__ = [
+    "ExampleLoss",
+    "Examples",
+    "fisher",
+    "fisher_rule",
+    "gradient_matching",
+    "gradient_matching_rule",
+    "squared_gradients",
+]
+
+# A tree of arrays with the examples along the first axis, or one example of it.
+Examples = Any
+# Takes parameters and one example, and returns minus the log likelihood.
+ExampleLoss = Callable[[optax.Params, Examples], jax.Array]
 
 
 def fisher(
-    models: Sequence[Any],
-    fishers: Sequence[Any],
-    weights: Sequence[float] | None = None,
-) -> Any:
+    models: Sequence[optax.Params],
+    fishers: Sequence[optax.Params],
+    weights: Weights | None = None,
+) -> optax.Params:
     """Fisher merging: ``sum_t w_t F_t x_t/sum_t w_t F_t``, element by element.
 
-    Where no model has any information it is the weighted mean; under ``jit``, where no
-    error can be raised, also where the sum is negative or not finite.
+    An element without information in any model is the weighted mean. Under ``jit``,
+    which allows no error, it is also the weighted mean if the sum of the information is
+    negative or not finite.
 
     Args:
-      models: trees of one structure.
-      fishers: trees like them, diagonals of Fisher matrices, see
-        :func:`squared_gradients`; not negative.
-      weights: of sum one; by default equal.
+      models: Trees of one structure.
+      fishers: Diagonals of Fisher matrices, trees like the models, not negative;
+        :func:`squared_gradients` computes them.
+      weights: One weight for each model, of sum one; by default all are equal.
 
     Returns:
       A tree like the first model.
 
     Raises:
-      ValueError: If trees differ, the weights do not sum to one, or an element of a
-        Fisher matrix or the sum of all is negative or not finite.
+      ValueError: If the trees differ, the weights do not sum to one, or an element of
+        a Fisher matrix or of their sum is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -55,17 +73,18 @@ def fisher(
     return merged(fisher_rule(n, weights), [*models, *fishers])
 
 
-def fisher_rule(n: int, weights: Sequence[float] | None) -> Rule:
-    """Fisher merging of a leaf of ``n`` models and as many Fisher matrices."""
+def fisher_rule(n: int, weights: Weights | None) -> Rule:
+    """Fisher merging of one leaf of ``n`` models and as many Fisher matrices."""
     w = checked_weights(n, weights)
 
-    def sums(fs):
-        # In units of the largest: products of tiny ones would vanish.
+    def sums(fs: list[jax.Array]) -> tuple[list[jax.Array], jax.Array]:
+        # In units of the largest, because products of tiny values would vanish.
         most = functools.reduce(jnp.maximum, fs)
         shares = [f / jnp.where(most > 0, most, 1) for f in fs]
-        return shares, sum(a * f for a, f in zip(w, shares, strict=True))
+        weighted = [a * f for a, f in zip(w, shares, strict=True)]
+        return shares, functools.reduce(jnp.add, weighted)
 
-    def combine(_, xs):
+    def combine(_: None, xs: list[jax.Array]) -> jax.Array:
         xs, fs = xs[:n], xs[n:]
         shares, total = sums(fs)
         known = (total > 0) & jnp.isfinite(total)
@@ -74,7 +93,7 @@ def fisher_rule(n: int, weights: Sequence[float] | None) -> Rule:
         means = (jnp.where(known, a * f / total, a) * x for a, f, x in parts)
         return functools.reduce(jnp.add, means)
 
-    def fault(xs):
+    def fault(xs: list[jax.Array]) -> jax.Array:
         _, total = sums(xs[n:])
         return _unfit([*xs[n:], total])
 
@@ -87,33 +106,35 @@ def fisher_rule(n: int, weights: Sequence[float] | None) -> Rule:
 
 
 def gradient_matching(
-    models: Sequence[Any],
-    hessians: Sequence[Any],
-    base: Any,
-    base_hessian: Any,
+    models: Sequence[optax.Params],
+    hessians: Sequence[optax.Params],
+    base: optax.Params,
+    base_hessian: optax.Params,
     scale: float = 1.0,
     damping: float = 0.0,
-) -> Any:
-    """Merging that matches gradients, by diagonal Hessians.
+) -> optax.Params:
+    """Merging that matches gradients, with diagonal Hessians.
 
-    ``x_0 + a sum_t Hbar^-1 (H_t + H_0 + damping)(x_t - x_0)``, ``Hbar = H_0 + damping +
-    a sum_t H_t``. Where ``Hbar`` is zero nothing is known, and ``x_0`` stays; under
-    ``jit``, where no error can be raised, also where it is negative or not finite.
+    ``x_0 + a sum_t Hbar^-1 (H_t + H_0 + damping)(x_t - x_0)`` with ``Hbar = H_0 +
+    damping + a sum_t H_t``. An element whose ``Hbar`` is zero stays at ``x_0``. Under
+    ``jit``, which allows no error, it also stays there if ``Hbar`` is negative or not
+    finite.
 
     Args:
-      models: trees fine-tuned from ``base``.
-      hessians: trees like them, diagonals, see :func:`squared_gradients`.
-      base: the tree that they were fine-tuned from.
-      base_hessian: a tree like it.
-      scale: ``a``, of every task vector.
-      damping: added to ``H_0``; not negative.
+      models: Trees fine-tuned from ``base``.
+      hessians: Diagonals of Hessians, trees like the models;
+        :func:`squared_gradients` approximates them.
+      base: Tree before fine-tuning.
+      base_hessian: Diagonal of the Hessian at ``base``, a tree like it.
+      scale: Factor ``a`` of every task vector.
+      damping: Number that is added to ``H_0``, not negative.
 
     Returns:
       A tree like the first model.
 
     Raises:
-      ValueError: If trees differ, ``damping`` is negative, or an element of ``Hbar`` is
-        negative or not finite.
+      ValueError: If the trees differ, ``damping`` is negative, or an element of
+        ``Hbar`` is negative or not finite.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -132,19 +153,26 @@ def gradient_matching(
     return merged(rule, [*models, *hessians, base, base_hessian])
 
 
-def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:
-    """Gradient matching of a leaf of ``n`` models, their Hessians, a base and its."""
-    damping = _checks.within("damping", damping, 0, float("inf"), closed_high=False)
+def gradient_matching_rule(n: int, scale: float, damping: float) -> Rule:
+    """Gradient matching of one leaf.
 
-    def sums(xs):
+    Args:
+      n: Number of models. The rule takes ``n`` models, ``n`` Hessians, the base and its
+        Hessian.
+      scale: Factor of every task vector.
+      damping: Number that is added to the Hessian of the base.
+    """
+    damping = _checks.within("damping", damping, 0, math.inf, closed_high=False)
+
+    def sums(xs: list[jax.Array]) -> tuple[list[jax.Array], jax.Array, jax.Array]:
         hs, h0 = xs[n : 2 * n], xs[-1] + damping
-        # In units of the largest: a sum of huge ones would overflow.
+        # In units of the largest, because a sum of huge values would overflow.
         most = functools.reduce(jnp.maximum, [jnp.abs(h) for h in (*hs, h0)])
         most = jnp.where(most > 0, most, 1)
         hs, h0 = [h / most for h in hs], h0 / most
         return hs, h0, h0 + scale * sum(hs)
 
-    def combine(_, xs):
+    def combine(_: None, xs: list[jax.Array]) -> jax.Array:
         x0 = xs[-2]
         hs, h0, bar = sums(xs)
         known = (bar > 0) & jnp.isfinite(bar)
@@ -153,7 +181,7 @@ def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:
         move = sum(jnp.where(known, (h + h0) / bar, 0) * (x - x0) for x, h in moves)
         return x0 + scale * move
 
-    def fault(xs):
+    def fault(xs: list[jax.Array]) -> jax.Array:
         *_, bar = sums(xs)
         return _unfit([bar])
 
@@ -166,30 +194,32 @@ def gradient_matching_rule(n: int, scale: Any, damping: Any) -> Rule:
 
 @jax.jit
 def _unfit(xs: list[jax.Array]) -> jax.Array:
+    """Whether an element is negative or not finite."""
     return functools.reduce(
         jnp.logical_or, [~jnp.all((x >= 0) & jnp.isfinite(x)) for x in xs]
     )
 
 
 def squared_gradients(
-    loss: Callable[[Any, Any], jax.Array], params: Any, examples: Any, *, batch: int = 1
-) -> Any:
-    """The mean of the squares of per-example gradients, a diagonal Fisher matrix.
+    loss: ExampleLoss, params: optax.Params, examples: Examples, *, batch: int = 1
+) -> optax.Params:
+    """The mean of squared per-example gradients, a diagonal of a Fisher matrix.
 
-    ``1/n sum_i g_i^2``: with the labels of the data the empirical Fisher, with labels
-    drawn from the model the true one. At most ``batch`` gradients are held at once.
+    ``1/n sum_i g_i^2``. Labels of the data give the empirical Fisher matrix, labels
+    drawn from the model the true one. Memory holds at most ``batch`` gradients.
 
     Args:
-      loss: of one example, ``loss(params, example)``, minus the log likelihood.
-      params: a tree.
-      examples: a tree of arrays with the examples along the first axis.
-      batch: examples at once; their number need not be a multiple.
+      loss: Takes the parameters and one example, and returns minus the log likelihood.
+      params: Parameters at which the gradients are taken.
+      examples: A tree of arrays with the examples along the first axis.
+      batch: Number of examples whose gradients are computed together. It need not
+        divide the number of examples.
 
     Returns:
       A tree like ``params``, float32 or wider; zeros for leaves that are not floats.
 
     Raises:
-      ValueError: If there are no examples or they differ in number.
+      ValueError: If there are no examples, or the arrays differ in their number.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -200,7 +230,7 @@ def squared_gradients(
 
     References:
       Kunstner et al., "Limitations of the Empirical Fisher Approximation for Natural
-      Gradient Descent", 2019, 1905.12558, on what it is not.
+      Gradient Descent", 2019, 1905.12558, on the limits of the empirical Fisher matrix.
     """
     _checks.check_integer("batch", batch, 1)
     counts = {jnp.shape(x)[:1] for x in jax.tree.leaves(examples)}
@@ -212,18 +242,38 @@ def squared_gradients(
     leaves, structure = jax.tree.flatten(params)
     floats = [i for i, x in enumerate(leaves) if _leaves.is_float(x)]
 
-    def of_floats(some, example):
+    def of_floats(some: list[jax.Array], example: Examples) -> jax.Array:
         whole = list(leaves)
         for i, x in zip(floats, some, strict=True):
             whole[i] = x
         return loss(structure.unflatten(whole), example)
 
-    def squares(example):
-        grads = jax.grad(of_floats)([jnp.asarray(leaves[i]) for i in floats], example)
+    total = _sum_of_squares(
+        of_floats, [jnp.asarray(leaves[i]) for i in floats], examples, n, batch
+    )
+    out = [jnp.zeros(jnp.shape(x)) for x in leaves]
+    for i, x in zip(floats, total, strict=True):
+        out[i] = x / n
+    return structure.unflatten(out)
+
+
+def _sum_of_squares(
+    loss: Callable[[list[jax.Array], Examples], jax.Array],
+    leaves: list[jax.Array],
+    examples: Examples,
+    n: int,
+    batch: int,
+) -> list[jax.Array]:
+    """``sum_i g_i^2`` over ``n`` examples, ``batch`` of them at once."""
+
+    def squares(example: Examples) -> list[jax.Array]:
+        grads = jax.grad(loss)(leaves, example)
         wide = [_numerics.wide(g) for g in grads]
         return [jnp.real(g * jnp.conj(g)) for g in wide]
 
-    def advance(total, some):
+    def advance(
+        total: list[jax.Array], some: tuple[Examples, jax.Array]
+    ) -> tuple[list[jax.Array], None]:
         example, counts = some
         found = jax.vmap(squares)(example)
         kept = [
@@ -240,15 +290,11 @@ def squared_gradients(
         ),
         examples,
     )
-    real = [jnp.real(_numerics.wide(jnp.asarray(leaves[i]))) for i in floats]
-    zeros = [jnp.zeros_like(x) for x in real]
-    total, _ = lax.scan(advance, zeros, (spread, (place < n).reshape(rounds, batch)))
-    out = [jnp.zeros(jnp.shape(x)) for x in leaves]
-    for i, x in zip(floats, total, strict=True):
-        out[i] = x / n
-    return structure.unflatten(out)
+    zeros = [jnp.zeros_like(jnp.real(_numerics.wide(x))) for x in leaves]
+    counts = (place < n).reshape(rounds, batch)
+    return lax.scan(advance, zeros, (spread, counts))[0]
 
 
-def _check_count(name: str, trees: Sequence[Any], n: int) -> None:
+def _check_count(name: str, trees: Sequence[optax.Params], n: int) -> None:
     if len(trees) != n:
         raise ValueError(f"{n} models need as many {name}, got {len(trees)}.")

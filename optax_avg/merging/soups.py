@@ -6,15 +6,18 @@ x = sum_t w_t x_t,    sum_t w_t = 1
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.typing import ArrayLike
 
 from optax_avg import _numerics
-from optax_avg._checkpoints.rules import Rule
+from optax_avg._checkpoints.rules import Rule, Slices
 from optax_avg.merging._products import unit_of
 from optax_avg.merging._trees import (
+    Weights,
     check_alike,
     checked_weights,
     merged,
@@ -22,12 +25,30 @@ from optax_avg.merging._trees import (
     weighted_sum,
 )
 
+__all__ = [
+    "Score",
+    "Soup",
+    "dawin",
+    "diwa",
+    "greedy_soup",
+    "uniform",
+    "variance_corrected",
+    "variance_rule",
+    "weighted",
+    "weighted_rule",
+    "wise_ft",
+    "wise_ft_rule",
+]
 
-def uniform(models: Sequence[Any]) -> Any:
+# Scores a model on held-out data; larger is better.
+Score = Callable[[optax.Params], jax.Array | float]
+
+
+def uniform(models: Sequence[optax.Params]) -> optax.Params:
     """The uniform soup, ``1/n sum_t x_t``.
 
     Args:
-      models: trees of one structure.
+      models: Trees of one structure.
 
     Returns:
       A tree like the first.
@@ -47,18 +68,18 @@ def uniform(models: Sequence[Any]) -> Any:
     return merged(weighted_rule(len(models), None), models)
 
 
-def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
+def weighted(models: Sequence[optax.Params], weights: Weights) -> optax.Params:
     """``sum_t w_t x_t`` with weights that sum to one.
 
     Args:
-      models: trees of one structure.
-      weights: one a model; may be negative.
+      models: Trees of one structure.
+      weights: One weight for each model; weights may be negative.
 
     Returns:
       A tree like the first.
 
     Raises:
-      ValueError: If models differ, or the weights do not sum to one.
+      ValueError: If the models differ, or the weights do not sum to one.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -68,19 +89,19 @@ def weighted(models: Sequence[Any], weights: Sequence[float]) -> Any:
     return merged(weighted_rule(len(models), weights), models)
 
 
-def weighted_rule(n: int, weights: Sequence[float] | None) -> Rule:
-    """The weighted mean of a leaf of ``n`` models; by default with equal weights."""
+def weighted_rule(n: int, weights: Weights | None) -> Rule:
+    """The weighted mean of one leaf of ``n`` models, with equal weights for None."""
     w = checked_weights(n, weights)
     return Rule(lambda _, xs: weighted_sum(w, xs))
 
 
-def wise_ft(base: Any, tuned: Any, alpha: float) -> Any:
+def wise_ft(base: optax.Params, tuned: optax.Params, alpha: float) -> optax.Params:
     """WiSE-FT: ``(1 - alpha) x_0 + alpha x_1``.
 
     Args:
-      base: the model before fine-tuning.
-      tuned: the model after it.
-      alpha: any number; in [0, 1] on the segment between them.
+      base: Model before fine-tuning.
+      tuned: Model after fine-tuning.
+      alpha: Position on the line through both models; those in [0, 1] lie between them.
 
     Returns:
       A tree like ``base``.
@@ -99,34 +120,34 @@ def wise_ft(base: Any, tuned: Any, alpha: float) -> Any:
     return merged(wise_ft_rule(alpha), [base, tuned])
 
 
-def wise_ft_rule(alpha: Any) -> Rule:
-    """The line through a leaf of a base and one of a model."""
+def wise_ft_rule(alpha: float) -> Rule:
+    """The line through one leaf of a base and of a fine-tuned model."""
     return weighted_rule(2, [1 - alpha, alpha])
 
 
 class Soup(NamedTuple):
-    """A soup and what is in it.
+    """A soup and its ingredients.
 
     Attributes:
-      params: the uniform mean of the models chosen.
-      chosen: their indices, in the order in which they were added.
-      score: of ``params``.
+      params: Uniform mean of the models that were chosen.
+      chosen: Indices of these models, in the order in which they were added.
+      score: Score of ``params``.
     """
 
-    params: Any
+    params: optax.Params
     chosen: list[int]
     score: float
 
 
-def greedy_soup(models: Sequence[Any], score: Callable[[Any], Any]) -> Soup:
-    """Adds models in the order of their scores, each if the mean gets no worse.
+def greedy_soup(models: Sequence[optax.Params], score: Score) -> Soup:
+    """Adds models in the order of their scores, unless the mean gets worse.
 
-    This is DiWA's restricted selection as well.
+    The restricted selection of DiWA is the same algorithm.
 
     Args:
-      models: trees of one structure.
-      score: of a tree, larger is better; on held-out data. A score that is not finite
-        is the worst.
+      models: Trees of one structure.
+      score: Takes a model and returns its score on held-out data. Larger is better; a
+        score that is not finite is the worst.
 
     Returns:
       A :class:`Soup`.
@@ -146,7 +167,7 @@ def greedy_soup(models: Sequence[Any], score: Callable[[Any], Any]) -> Soup:
     """
     check_alike(models)
 
-    def finite(params):
+    def finite(params: optax.Params) -> float:
         found = float(score(params))
         return found if math.isfinite(found) else -math.inf
 
@@ -154,7 +175,7 @@ def greedy_soup(models: Sequence[Any], score: Callable[[Any], Any]) -> Soup:
     order = sorted(range(len(models)), key=lambda i: -scores[i])
     if scores[order[0]] == -math.inf:
         raise ValueError(
-            "no score is finite; score returns a number, larger is better."
+            "no score is finite; pass a score that returns a number, larger is better."
         )
     chosen, params, best = [order[0]], models[order[0]], scores[order[0]]
     for i in order[1:]:
@@ -169,16 +190,17 @@ diwa = greedy_soup
 
 
 def variance_corrected(
-    models: Sequence[Any], weights: Sequence[float] | None = None
-) -> Any:
-    """The weighted mean, each leaf rescaled to the variance of its inputs.
+    models: Sequence[optax.Params], weights: Weights | None = None
+) -> optax.Params:
+    """The weighted mean, with each leaf rescaled to the variance of its inputs.
 
-    ``m + (x - m) sqrt(sum_t w_t var x_t/var x)``, ``x = sum_t w_t x_t`` of mean ``m``:
-    averaging models that are not aligned shrinks what their layers put out.
+    ``m + (x - m) sqrt(sum_t w_t var x_t/var x)`` with ``x = sum_t w_t x_t`` of mean
+    ``m``. The mean of models that are not aligned has a smaller variance than they
+    have, and its layers have smaller outputs.
 
     Args:
-      models: trees of one structure.
-      weights: of sum one; by default equal.
+      models: Trees of one structure.
+      weights: One weight for each model, of sum one; by default all are equal.
 
     Returns:
       A tree like the first.
@@ -194,19 +216,19 @@ def variance_corrected(
 
     References:
       Jordan et al., "REPAIR: REnormalizing Permuted Activations for Interpolation
-      Repair", 2023, 2211.08403, states the collapse of variance that this undoes.
+      Repair", 2023, 2211.08403, describes the collapse of variance that this undoes.
     """
     return merged(variance_rule(len(models), weights), models)
 
 
 class _Moments(NamedTuple):
-    """Means and sums of squared deviations of vectors, in one unit.
+    """Means and sums of squared deviations of ``k`` vectors.
 
     Attributes:
-      size: how many elements they have.
-      unit: a power of two near the largest magnitude.
-      means: (k,), in this unit.
-      squares: (k,), sums of squares of what deviates from them, in its square.
+      size: Number of elements of each vector.
+      unit: A power of two near the largest magnitude.
+      means: Shape (k,), means in this unit.
+      squares: Shape (k,), sums of squared deviations, in the square of the unit.
     """
 
     size: jax.Array
@@ -215,25 +237,25 @@ class _Moments(NamedTuple):
     squares: jax.Array
 
 
-def variance_rule(n: int, weights: Sequence[float] | None) -> Rule:
-    """The weighted mean of a leaf of ``n`` models, with the variance of its inputs."""
+def variance_rule(n: int, weights: Weights | None) -> Rule:
+    """The weighted mean of one leaf of ``n`` models, rescaled to their variance."""
     w = checked_weights(n, weights)
 
-    def find(slices):
+    def find(slices: Slices) -> tuple[jax.Array, jax.Array]:
         found = total(slices, lambda xs: _moments([*xs, weighted_sum(w, xs)]), _joined)
         variances = found.squares / jnp.maximum(found.size, 1)
         wanted, got = jnp.sum(jnp.asarray(w) * variances[:-1]), variances[-1]
-        # What the rounding of a mean leaves behind is no variance to rescale.
+        # Variance that comes from the rounding of a mean is not rescaled.
         rounding = 4 * jnp.finfo(got.dtype).eps
         seen = got > rounding**2 * jnp.max(variances + jnp.abs(found.means) ** 2)
         ratio = jnp.where(seen, wanted / jnp.where(seen, got, 1), 1)
         return found.unit * found.means[-1], jnp.sqrt(jnp.maximum(ratio, 0))
 
-    def combine(found, xs):
+    def combine(found: tuple[jax.Array, jax.Array], xs: list[jax.Array]) -> jax.Array:
         mean, factor = found
         x = weighted_sum(w, xs)
         moved = mean + (x - mean) * jnp.asarray(factor, x.real.dtype)
-        # What all of them prune stays pruned.
+        # An element that is zero in all models stays zero.
         pruned = functools.reduce(jnp.logical_and, [v == 0 for v in xs])
         return jnp.where(pruned, 0, moved)
 
@@ -252,7 +274,7 @@ def _moments(xs: list[jax.Array]) -> _Moments:
 
 @jax.jit
 def _joined(a: _Moments, b: _Moments) -> _Moments:
-    """Moments over two slices, as moments over both."""
+    """Moments over two slices, as moments over both together."""
     unit, size = jnp.maximum(a.unit, b.unit), a.size + b.size
     p, q = a.unit / unit, b.unit / unit
     apart = q * b.means - p * a.means
@@ -262,21 +284,21 @@ def _joined(a: _Moments, b: _Moments) -> _Moments:
     return _Moments(size, unit, p * a.means + share * apart, squares)
 
 
-def dawin(logits: Sequence[Any]) -> jax.Array:
+def dawin(logits: Sequence[ArrayLike]) -> jax.Array:
     """DaWin: coefficients of an interpolation for each sample, from entropies.
 
-    ``w_t = exp(-H_t)/sum_s exp(-H_s)`` with the entropy ``H_t`` of what model ``t``
-    predicts: the surer a model is, the more it counts.
+    ``w_t = exp(-H_t)/sum_s exp(-H_s)`` with the entropy ``H_t`` of the prediction of
+    model ``t``. A model has more weight if its prediction is more certain.
 
     Args:
-      logits: arrays of shape (..., classes), one a model, on the same samples.
+      logits: Arrays of shape (..., classes), one for each model, on the same samples.
 
     Returns:
-      Coefficients of shape (models, ...), float32; pass those of a sample, or of a
-      cluster of alike samples, to :func:`weighted`.
+      Coefficients of shape (models, ...), float32 or wider. Pass those of one sample,
+      or of a cluster of similar samples, to :func:`weighted`.
 
     Raises:
-      ValueError: If there are none or their shapes differ.
+      ValueError: If there are no arrays, or their shapes differ.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -292,7 +314,7 @@ def dawin(logits: Sequence[Any]) -> jax.Array:
     if len(shapes) != 1 or not next(iter(shapes)):
         raise ValueError(f"logits must be arrays of one shape, got {sorted(shapes)}.")
     logs = [jax.nn.log_softmax(_numerics.wide(jnp.asarray(x)), axis=-1) for x in logits]
-    # p log p is 0 where p is.
+    # p log p is 0 if p is.
     entropies = [
         -jnp.sum(jnp.where(p > -1e9, jnp.exp(p) * p, 0), axis=-1) for p in logs
     ]

@@ -1,30 +1,43 @@
-"""Means of directions: each leaf a vector, on the sphere of its length."""
+"""Means on the sphere: each leaf is a direction times a norm.
+
+x_t = |x_t| u_t,    u on the sphere between the u_t
+"""
 
 import functools
 from collections.abc import Sequence
-from typing import Any
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from jax import lax
 
 from optax_avg import _checks, _numerics
-from optax_avg._checkpoints.rules import Rule
+from optax_avg._checkpoints.rules import Rule, Slices
 from optax_avg.merging._products import Products, cosines, joined_products, products
-from optax_avg.merging._trees import checked_weights, merged, total, weighted_sum
+from optax_avg.merging._trees import (
+    Weights,
+    checked_weights,
+    merged,
+    total,
+    weighted_sum,
+)
+
+__all__ = ["karcher", "karcher_rule", "slerp", "slerp_rule"]
 
 
-def slerp(a: Any, b: Any, t: float) -> Any:
-    """Along the arc between two models, leaf by leaf.
+def slerp(a: optax.Params, b: optax.Params, t: float) -> optax.Params:
+    """A point on the arc between two models, leaf by leaf.
 
     ``(sin((1 - t) w) a + sin(t w) b)/sin w`` with the angle ``w`` between their
-    directions; a straight line where they are near parallel or opposite.
+    directions. If they are nearly parallel or opposite, it is a point on the straight
+    line.
 
     Args:
-      a: a tree, the result at 0.
-      b: one like it, the result at 1.
-      t: position.
+      a: Tree that is the result at ``t = 0``.
+      b: Tree of the same structure that is the result at ``t = 1``.
+      t: Position on the arc.
 
     Returns:
       A tree like ``a``.
@@ -43,13 +56,13 @@ def slerp(a: Any, b: Any, t: float) -> Any:
     return merged(slerp_rule(t), [a, b])
 
 
-def slerp_rule(t: Any) -> Rule:
-    """The arc between a leaf of two models."""
+def slerp_rule(t: float) -> Rule:
+    """A point on the arc between one leaf of two models."""
 
-    def find(slices):
+    def find(slices: Slices) -> tuple[jax.Array, jax.Array]:
         sizes = total(slices, products, joined_products)
         norms, _ = cosines(sizes)
-        # The angle from half chords: exact where the cosine is not.
+        # Half chords give small angles exactly, cosines do not.
         apart, along = total(
             slices, lambda xs: _chords(sizes.units, norms, xs), _numerics.add
         )
@@ -61,9 +74,9 @@ def slerp_rule(t: Any) -> Rule:
         q = jnp.where(straight, t, jnp.sin(t * w) / sine)
         return p, q
 
-    def combine(found, xs):
+    def combine(found: tuple[jax.Array, jax.Array], xs: list[jax.Array]) -> jax.Array:
         p, q = found
-        # Near opposite models the terms are far larger than their sum.
+        # If the models are nearly opposite, the terms are far larger than their sum.
         most = jnp.maximum(1, jnp.maximum(jnp.abs(p), jnp.abs(q)))
         return most * weighted_sum([p / most, q / most], xs)
 
@@ -71,7 +84,9 @@ def slerp_rule(t: Any) -> Rule:
 
 
 @jax.jit
-def _chords(units: jax.Array, norms: jax.Array, xs: list[jax.Array]) -> Any:
+def _chords(
+    units: jax.Array, norms: jax.Array, xs: list[jax.Array]
+) -> tuple[jax.Array, jax.Array]:
     """``|u - v|^2`` and ``|u + v|^2`` of the directions of two vectors."""
     u, v = (
         x / unit / jnp.where(norm > 0, norm, 1)
@@ -81,28 +96,30 @@ def _chords(units: jax.Array, norms: jax.Array, xs: list[jax.Array]) -> Any:
 
 
 def karcher(
-    models: Sequence[Any],
-    weights: Sequence[float] | None = None,
+    models: Sequence[optax.Params],
+    weights: Weights | None = None,
     *,
     num_iters: int = 20,
-) -> Any:
+) -> optax.Params:
     """The mean direction on the sphere, times the mean norm, leaf by leaf.
 
-    ``u <- exp_u(sum_i w_i log_u(u_i))`` from the normalised mean; with two models it is
-    a point of their arc. The result is the weighted mean of the models, a straight line
-    as in :func:`slerp`, where directions have no mean: where they cancel, or where one
-    is opposite to the mean of all. So a leaf of one element has its weighted mean.
+    ``u <- exp_u(sum_i w_i log_u(u_i))`` starts from the normalised mean. With two
+    models the result is a point on their arc. Directions have no mean if they cancel,
+    or if one is opposite to the mean of all. The result is then the weighted mean of
+    the models, as it is for a leaf with one element.
 
     Args:
-      models: trees of one structure.
-      weights: not negative, of sum one; by default equal.
-      num_iters: rounds, on ``n`` coefficients each.
+      models: Trees of one structure.
+      weights: One weight for each model, not negative, of sum one; by default all are
+        equal.
+      num_iters: Number of iterations, each on one coefficient for each model.
 
     Returns:
       A tree like the first.
 
     Raises:
-      ValueError: If the models differ, or the weights do not sum to one.
+      ValueError: If the models differ, a weight is negative, or the weights do not
+        sum to one.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -117,42 +134,58 @@ def karcher(
     return merged(karcher_rule(len(models), weights, num_iters), models)
 
 
-def karcher_rule(n: int, weights: Sequence[float] | None, num_iters: int = 20) -> Rule:
-    """The mean direction of a leaf of ``n`` models."""
+def karcher_rule(n: int, weights: Weights | None, num_iters: int = 20) -> Rule:
+    """The mean direction of one leaf of ``n`` models, times the mean norm."""
     given = checked_weights(n, weights)
     if isinstance(given, np.ndarray) and np.any(given < 0):
-        raise ValueError(f"weights must not be negative, got {list(weights or [])}.")
+        raise ValueError(f"weights must not be negative, got {given.tolist()}.")
 
-    def find(slices):
+    def find(slices: Slices) -> _Direction:
         p = total(slices, products, joined_products)
         return _mean_direction(p, jnp.asarray(given, p.gram.dtype), num_iters)
 
-    def combine(found, xs):
-        units, unit, c = found
-        return unit * weighted_sum(c, [x / u for x, u in zip(xs, units, strict=True)])
+    def combine(found: _Direction, xs: list[jax.Array]) -> jax.Array:
+        ys = [x / u for x, u in zip(xs, found.units, strict=True)]
+        return found.unit * weighted_sum(found.coefficients, ys)
 
     return Rule(combine, find)
 
 
+class _Direction(NamedTuple):
+    """A mean ``unit sum_i c_i x_i/units_i`` of ``n`` vectors.
+
+    Attributes:
+      units: Shape (n,), a power of two near the largest element of each vector.
+      unit: The largest of them.
+      coefficients: Shape (n,).
+    """
+
+    units: jax.Array
+    unit: jax.Array
+    coefficients: jax.Array
+
+
 @functools.partial(jax.jit, static_argnums=2)
-def _mean_direction(p: Products, given: jax.Array, num_iters: int) -> Any:
+def _mean_direction(p: Products, given: jax.Array, num_iters: int) -> _Direction:
     """The Karcher mean of directions, times the mean norm.
 
-    Returns:
-      The units of the vectors, that of the result, and coefficients between them.
+    Args:
+      p: Inner products of the vectors.
+      given: Weights of the vectors, shape (n,).
+      num_iters: Number of iterations.
     """
     norms, gram = cosines(p)
     w = given * (norms > 0)
     w = w / jnp.maximum(jnp.sum(w), jnp.finfo(norms.dtype).tiny)
     nothing = jnp.finfo(norms.dtype).tiny
 
-    def normalised(c):
+    def normalised(c: jax.Array) -> jax.Array:
         return c / jnp.sqrt(jnp.maximum(c @ gram @ c, nothing))
 
-    def cancels(c):
+    def cancels(c: jax.Array) -> jax.Array:
         return ~(c @ gram @ c > 1e-5 * jnp.sum(jnp.abs(c)) ** 2)
 
-    def advance(_, c):
+    def advance(_: int, c: jax.Array) -> jax.Array:
         cosine = jnp.clip(gram @ c, -1, 1)
         angle = jnp.arccos(cosine)
         sine = jnp.sqrt(jnp.maximum(1 - cosine**2, 0))
@@ -170,4 +203,4 @@ def _mean_direction(p: Products, given: jax.Array, num_iters: int) -> Any:
     unit = jnp.max(p.units)
     shares = given * (p.units / unit)
     arc = jnp.sum(shares * norms) * last / jnp.where(norms > 0, norms, 1)
-    return p.units, unit, jnp.where(straight, shares, arc)
+    return _Direction(p.units, unit, jnp.where(straight, shares, arc))

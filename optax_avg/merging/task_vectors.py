@@ -1,17 +1,20 @@
-"""What fine-tuning added to a base: scaled, trimmed, dropped, shortened.
+"""Merges of task vectors, the differences that fine-tuning added to a base.
 
 x = x_0 + f(x_1 - x_0, ..., x_n - x_0)
 """
 
 import zlib
 from collections.abc import Sequence
-from typing import Any
+from typing import Literal, get_args
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from optax_avg import _checks, _leaves
-from optax_avg._checkpoints.rules import Rule
+from optax_avg._checkpoints.rules import Rule, Slices
 from optax_avg._keys import key_maker
 from optax_avg.merging._largest import (
     Largest,
@@ -20,17 +23,34 @@ from optax_avg.merging._largest import (
     largest_in,
     largest_on_host,
 )
-from optax_avg.merging._products import cosines, joined_products, products
+from optax_avg.merging._products import Products, cosines, joined_products, products
 from optax_avg.merging._trees import check_alike, merged, total, weighted_sum
 
+__all__ = [
+    "Scope",
+    "dare",
+    "model_stock",
+    "model_stock_rule",
+    "number_of",
+    "task_arithmetic",
+    "task_arithmetic_rule",
+    "ties",
+    "ties_rule",
+]
 
-def task_arithmetic(models: Sequence[Any], base: Any, scale: float = 1.0) -> Any:
-    """``x_0 + scale sum_t (x_t - x_0)``.
+# Elements whose magnitudes TIES compares: those of a leaf, or of the whole tree.
+Scope = Literal["leaf", "global"]
+
+
+def task_arithmetic(
+    models: Sequence[optax.Params], base: optax.Params, scale: float = 1.0
+) -> optax.Params:
+    """The base plus all task vectors, ``x_0 + scale sum_t (x_t - x_0)``.
 
     Args:
-      models: trees fine-tuned from ``base``.
-      base: the tree that they were fine-tuned from.
-      scale: of the task vectors; negative ones make a model forget.
+      models: Trees fine-tuned from ``base``.
+      base: Tree before fine-tuning.
+      scale: Factor of the task vectors; with a negative one the model forgets tasks.
 
     Returns:
       A tree like the first model.
@@ -51,10 +71,10 @@ def task_arithmetic(models: Sequence[Any], base: Any, scale: float = 1.0) -> Any
     return merged(task_arithmetic_rule(scale), [*models, base])
 
 
-def task_arithmetic_rule(scale: Any) -> Rule:
-    """Task arithmetic of a leaf of models and their base."""
+def task_arithmetic_rule(scale: float) -> Rule:
+    """Task arithmetic of one leaf of models and their base, which comes last."""
 
-    def combine(_, leaves):
+    def combine(_: None, leaves: list[jax.Array]) -> jax.Array:
         *xs, x0 = leaves
         return x0 + sum(scale * (x - x0) for x in xs)
 
@@ -62,27 +82,27 @@ def task_arithmetic_rule(scale: Any) -> Rule:
 
 
 def ties(
-    models: Sequence[Any],
-    base: Any,
+    models: Sequence[optax.Params],
+    base: optax.Params,
     density: float,
     *,
     scale: float = 1.0,
-    scope: str = "leaf",
-) -> Any:
-    """TIES: trims task vectors, elects a sign for each element, averages who agree.
+    scope: Scope = "leaf",
+) -> optax.Params:
+    """TIES: trims task vectors, elects signs, and averages the values that agree.
 
-    ``x_0 + scale mean_{t : sign tau_t = s} tau_t`` over the task vectors ``tau_t`` of
-    the share ``density`` of largest magnitude, ``s = sign(sum_t tau_t)``. Of ``n``
-    elements exactly ``max(1, round(density n))`` stay in each task vector; among equal
-    magnitudes those that come first.
+    ``x_0 + scale mean_{t : sign tau_t = s} tau_t`` with ``s = sign(sum_t tau_t)``. The
+    task vectors ``tau_t`` keep the share ``density`` of largest magnitude: of ``n``
+    elements exactly ``max(1, round(density n))``. Among equal magnitudes the first ones
+    stay.
 
     Args:
-      models: trees fine-tuned from ``base``.
-      base: the tree that they were fine-tuned from.
-      density: share of the elements that stays, in (0, 1]; the paper takes 0.2.
-      scale: of what is added; about 1 in the paper.
-      scope: over which magnitudes are compared, ``"leaf"``, or ``"global"`` as in the
-        authors' code.
+      models: Trees fine-tuned from ``base``.
+      base: Tree before fine-tuning.
+      density: Share of the elements that stay, in (0, 1]. The paper takes 0.2.
+      scale: Factor of the mean task vector, about 1 in the paper.
+      scope: Elements whose magnitudes are compared: those of a ``"leaf"``, or of the
+        whole tree (``"global"``), as in the authors' code.
 
     Returns:
       A tree like the first model.
@@ -100,7 +120,7 @@ def ties(
       Yadav et al., "TIES-Merging: Resolving Interference When Merging Models", 2023,
       2306.01708.
     """
-    if scope not in ("leaf", "global"):
+    if scope not in get_args(Scope):
         raise ValueError(f"scope must be 'leaf' or 'global', got {scope!r}.")
     rule = ties_rule(len(models), density, scale)
     trees = [*models, base]
@@ -115,8 +135,8 @@ def ties(
     return merged(rule, trees, found)
 
 
-def ties_rule(n: int, density: Any, scale: Any) -> Rule:
-    """TIES of a leaf of ``n`` models and their base."""
+def ties_rule(n: int, density: float, scale: float) -> Rule:
+    """TIES of one leaf of ``n`` models and their base, which comes last."""
     density = _checks.within("density", density, 0, 1, open_low=True)
     return Rule(
         lambda found, leaves: _elect(leaves[:n], leaves[n], found, scale),
@@ -126,8 +146,10 @@ def ties_rule(n: int, density: Any, scale: Any) -> Rule:
 
 
 @jax.jit  # compiled once a shape
-def _elect(xs: list[Any], x0: Any, largest: list[Largest], scale: Any) -> jax.Array:
-    """The mean of the task vectors that agree, of their largest elements."""
+def _elect(
+    xs: list[jax.Array], x0: jax.Array, largest: list[Largest], scale: float
+) -> jax.Array:
+    """The base plus the mean of the largest elements whose signs agree."""
     taus = [x - x0 for x in xs]
     kept = [
         jnp.where(is_among(some, jnp.abs(tau)), tau, 0)
@@ -136,31 +158,36 @@ def _elect(xs: list[Any], x0: Any, largest: list[Largest], scale: Any) -> jax.Ar
     elected = jnp.sign(sum(kept[1:], kept[0]))
     agree = [(jnp.sign(tau) == elected) & (tau != 0) for tau in kept]
     count = jnp.maximum(sum(a.astype(x0.dtype) for a in agree), 1)
-    # Each over the count: a sum of huge ones would overflow.
+    # Each term is divided by the count: a sum of huge terms would overflow.
     parts = zip(agree, kept, strict=True)
     return x0 + scale * sum(jnp.where(a, tau / count, 0) for a, tau in parts)
 
 
-def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any]:
+def dare(
+    models: Sequence[optax.Params],
+    base: optax.Params,
+    density: float,
+    key: ArrayLike,
+) -> list[optax.Params]:
     """DARE: drops elements of task vectors at random and rescales the others.
 
-    ``x_0 + b (x_t - x_0)/density``, ``b`` Bernoulli of mean ``density``; the
-    expectation is ``x_t``. The models that come out go to :func:`ties`,
+    ``x_0 + b (x_t - x_0)/density`` with ``b`` Bernoulli of mean ``density``; the
+    expectation is ``x_t``. Pass the models that it returns to :func:`ties`,
     :func:`task_arithmetic` or another merge.
 
     Args:
-      models: trees fine-tuned from ``base``.
-      base: the tree that they were fine-tuned from.
-      density: share of the elements that stays, in (0, 1].
-      key: a PRNG key, or an integer to make one of.
+      models: Trees fine-tuned from ``base``.
+      base: Tree before fine-tuning.
+      density: Share of the elements that stay, in (0, 1].
+      key: A PRNG key, or an integer seed.
 
     Returns:
-      A list of trees like the models, in the dtypes of the base where these are wider:
-      a dropped element is exactly that of the base.
+      A list of trees like the models, in the dtypes of the base if these are wider. An
+      element whose change is dropped is exactly that of the base.
 
     Raises:
       ValueError: If the models differ, ``density`` is out of range, or ``key`` is
-        neither.
+        neither a key nor an integer.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -177,19 +204,19 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
     key = key_maker(key, "dare(models, base, density, jax.random.key(0))")()
     share = jnp.float32(density)  # the same draws with 64-bit types on
 
-    def one(found, leaves):
+    def one(found: tuple[jax.Array, int], leaves: list[jax.Array]) -> jax.Array:
         (x, x0), (own, t) = leaves, found
         kept = jax.random.bernoulli(jax.random.fold_in(own, t), share, x.shape)
         return x0 + jnp.where(kept, (x - x0) / density, 0)
 
-    # By name, so that the other leaves do not matter to a leaf.
+    # Keys depend on names, so that the draws of a leaf do not depend on other leaves.
     paths = [path for path, _ in jax.tree.flatten_with_path(base)[0]]
     owns = [
         jax.random.fold_in(key, number_of(_tree_name(path))) if path else key
         for path in paths
     ]
 
-    def as_wide(x, x0):
+    def as_wide(x: ArrayLike, x0: ArrayLike) -> ArrayLike:
         if not _leaves.is_float(x):
             return x
         own, of_base = jnp.result_type(x), jnp.result_type(x0)
@@ -206,23 +233,23 @@ def dare(models: Sequence[Any], base: Any, density: float, key: Any) -> list[Any
 
 
 def number_of(name: str) -> int:
-    """What tells leaves of other names apart in :func:`dare`: parts joined by dots."""
+    """The number that :func:`dare` gives a leaf, by its names joined by dots."""
     return zlib.crc32(name.encode())
 
 
-def _tree_name(path: Any) -> str:
+def _tree_name(path: KeyPath) -> str:
     return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
-def model_stock(models: Sequence[Any], base: Any) -> Any:
-    """Model Stock: from the mean towards the base, as far as the angle says.
+def model_stock(models: Sequence[optax.Params], base: optax.Params) -> optax.Params:
+    """Model Stock: a point between the mean and the base that the angles determine.
 
-    ``t mean_i x_i + (1 - t) x_0``, ``t = n c/(1 + (n - 1) c)`` with ``c`` the mean
-    cosine between two of the ``x_i - x_0`` of a leaf, not below 0.
+    ``t mean_i x_i + (1 - t) x_0`` with ``t = n c/(1 + (n - 1) c)``. In each leaf ``c``
+    is the mean cosine between two task vectors ``x_i - x_0``, or 0 if it is negative.
 
     Args:
-      models: at least two trees fine-tuned from ``base``.
-      base: the tree that they were fine-tuned from.
+      models: At least two trees fine-tuned from ``base``.
+      base: Tree before fine-tuning.
 
     Returns:
       A tree like the first model.
@@ -244,23 +271,23 @@ def model_stock(models: Sequence[Any], base: Any) -> Any:
 
 
 def model_stock_rule(n: int) -> Rule:
-    """Model Stock of a leaf of ``n`` models and their base."""
+    """Model Stock of one leaf of ``n`` models and their base, which comes last."""
     if n < 2:
         raise ValueError(f"model_stock needs at least two models, got {n}.")
 
-    def halves(leaves):
-        # Of half the size, for differences of huge numbers overflow.
+    def halves(leaves: list[jax.Array]) -> Products:
+        # Differences of huge numbers would overflow; those of their halves do not.
         *xs, x0 = leaves
         return products([x / 2 - x0 / 2 for x in xs])
 
-    def find(slices):
+    def find(slices: Slices) -> jax.Array:
         p = total(slices, halves, joined_products)
         norms, gram = cosines(p)
         pairs = jnp.sum(gram) - jnp.sum(norms > 0)
         c = jnp.clip(pairs / (n * (n - 1)), 0, 1)
         return n * c / (1 + (n - 1) * c)
 
-    def combine(t, leaves):
+    def combine(t: jax.Array, leaves: list[jax.Array]) -> jax.Array:
         *xs, x0 = leaves
         return (1 - t) * x0 + t * weighted_sum([1 / n] * n, xs)
 

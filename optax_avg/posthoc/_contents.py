@@ -1,7 +1,7 @@
 """What a snapshot keeps of an optimizer state and of parameters."""
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -211,7 +211,7 @@ def _grid(state: AverageState) -> Grid:
     return Grid(_one(state.step), _one(state.start), _one(state.every))
 
 
-def _one(counter: Any) -> int:
+def _one(counter: jax.Array) -> int:
     """A counter of a state; the members of a stacked state have equal ones."""
     return int(np.ravel(np.asarray(counter))[0])
 

@@ -17,7 +17,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_avg._checkpoints.leaves import Leaf, Path, flat, nested
-from optax_avg._checkpoints.orbax import RECORD, AnyPath, anywhere, is_remote, orbax
+from optax_avg._checkpoints.orbax import (
+    RECORD,
+    AnyPath,
+    Checkpointer,
+    anywhere,
+    is_remote,
+    orbax,
+)
 from optax_avg.posthoc import _integrity
 from optax_avg.posthoc._records import Record, SnapshotError, unsealed
 
@@ -37,7 +44,7 @@ class Reader(NamedTuple):
     """A directory of snapshots, and the Orbax checkpointer that restores from it."""
 
     directory: str
-    checkpointer: Any
+    checkpointer: Checkpointer
 
 
 def absolute(directory: AnyDirectory) -> str:

@@ -7,6 +7,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
 from optax_avg import _leaves, _numerics
 from optax_avg._checkpoints.alike import difference
@@ -140,7 +142,7 @@ def _layout(leaves: list[Leaf], params: Example | None) -> tuple[list[Like], _Pl
     return like, place
 
 
-def _places(leaves: list[Leaf], entries: list[tuple[Any, Any]]) -> list[int]:
+def _places(leaves: list[Leaf], entries: list[tuple[KeyPath, ArrayLike]]) -> list[int]:
     """The place in a tree of each leaf, by its path.
 
     A wrapper changes all paths: if no path agrees and the tree has as many floating

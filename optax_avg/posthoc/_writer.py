@@ -14,7 +14,14 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from optax_avg._checkpoints.leaves import Path, nested
-from optax_avg._checkpoints.orbax import RECORD, AnyPath, anywhere, is_remote, orbax
+from optax_avg._checkpoints.orbax import (
+    RECORD,
+    AnyPath,
+    Checkpointer,
+    anywhere,
+    is_remote,
+    orbax,
+)
 from optax_avg._checkpoints.sources import imported
 from optax_avg.posthoc import _disk, _integrity
 from optax_avg.posthoc._disk import LEFT_OVER, NEW, REMOVED, SEQUENCES, TREE
@@ -22,6 +29,10 @@ from optax_avg.posthoc._records import Record, sealed
 
 LOCK = "writer.lock"
 LONGEST = 2000  # bytes of an error message that all processes raise
+
+
+# A lock of the package filelock, which is an optional dependency.
+Lock = Any
 
 
 class Writer(NamedTuple):
@@ -35,8 +46,8 @@ class Writer(NamedTuple):
     """
 
     directory: str
-    checkpointer: Any
-    lock: Any
+    checkpointer: Checkpointer
+    lock: Lock | None
     number: int
 
 
@@ -140,7 +151,7 @@ def remove_after(writer: Writer, step: int) -> None:
     _agreed(remove)
 
 
-def _prepare(directory: str, lock: Any) -> int:
+def _prepare(directory: str, lock: Lock | None) -> int:
     """Takes the lock and cleans up after writers that were killed.
 
     Returns:
