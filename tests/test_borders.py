@@ -1,6 +1,7 @@
 """Rooms of the library use each other by public names only, and arrows run down."""
 
 import ast
+import graphlib
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,15 @@ def test_arrows_run_downwards(path):
     elif path.name != "__init__.py" or path.parent != ROOT:
         above = set.union(*ROWS[:-1])
         assert not used & above, f"{path} imports {used & above}"
+
+
+def test_rooms_and_modules_have_an_order():
+    uses = {}
+    for path in MODULES:
+        own = path.relative_to(ROOT).parts[0].removesuffix(".py")
+        if own != "__init__":
+            uses.setdefault(own, set()).update(first for first, *_ in imports_of(path))
+            uses[own].discard(own)
+    # A circle raises CycleError, which names it.
+    order = list(graphlib.TopologicalSorter(uses).static_order())
+    assert order.index("sharpness") < order.index("rules")

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _checks, _leaves, _mixups, _numerics, _sight, rules
+from optax_avg import _checks, _leaves, _mixups, _numerics, _sight
+from optax_avg.sharpness import offsets
 from optax_avg.sharpness._ascent import Radius
 from optax_avg.sharpness._rule import RuleState
 from optax_avg.sharpness.forms import as_link
@@ -74,7 +75,7 @@ def decoupled_wsam(
     gamma = _checks.within("gamma", gamma, 0, 1, closed_high=False)
     learning_rate = _checks.finite_or_schedule("learning_rate", learning_rate)
     inner = optax.with_extra_args_support(optimizer)
-    perturbed = as_link(rules.sam(rho), "decoupled_wsam")
+    perturbed = as_link(offsets.sam(rho), "decoupled_wsam")
 
     def init(params: optax.Params) -> DecoupledState:
         rule_state: Any = perturbed.init(params)

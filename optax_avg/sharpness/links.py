@@ -12,7 +12,7 @@ from typing import Any, ParamSpec
 
 import optax
 
-from optax_avg import rules
+from optax_avg.sharpness import combinations, offsets
 from optax_avg.sharpness._rule import SharpnessRule
 from optax_avg.sharpness.forms import as_link
 
@@ -95,22 +95,24 @@ def _with_sections(doc: str, new: dict[str, str]) -> str:
     return "\n".join([head.rstrip() + "\n", *sections])
 
 
-asam = _link_of(rules.asam, "0.5", "[-4.12, -5.34]")
-cr_sam = _link_of(rules.cr_sam, "0.5", "[-3.31, -4.82]")
-dnsam = _link_of(rules.dnsam, "0.5, norm=4.0", "[-3.38, -5.0]")
-esam = _link_of(rules.esam, "0.5, beta=1.0", "[-3.3, -4.8]")
-fisher_sam = _link_of(rules.fisher_sam, "0.5", "[-3.11, -4.17]")
-friendly_sam = _link_of(rules.friendly_sam, "0.5", "[-3.3, -4.8]")
-gam = _link_of(rules.gam, "0.5, 0.25", "[-3.21, -4.78]")
-gam_hvp = _link_of(rules.gam_hvp, "0.5", "[-3.27, -4.84]")
-gnp = _link_of(rules.gnp, "0.5", "[-3.24, -4.64]")
-gradient_regularisation = _link_of(rules.gradient_regularisation, "0.5", "[-4.5, -8.0]")
-gsam = _link_of(rules.gsam, "0.5", "[-3.23, -4.85]")
-look_sam = _link_of(rules.look_sam, "0.5", "[-3.3, -4.8]")
-momentum_sam = _link_of(rules.momentum_sam, "0.5", "[-3.0, -4.0]")
-sam = _link_of(rules.sam, "0.5", "[-3.3, -4.8]")
-sam_on = _link_of(rules.sam_on, "0.5", "[-3.3, -4.8]")
-sparse_sam = _link_of(rules.sparse_sam, "0.5", "[-3.3, -4.8]")
-usam = _link_of(rules.usam, "0.5", "[-4.5, -8.0]")
-vasso = _link_of(rules.vasso, "0.5", "[-3.3, -4.8]")
-wsam = _link_of(rules.wsam, "0.5", "[-5.7, -11.2]")
+asam = _link_of(offsets.asam, "0.5", "[-4.12, -5.34]")
+cr_sam = _link_of(combinations.cr_sam, "0.5", "[-3.31, -4.82]")
+dnsam = _link_of(offsets.dnsam, "0.5, norm=4.0", "[-3.38, -5.0]")
+esam = _link_of(offsets.esam, "0.5, beta=1.0", "[-3.3, -4.8]")
+fisher_sam = _link_of(offsets.fisher_sam, "0.5", "[-3.11, -4.17]")
+friendly_sam = _link_of(combinations.friendly_sam, "0.5", "[-3.3, -4.8]")
+gam = _link_of(combinations.gam, "0.5, 0.25", "[-3.21, -4.78]")
+gam_hvp = _link_of(combinations.gam_hvp, "0.5", "[-3.27, -4.84]")
+gnp = _link_of(combinations.gnp, "0.5", "[-3.24, -4.64]")
+gradient_regularisation = _link_of(
+    combinations.gradient_regularisation, "0.5", "[-4.5, -8.0]"
+)
+gsam = _link_of(combinations.gsam, "0.5", "[-3.23, -4.85]")
+look_sam = _link_of(combinations.look_sam, "0.5", "[-3.3, -4.8]")
+momentum_sam = _link_of(combinations.momentum_sam, "0.5", "[-3.0, -4.0]")
+sam = _link_of(offsets.sam, "0.5", "[-3.3, -4.8]")
+sam_on = _link_of(offsets.sam_on, "0.5", "[-3.3, -4.8]")
+sparse_sam = _link_of(offsets.sparse_sam, "0.5", "[-3.3, -4.8]")
+usam = _link_of(offsets.usam, "0.5", "[-4.5, -8.0]")
+vasso = _link_of(combinations.vasso, "0.5", "[-3.3, -4.8]")
+wsam = _link_of(combinations.wsam, "0.5", "[-5.7, -11.2]")
