@@ -704,7 +704,7 @@ def test_what_is_not_a_snapshot_is_left_alone(tmp_path, open_stores):
             store.save(None, step, {"w": jnp.ones(2)})
     store.save(None, 8, {"w": jnp.ones(2)})
     assert store.steps() == [1, 8]
-    store.truncate(1)
+    store.delete_after(1)
     assert store.steps() == [1]
     assert (tmp_path / "5" / "weights.bin").read_text() == "mine"
     assert (tmp_path / "6").read_text() == "mine"

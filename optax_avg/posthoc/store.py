@@ -223,8 +223,6 @@ class SnapshotStore:
         _writer.remove_after(self._opened(), step)
         self._last = max(_disk.steps_of(self.directory), default=-1)
 
-    truncate = delete_after  # its old name
-
     def steps(self) -> list[int]:
         """Steps of the finished snapshots, ascending; empty before the first."""
         self.wait()
