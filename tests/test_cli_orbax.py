@@ -164,32 +164,135 @@ def test_checkpoints_of_orbax_are_read_by_parts(how, tmp_path, monkeypatch):
     np.testing.assert_array_equal(source.parts(where["s"], no_copy)(0, 1), [1.0])
 
 
-@given(shapes.filter(bool), st.data())
-def test_an_array_is_copied_group_by_group(shape, data):
-    """In any chunks; no more than the limit, and each element once."""
+ZSTANDARD, LITTLE, BIG = (
+    {"name": "zstd"},
+    {"name": "bytes", "configuration": {"endian": "little"}},
+    {"name": "bytes", "configuration": {"endian": "big"}},
+)
+
+
+def shard(chunk, *codecs, **more):
+    index = [LITTLE, {"name": "crc32c"}]
+    options = {"chunk_shape": chunk, "codecs": [*codecs], "index_codecs": index}
+    return {"name": "sharding_indexed", "configuration": options | more}
+
+
+def zarr(shape, chunk, **metadata):
+    """How TensorStore writes an array in version 2 of zarr."""
+    metadata = {"shape": shape, "chunks": chunk, "dtype": "<i4"} | metadata
+    return {"driver": "zarr", "metadata": metadata}
+
+
+def zarr3(shape, chunk, *codecs, **metadata):
+    grid = {"name": "regular", "configuration": {"chunk_shape": chunk}}
+    known = {"shape": shape, "chunk_grid": grid, "data_type": "int32"}
+    metadata = known | {"codecs": [*codecs]} | metadata
+    return {"driver": "zarr3", "metadata": metadata}
+
+
+STORED = {
+    "blosc": lambda shape, chunk: zarr(shape, chunk),
+    "zstd": lambda shape, chunk: zarr(shape, chunk, compressor={"id": "zstd"}),
+    "zlib": lambda shape, chunk: zarr(shape, chunk, compressor={"id": "zlib"}),
+    "plain": lambda shape, chunk: zarr(shape, chunk, compressor=None),
+    "columns first": lambda shape, chunk: zarr(
+        shape, chunk, compressor={"id": "zstd"}, order="CF"[len(shape) > 1]
+    ),
+    "big": lambda shape, chunk: zarr(
+        shape, chunk, compressor={"id": "zstd"}, dtype=">i4"
+    ),
+    "slashes": lambda shape, chunk: zarr(
+        shape, chunk, compressor={"id": "zstd"}, dimension_separator="/"
+    ),
+    "shards": lambda shape, chunk: zarr3(shape, chunk, shard(chunk, LITTLE, ZSTANDARD)),
+    "shards of elements": lambda shape, chunk: zarr3(
+        shape, chunk, shard([1] * len(chunk), LITTLE, ZSTANDARD)
+    ),
+    "shards with the index first": lambda shape, chunk: zarr3(
+        shape, chunk, shard(chunk, LITTLE, ZSTANDARD, index_location="start")
+    ),
+    "big shards": lambda shape, chunk: zarr3(
+        shape, chunk, shard(chunk, BIG, ZSTANDARD)
+    ),
+    "without shards": lambda shape, chunk: zarr3(shape, chunk, LITTLE, ZSTANDARD),
+    "under other keys": lambda shape, chunk: zarr3(
+        shape,
+        chunk,
+        shard(chunk, LITTLE, ZSTANDARD),
+        chunk_key_encoding={"name": "v2"},
+    ),
+}
+
+
+def stored(kind, shape, chunk):
+    """An array that counts its elements, and its TensorStore."""
     x = np.arange(math.prod(shape), dtype=np.int32).reshape(shape)
-    chunk = [data.draw(st.integers(1, n)) for n in shape]
-    most = data.draw(st.integers(1, 40))
-    spec = {
-        "driver": "zarr",
-        "kvstore": {"driver": "memory"},
-        "metadata": {"shape": shape, "chunks": chunk},
-        "dtype": "int32",
-    }
+    spec = STORED[kind](list(shape), list(chunk)) | {"kvstore": {"driver": "memory"}}
     store = tensorstore.open(spec, create=True).result()
     store.write(x).result()
-    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as file:
-        patch.setattr(_orbax_reads, "COPIED", 4 * most)
+    return x, store
+
+
+def copied(store, file, most, pieces=_orbax_reads._pieces):
+    """What reads ranges of a copy, and the number of bytes of each piece of it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(_orbax_reads, "COPIED", most)
         patch.setattr(_orbax_reads, "_opened", lambda path, name, cached: store)
+        patch.setattr(_orbax_reads, "_pieces", pieces)
         sizes, append = [], _orbax_reads._append
-        counted = lambda file, piece: (sizes.append(piece.size), append(file, piece))
+        counted = lambda file, piece: (sizes.append(piece.nbytes), append(file, piece))
         patch.setattr(_orbax_reads, "_append", counted)
-        read = _orbax_reads._copied("", "", store, file)
+        return _orbax_reads._copied("here", "", store, file), sizes
+
+
+@pytest.mark.parametrize("kind", STORED)
+@given(shapes.filter(bool), st.data())
+def test_an_array_is_copied_group_by_group(kind, shape, data):
+    """However it is stored; no more than the limit, and each element once."""
+    x, store = stored(kind, shape, [data.draw(st.integers(1, n)) for n in shape])
+    most = 4 * data.draw(st.integers(1, 40))
+    with tempfile.TemporaryFile() as file:
+        read, sizes = copied(store, file, most)
         assert max(sizes) <= most
-        assert sum(sizes) == x.size
+        assert sum(sizes) == x.nbytes
         begin = data.draw(st.integers(0, x.size))
         end = data.draw(st.integers(begin, x.size))
         np.testing.assert_array_equal(read(begin, end), np.arange(begin, end))
+
+
+def not_as_a_whole(store, whole, most):
+    raise AssertionError("the chunk is decoded as a stream")
+
+
+@pytest.mark.parametrize("kind", ["zstd", "slashes", "shards"])
+def test_a_large_chunk_is_decoded_as_a_stream(kind):
+    x, store = stored(kind, (40, 30), (20, 30))
+    with tempfile.TemporaryFile() as file:
+        read, sizes = copied(store, file, 700, not_as_a_whole)
+        assert sizes == 2 * [700, 700, 700, 300]
+        np.testing.assert_array_equal(read(0, x.size), x.reshape(-1))
+
+
+@pytest.mark.parametrize("kind", ["zstd", "shards"])
+@pytest.mark.parametrize("hurt", ["cut", "longer", "flipped", "another"])
+def test_a_stream_that_was_damaged_is_an_error(kind, hurt):
+    _, store = stored(kind, (40, 30), (40, 30))
+    _, other = stored(kind, (40, 31), (40, 31))
+    key = "0.0" if kind == "zstd" else "c/0/0"
+    value = store.kvstore[key]
+    index = value[-20:] if kind == "shards" else b""
+    longer = value + value
+    if kind == "shards":  # the index says where the frame begins and how long it is
+        frame, length = value[:-20], 2 * (len(value) - 20)
+        longer = frame + frame + bytes(8) + length.to_bytes(8, "little") + index[-4:]
+    store.kvstore[key] = {
+        "cut": value[: len(value) // 2] + index,
+        "longer": longer,
+        "flipped": bytes([value[0] ^ 1]) + value[1:],
+        "another": other.kvstore[key],
+    }[hurt]
+    with tempfile.TemporaryFile() as file, pytest.raises(ValueError, match="here"):
+        copied(store, file, 700, not_as_a_whole)
 
 
 @pytest.mark.parametrize("method", ["soup", "task-arithmetic", "slerp", "karcher"])
@@ -297,13 +400,13 @@ MEMORY = r"""
 """
 
 
-def memory_of_a_soup(folder, megabytes):
+def memory_of_a_soup(folder, megabytes, save):
     """Bytes that the command takes for two models of one leaf."""
     folder.mkdir()
     rng = np.random.default_rng(megabytes)
     models = [rng.random((megabytes, 2**18), np.float32) for _ in "01"]
     for i, x in enumerate(models):
-        written({"w": x}, folder / str(i), megabytes)
+        save(x, folder / str(i))
     root = str(Path(__file__).resolve().parent.parent)
     done = subprocess.run(
         [sys.executable, "-c", textwrap.dedent(MEMORY)],
@@ -313,16 +416,30 @@ def memory_of_a_soup(folder, megabytes):
         env=os.environ | {"PYTHONPATH": root},
     )
     assert done.returncode == 0, done.stderr
-    found = restored(folder / "made")["w"]
+    found = restored(folder / "made")
+    found = found["w"] if "w" in found else found["a"]["b.c"]
     np.testing.assert_allclose(found[-1], (models[0] + models[1])[-1] / 2, rtol=1e-6)
     return int(done.stdout.split()[-1]) * 1024
+
+
+def by_parts(x, path):
+    written({"w": x}, path, len(x))
+
+
+def in_one_chunk(x, path):
+    save(path, "as it is", x)
 
 
 @pytest.mark.skipif(
     not os.path.exists("/proc/self/status"), reason="memory is read from Linux's /proc"
 )
-def test_memory_does_not_grow_with_a_leaf(tmp_path):
+@pytest.mark.parametrize(
+    "how",
+    # After the copy that one chunk takes, the same parts are read and written.
+    [in_one_chunk, pytest.param(by_parts, marks=pytest.mark.slow)],
+)
+def test_memory_does_not_grow_with_a_leaf(how, tmp_path):
     """Three whole leaves would be 750 MB more; parts, caches and the allocator 200."""
-    small = memory_of_a_soup(tmp_path / "small", 1)
-    large = memory_of_a_soup(tmp_path / "large", 250)
+    small = memory_of_a_soup(tmp_path / "small", 1, how)
+    large = memory_of_a_soup(tmp_path / "large", 250, how)
     assert large - small < 450e6

@@ -5,25 +5,39 @@ chunks are read through it. If chunks are large, or each has a piece of every ro
 part would need many chunks, and each would be decoded many times. Such an array is
 copied chunk by chunk to a file and read from there.
 
-Memory then holds the plain bytes of at least one chunk, and its compressed bytes while
-it is decoded. Orbax makes one compressed chunk of an array on one device unless
-``chunk_byte_size`` says otherwise, so a leaf of 600 MB once takes 1.2 GB.
+Orbax makes one chunk, compressed by Zstandard, of an array on one device unless
+``chunk_byte_size`` says otherwise. A large chunk of this kind is decoded as a stream
+and never held in memory. Of other kinds, memory holds the plain and the compressed
+bytes of one chunk.
 """
 
 import itertools
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
-from typing import Any, BinaryIO
+import types
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 
 from optax_avg._checkpoints.orbax_parts import Box, Store, boxes
-from optax_avg._checkpoints.sources import Parts, Scratch, named
+from optax_avg._checkpoints.sources import Parts, Scratch, imported, named
 
 SLAB = 2**23  # most bytes that are decoded for one element of a part
 COPIED = 2**24  # bytes that are copied at once
+# What TensorStore says of an array.
+Metadata = dict[str, Any]
+# Takes two places in a chunk as it is stored and returns the bytes between.
+Stored = Callable[[int, int | None], bytes]
+
+
+class _Frames(NamedTuple):
+    """Chunks that are frames of Zstandard: their shape, and where they are."""
+
+    chunk: tuple[int, ...]
+    separator: str
+    sharded: bool
 
 
 def parts_of(path: str, name: str, scratch: Scratch) -> Parts:
@@ -106,11 +120,9 @@ def _copied(path: str, name: str, store: Store, file: BinaryIO) -> Parts:
         store = _opened(path, name, cached)
     groups = list(_grid(shape, group))
     for whole in groups:
-        own = _extent(whole)
-        for begin in range(0, math.prod(own), most):
-            for box in boxes(own, begin, min(begin + most, math.prod(own))):
-                with named(path):
-                    piece = np.asarray(store[_moved(box, whole)].read().result())
+        with named(path):
+            pieces = _streamed(store, whole) if size > most else None
+            for piece in pieces or _pieces(store, whole, most):
                 _append(file, piece)
     begins = itertools.accumulate([math.prod(_extent(x)) for x in groups], initial=0)
     places = list(zip(groups, begins, strict=False))
@@ -120,6 +132,91 @@ def _copied(path: str, name: str, store: Store, file: BinaryIO) -> Parts:
         return _joined(found, dtype)
 
     return read
+
+
+def _pieces(store: Store, whole: Box, most: int) -> Iterator[np.ndarray]:
+    """Yields the elements of a box in C order, at most ``most`` at a time."""
+    own = _extent(whole)
+    for begin in range(0, math.prod(own), most):
+        for box in boxes(own, begin, min(begin + most, math.prod(own))):
+            yield np.asarray(store[_moved(box, whole)].read().result())
+
+
+def _streamed(store: Store, whole: Box) -> Iterator[np.ndarray] | None:
+    """The bytes of a chunk, a part at a time; None if it is not a frame in C order."""
+    spec = store.spec().to_json()
+    frames_of = {"zarr": _zarr2_frames, "zarr3": _zarr3_frames}[spec["driver"]]
+    frames = frames_of(spec["metadata"])
+    # A chunk that the end of the array cuts off is stored with all its elements.
+    if frames is None or _extent(whole) != frames.chunk:
+        return None
+    index = [str(s.start // n) for s, n in zip(whole, frames.chunk, strict=True)]
+    key = frames.separator.join(["c", *index] if frames.sharded else index)
+
+    read = lambda begin, end: store.kvstore.read(key, byte_range=slice(begin, end))
+    # TensorStore knows whether a chunk that is not there was lost.
+    if read(0, 0).result().state == "missing":
+        return None
+    stored = lambda begin, end: read(begin, end).result().value
+    count = math.prod(frames.chunk) * store.dtype.numpy_dtype.itemsize
+    return _decoded(stored, frames.sharded, count)
+
+
+def _zarr2_frames(metadata: Metadata) -> _Frames | None:
+    codec = metadata["compressor"] or {"id": None}
+    in_order = metadata["order"] == "C" and not metadata["filters"]
+    if codec["id"] != "zstd" or not in_order or metadata["dtype"].startswith(">"):
+        return None
+    return _Frames(tuple(metadata["chunks"]), metadata["dimension_separator"], False)
+
+
+def _zarr3_frames(metadata: Metadata) -> _Frames | None:
+    """Each in a shard of its own, as Orbax writes them."""
+    chunk = metadata["chunk_grid"]["configuration"]["chunk_shape"]
+    codec, *others = metadata["codecs"]
+    if codec["name"] != "sharding_indexed" or others:
+        return None
+    shard = codec["configuration"]
+    codecs = [
+        (x["name"], x.get("configuration", {}).get("endian", "little"))
+        for x in shard["codecs"]
+    ]
+    one = shard["chunk_shape"] == chunk and shard["index_location"] == "end"
+    default = metadata["chunk_key_encoding"] == {"name": "default"}
+    if codecs != [("bytes", "little"), ("zstd", "little")] or not (one and default):
+        return None
+    return _Frames(tuple(chunk), "/", True)
+
+
+def _decoded(stored: Stored, sharded: bool, count: int) -> Iterator[np.ndarray]:
+    """Yields the ``count`` bytes of a frame of Zstandard, a part at a time."""
+    zstandard = imported("zstandard", "large Orbax arrays need zstandard", "posthoc")
+    begin, end = 0, None
+    if sharded:  # an index of one place and number of bytes ends with a checksum
+        begin, length = np.frombuffer(stored(-20, None), "<u8", 2).tolist()
+        end = begin + length
+
+    def compressed(size: int) -> bytes:
+        nonlocal begin
+        try:
+            found = stored(
+                begin, begin + size if end is None else min(begin + size, end)
+            )
+        except ValueError:  # the value ends before
+            found = stored(begin, None)
+        begin += len(found)
+        return found
+
+    source = types.SimpleNamespace(read=compressed)
+    with zstandard.ZstdDecompressor().stream_reader(source) as frame:
+        while count:
+            piece = frame.read(min(count, COPIED))
+            if not piece:
+                raise ValueError(f"a chunk ends {count:,} bytes early.")
+            count -= len(piece)
+            yield np.frombuffer(piece, np.uint8)
+        if frame.read(1):
+            raise ValueError("a chunk has more bytes than its elements.")
 
 
 def _box_of(
