@@ -1330,6 +1330,42 @@ FAULTS = {
         '"fill_missing_data_reads": True or metadata.get(',
         f"{CLI_ORBAX} -k was_lost",
     ),
+    "a large Orbax chunk is decoded as a whole": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        "pieces = _streamed(store, whole) if size > most else None",
+        "pieces = None",
+        f"{CLI_ORBAX} -k decoded_as_a_stream",
+    ),
+    "a frame that ends early is taken": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        'raise ValueError(f"a chunk ends {count:,} bytes early.")',
+        "break",
+        f"{CLI_ORBAX} -k 'damaged and cut'",
+    ),
+    "bytes beyond the elements of a chunk are ignored": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        "if frame.read(1):",
+        "if False:",
+        f"{CLI_ORBAX} -k 'damaged and longer'",
+    ),
+    "the index of a shard is decoded as elements": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        "end = begin + length",
+        "end = None",
+        f"{CLI_ORBAX} -k decoded_as_a_stream",
+    ),
+    "chunks that the array cuts off are taken for whole ones": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        "if frames is None or _extent(whole) != frames.chunk:",
+        "if frames is None:",
+        f"{CLI_ORBAX} -k larger_than_a_piece",
+    ),
+    "the order of bytes is not looked at": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        ' or metadata["dtype"].startswith(">"):',
+        ":",
+        f"{CLI_ORBAX} -k larger_than_a_piece",
+    ),
     "the path of a checkpoint is taken for an address": Fault(
         "optax_avg/_checkpoints/_orbax_reads.py",
         'base = {"driver": "file", "path": f"{path}/"}',

@@ -260,6 +260,18 @@ def test_an_array_is_copied_group_by_group(kind, shape, data):
         np.testing.assert_array_equal(read(begin, end), np.arange(begin, end))
 
 
+@pytest.mark.parametrize("chunk", [(20, 15), (17, 13)])
+@pytest.mark.parametrize("kind", STORED)
+def test_chunks_larger_than_a_piece(kind, chunk):
+    """Whether or not the array cuts some of them off."""
+    x, store = stored(kind, (40, 30), chunk)
+    with tempfile.TemporaryFile() as file:
+        read, sizes = copied(store, file, 300)
+        assert max(sizes) <= 300
+        assert sum(sizes) == x.nbytes
+        np.testing.assert_array_equal(read(0, x.size), x.reshape(-1))
+
+
 def not_as_a_whole(store, whole, most):
     raise AssertionError("the chunk is decoded as a stream")
 
