@@ -3,13 +3,17 @@
     python tests/planted_faults.py [NAME ...]
 
 Each fault replaces one piece of text in a copy of the tree; the named tests must fail
-there, and pass without it. Exits with 1 if a fault survives.
+there, and pass without it. As many faults are tried at once as there are processors.
+Exits with 1 if a fault survives.
 """
 
+import os
+import queue
 import shutil
 import subprocess
 import sys
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import NamedTuple
 
@@ -1499,28 +1503,41 @@ def passes(tree: Path, tests: str) -> bool:
     return done.returncode == 0
 
 
+def verdict_of(name: str, tree: Path) -> str:
+    """Whether the tests of a fault fall in a tree with it, and pass without it."""
+    fault = FAULTS[name]
+    target = tree / fault.path
+    text = target.read_text()
+    if text.count(fault.old) != 1:
+        raise SystemExit(
+            f"{name}: the text to break stands {text.count(fault.old)} times"
+        )
+    if not passes(tree, fault.tests):
+        return "UNSOUND"
+    target.write_text(text.replace(fault.old, fault.new))
+    caught = not passes(tree, fault.tests)
+    target.write_text(text)
+    return "caught" if caught else "SURVIVED"
+
+
 def main() -> None:
     chosen = sys.argv[1:] or list(FAULTS)
+    workers = min(len(chosen), os.cpu_count() or 1)
+    trees: queue.SimpleQueue[Path] = queue.SimpleQueue()
+
+    def tried(name: str) -> str:
+        tree = trees.get()
+        try:
+            return verdict_of(name, tree)
+        finally:
+            trees.put(tree)
+
     survivors = []
-    with tempfile.TemporaryDirectory() as folder:
-        tree = Path(folder) / "tree"
+    with tempfile.TemporaryDirectory() as folder, ThreadPoolExecutor(workers) as pool:
         keep = shutil.ignore_patterns(".git", "out", ".venv*", "__pycache__", "docs")
-        shutil.copytree(ROOT, tree, ignore=keep)
-        for name in chosen:
-            fault = FAULTS[name]
-            target = tree / fault.path
-            text = target.read_text()
-            if text.count(fault.old) != 1:
-                raise SystemExit(
-                    f"{name}: the text to break stands {text.count(fault.old)} times"
-                )
-            sound = passes(tree, fault.tests)
-            target.write_text(text.replace(fault.old, fault.new))
-            caught = not passes(tree, fault.tests)
-            target.write_text(text)
-            verdict = (
-                "caught" if sound and caught else "SURVIVED" if sound else "UNSOUND"
-            )
+        for i in range(workers):
+            trees.put(shutil.copytree(ROOT, Path(folder) / str(i), ignore=keep))
+        for name, verdict in zip(chosen, pool.map(tried, chosen), strict=True):
             print(f"{verdict:9} {name}", flush=True)
             if verdict != "caught":
                 survivors.append(name)
