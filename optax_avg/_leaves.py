@@ -6,6 +6,7 @@ from typing import Any, TypeVar
 import jax
 import jax.numpy as jnp
 import optax
+from jax.tree_util import FlattenedIndexKey, GetAttrKey, KeyPath
 
 from optax_avg import _numerics
 
@@ -87,37 +88,72 @@ def zeros_like_wide(tree: Any) -> Any:
     return jax.tree.map(_numerics.zeros_like, select(tree, None))
 
 
-def align(tree: Any, params: Any) -> list[Any]:
+def align(tree: Any, params: Any, what: str = "average") -> list[Any]:
     """Leaves of ``tree`` in the order of those of ``params``, None at ``MaskedNode``.
 
     A ``MaskedNode`` may stand for a whole subtree, and containers may differ (Flax nnx
-    wraps the leaves in another variable type) where the leaves match one to one.
+    wraps the leaves in another variable type) where the names of the leaves agree.
 
     Raises:
-      ValueError: If leaves do not match, naming the first offending one.
+      ValueError: If leaves do not match, naming the first offending one. ``what`` says
+        in the message what ``tree`` is.
     """
-    values, structure = jax.tree.flatten(tree, is_leaf=is_masked)
+    named, structure = jax.tree.flatten_with_path(tree, is_leaf=is_masked)
     try:
         parts = structure.flatten_up_to(params)
     except (ValueError, TypeError):
         parts = jax.tree.leaves(params)
     sizes = [len(jax.tree.leaves(part)) for part in parts]
-    aligned = []
-    for value, size in zip(values, sizes, strict=False):
-        aligned += [None] * size if is_masked(value) else [value]
+    aligned: list[Any] = []
+    for (path, value), size in zip(named, sizes, strict=False):
+        aligned += [None] * size if is_masked(value) else [(path, value)]
     paths = jax.tree.flatten_with_path(params)[0]
-    if len(values) != len(parts) or len(aligned) != len(paths):
+    if len(named) != len(parts) or len(aligned) != len(paths):
         raise ValueError(
-            f"params has {len(paths)} leaves and the average {len(values)}; pass the "
+            f"params has {len(paths)} leaves and the {what} {len(named)}; pass the "
             "parameters that are trained."
         )
-    for value, (path, leaf) in zip(aligned, paths, strict=True):
-        if value is not None and value.shape != jnp.shape(leaf):
+    for found, (path, leaf) in zip(aligned, paths, strict=True):
+        if found is None:
+            continue
+        theirs, value = found
+        if not same_names(path, theirs):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} stands where the {what} has "
+                f"{jax.tree_util.keystr(theirs)}; pass the parameters that are trained."
+            )
+        if value.shape != jnp.shape(leaf):
             raise ValueError(
                 f"params{jax.tree_util.keystr(path)} has shape {jnp.shape(leaf)} and "
-                f"its average {value.shape}; pass the parameters that are trained."
+                f"its {what} {value.shape}; pass the parameters that are trained."
             )
-    return aligned
+    return [found and found[1] for found in aligned]
+
+
+def same_names(a: KeyPath, b: KeyPath) -> bool:
+    """Whether two paths name the same leaf, whatever the containers are.
+
+    An attribute and a key of a dict may have one name. Boxes of Flax add a ``value``.
+    Containers without names, and a tree that is one array, agree with any other.
+    """
+    ours, theirs = _names(a), _names(b)
+    if not ours or not theirs:
+        return True
+    return len(ours) == len(theirs) and all(
+        x is None or y is None or x == y for x, y in zip(ours, theirs)
+    )
+
+
+def _names(path: KeyPath) -> list[str | None]:
+    """The names on a path without those of boxes; None where there is no name."""
+    if path and isinstance(path[-1], GetAttrKey) and path[-1].name == "value":
+        path = path[:-1]
+    return [
+        None
+        if isinstance(key, FlattenedIndexKey)
+        else jax.tree_util.keystr((key,), simple=True)
+        for key in path
+    ]
 
 
 def parts_like(tree: Any, other: Any) -> list[Any]:

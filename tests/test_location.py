@@ -383,6 +383,19 @@ def test_gradients_must_be_like_the_parameters_of_init(tx):
         tx.update(other, state)
 
 
+@pytest.mark.parametrize("tx", [oa.vclip(1.0), oa.track_tail_index()])
+@pytest.mark.parametrize(
+    ("other", "message"),
+    [
+        ({"b": jnp.ones(3)}, r"updates\['b'\] stands where the state has \['a'\]"),
+        ({"a": jnp.ones(1)}, r"updates\['a'\] has shape \(1,\) and the state \(3,\)"),
+    ],
+)
+def test_gradients_must_have_the_names_and_shapes_of_init(tx, other, message):
+    with pytest.raises(ValueError, match=message):
+        tx.update(other, tx.init({"a": jnp.ones(3)}))
+
+
 def metric_l2(w):
     """The l2 norm in a diagonal metric, as a user would write it."""
 

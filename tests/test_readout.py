@@ -1,6 +1,10 @@
 """Finding averages in optimizer states, in every framework, and moving them."""
 
+import re
+from typing import NamedTuple
+
 import equinox as eqx
+import flax
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -51,6 +55,63 @@ def test_parameters_that_do_not_match():
         oa.averaged_params(state, {**PARAMS, "w": jnp.ones((3, 2))})
     with pytest.raises(ValueError, match="params has 1 leaves and the average 2"):
         oa.averaged_params(state, {"w": jnp.ones((2, 3))})
+
+
+@pytest.mark.parametrize(
+    ("of_init", "other", "found", "wanted"),
+    [
+        ("ab", "bc", "['b']", "['a']"),
+        ("a", "b", "['b']", "['a']"),
+        ("ab", "ac", "['c']", "['b']"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("make", "read"),
+    [
+        (oa.ema_params(0.9), oa.averaged_params),
+        (oa.multi_call(oa.rules.sam(), optax.sgd(0.1)), oa.clean_params),
+    ],
+)
+def test_leaves_of_other_names(make, read, of_init, other, found, wanted):
+    state = make.init({key: jnp.ones(2) for key in of_init})
+    message = rf"params{re.escape(found)} stands where .* has {re.escape(wanted)}; pass"
+    with pytest.raises(ValueError, match=message):
+        read(state, {key: jnp.ones(2) for key in other})
+
+
+@pytest.mark.parametrize(
+    "other",
+    [{"params": {"a": jnp.ones(2)}}, [jnp.ones(2)], (jnp.ones(2),)],
+)
+def test_leaves_in_other_containers(other):
+    state = oa.ema_params(0.9).init({"a": jnp.ones(2)})
+    with pytest.raises(ValueError, match="stands where the average has"):
+        oa.averaged_params(state, other)
+
+
+class Pair(NamedTuple):
+    w: jax.Array
+    x: jax.Array
+
+
+SAME_NAMES = {
+    "dict": {"w": jnp.ones(2), "x": jnp.ones(2)},
+    "NamedTuple": Pair(jnp.ones(2), jnp.ones(2)),
+    "FrozenDict": flax.core.freeze({"w": jnp.ones(2), "x": jnp.ones(2)}),
+    "nnx.State": nnx.State({"w": nnx.Param(jnp.ones(2)), "x": nnx.Param(jnp.ones(2))}),
+    "boxes": {
+        "w": flax.linen.Partitioned(jnp.ones(2), (None,)),
+        "x": flax.linen.Partitioned(jnp.ones(2), (None,)),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", SAME_NAMES)
+@pytest.mark.parametrize("other", SAME_NAMES)
+def test_other_containers_with_the_same_names(kind, other):
+    state = oa.ema_params(0.9).init(SAME_NAMES[kind])
+    found = oa.averaged_params(state, SAME_NAMES[other])
+    assert jax.tree.structure(found) == jax.tree.structure(SAME_NAMES[other])
 
 
 def test_dtype_and_values_follow_params():

@@ -66,6 +66,33 @@ def counter() -> jax.Array:
     return jnp.zeros([], jnp.int32)
 
 
+def check_alike(gradients: Tree, kept: Tree) -> None:
+    """Raises unless gradients have the names and shapes of what a state keeps.
+
+    Raises:
+      ValueError: If they do not, naming the first leaf that differs.
+    """
+    named, old = (
+        jax.tree.flatten_with_path(tree, is_leaf=_leaves.is_absent)[0]
+        for tree in (gradients, kept)
+    )
+    check_number(len(named), len(old))
+    for (path, x), (theirs, y) in zip(named, old, strict=True):
+        ours, other = (jax.tree_util.keystr(p) for p in (path, theirs))
+        if not _leaves.same_names(path, theirs):
+            raise ValueError(
+                f"updates{ours} stands where the state has {other}; pass gradients "
+                "like the parameters of init."
+            )
+        if _leaves.is_absent(x) or _leaves.is_absent(y):
+            continue
+        if jnp.shape(x) != jnp.shape(y):
+            raise ValueError(
+                f"updates{ours} has shape {jnp.shape(x)} and the state {jnp.shape(y)}; "
+                "pass gradients like the parameters of init."
+            )
+
+
 def quotient(a: Number, b: jax.Array, otherwise: float = 0) -> jax.Array:
     """``a/b`` where ``b > 0``, and a given number elsewhere."""
     return jnp.where(b > 0, a / jnp.where(b > 0, b, 1), otherwise)

@@ -20,6 +20,7 @@ from optax_avg.robust import distances
 from optax_avg.robust._gradients import (
     ByPosition,
     Leaf,
+    check_alike,
     counter,
     flatten,
     positions_in_both,
@@ -195,6 +196,7 @@ def track_location(
     ) -> tuple[optax.Updates, LocationState]:
         del params, extra_args
         tree = _leaves.zeros_like_wide(updates) if reset else state.location
+        check_alike(updates, tree)
         leaves, structure = flatten(updates)
         m, layout = flatten(tree)
         there = positions_in_both(leaves, m)

@@ -15,7 +15,12 @@ import optax
 from jax import lax
 
 from optax_avg import _checks, _leaves, _numerics
-from optax_avg.robust._gradients import counter, flatten, positions_in_both
+from optax_avg.robust._gradients import (
+    check_alike,
+    counter,
+    flatten,
+    positions_in_both,
+)
 
 __all__ = [
     "TailIndices",
@@ -194,6 +199,7 @@ def track_tail_index(
         **extra_args: Any,
     ) -> tuple[optax.Updates, TailState]:
         del params, extra_args
+        check_alike(updates, state.waiting)
         leaves, _ = flatten(updates)
         old, structure = flatten(state.waiting)
         sums, _ = flatten(state.block_sum)

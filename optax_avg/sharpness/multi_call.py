@@ -272,7 +272,8 @@ def clean_params(state: Any, params: Params) -> Params:
       A tree like ``params``.
 
     Raises:
-      ValueError: If there is no such state, or more than one.
+      ValueError: If there is no such state, or more than one, or ``params`` has other
+        leaves.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -286,10 +287,10 @@ def clean_params(state: Any, params: Params) -> Params:
             f"clean_params needs a state with one multi_call in it, found {len(found)};"
             " pass the state of oa.multi_call(rule, optimizer)."
         )
-    return jax.tree.map(
-        lambda x, clean: clean if _leaves.is_float(x) else x,
-        params,
-        found[0].clean_params,
+    kept = _leaves.align(found[0].clean_params, params, "state of multi_call")
+    leaves, structure = jax.tree.flatten(params)
+    return structure.unflatten(
+        [c if _leaves.is_float(x) else x for x, c in zip(leaves, kept, strict=True)]
     )
 
 
