@@ -13,7 +13,11 @@ import numpy as np
 import optax
 
 from optax_avg import _leaves, _mixups, _sight
-from optax_avg.averages.readout import average_states, is_average_state
+from optax_avg.averages.readout import (
+    average_states,
+    is_average_state,
+    read_leaves,
+)
 from optax_avg.robust import NotStackedError
 from optax_avg.sharpness import RuleState
 from optax_avg.sharpness.decoupled import DecoupledState
@@ -43,10 +47,12 @@ def check_chain(
     parameters. Other links, such as aggregators and clips, are not checked.
 
     Call it once, before training. It runs a few updates without compilation and changes
-    neither ``params`` nor any state. A foreign link that leaves the probe unchanged,
-    such as a clip at a very large norm, cannot be seen. Check the optimizer inside
-    :func:`optax_avg.multi_call` by a call of its own. For links with ``axis_name``,
-    build the chain once more without it and check that one.
+    neither ``params`` nor any state. A link that computes the updates anew counts as a
+    change even if their values stay the same, as after a clip at a very large norm; a
+    cast does not. Around ``optax.MultiSteps(...).gradient_transformation()`` only the
+    values are compared; check the chain inside by a call of its own, and the optimizer
+    inside :func:`optax_avg.multi_call` as well. For links with ``axis_name``, build the
+    chain once more without it and check that one.
 
     Args:
       tx: Transformation to check, usually an ``optax.chain``.
@@ -58,7 +64,8 @@ def check_chain(
 
     Raises:
       ValueError: If a link stands at the wrong place. The message names each such link
-        and says where it belongs. Also if an aggregator gets no stacked gradients.
+        and says where it belongs. Also if two averages of one name hold the same leaf,
+        or if an aggregator gets no stacked gradients.
       TypeError: If ``tx`` is no transformation.
 
     Example:
@@ -90,9 +97,14 @@ def check_chain(
 
 def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None:
     """Checks a chain with one probe."""
+    if isinstance(tx, optax.MultiSteps):  # around it, only values can be compared
+        _probe(tx.inner_opt, params, grads, extra_args)
     # Plain transformations take no extra arguments, MultiSteps takes them as it is.
     link = tx if isinstance(tx, optax.MultiSteps) else _with_extra_args(tx)
+    grads = jax.tree.map(_on_device, grads)
     state = link.init(params)
+    _refuse_namesakes(state, params)
+    passed_on = not _accumulates(state)
     ours = [x for x in jax.tree.leaves(state, is_leaf=_has_a_place) if _has_a_place(x)]
     if any(isinstance(x, (RuleState, DecoupledState)) for x in ours):
         grad_fn = lambda x: _gradient(grads, params, x)
@@ -108,7 +120,7 @@ def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None
             # Where MultiSteps stands still, what overflowed becomes NaN.
             moves = any(jnp.any(jnp.abs(x) > 0) for x in jax.tree.leaves(out))
             if moves:
-                wrong += _misplaced(sights, grads, out)
+                wrong += _misplaced(sights, grads, out, passed_on)
             elif has_moved and _accumulates(state):
                 wrong += _miscounting(sights, before, average_states(state), stride)
             reached = max(reached, len(sights))
@@ -144,18 +156,36 @@ def _has_a_place(node: Any) -> bool:
     return is_average_state(node) or isinstance(node, ours)
 
 
-def _misplaced(sights: list[_sight.Sight], grads: Any, out: Any) -> list[str]:
-    """What is wrong with the order of the links in one call."""
+def _refuse_namesakes(state: Any, params: Any) -> None:
+    """Raises if two averages of one name hold the same leaf, as reading them would."""
+    names = [name for node in average_states(state) for name in node.averages]
+    for name in set(names):
+        if names.count(name) > 1:  # an average of its own may be inside optax.flatten
+            read_leaves(state, params, name)
+
+
+def _on_device(x: Any) -> Any:
+    """An array of NumPy as one of JAX, which links pass on as the same object."""
+    return jnp.asarray(x) if isinstance(x, np.ndarray) and _leaves.is_float(x) else x
+
+
+def _misplaced(
+    sights: list[_sight.Sight], grads: Any, out: Any, passed_on: bool
+) -> list[str]:
+    """What is wrong with the order of the links in one call.
+
+    With ``passed_on``, links that leave the updates alone return the same arrays.
+    """
     wrong = []
     for i, sight in enumerate(sights):
-        if sight.received is not None and _differ(sight.received, grads):
+        if sight.received is not None and _differ(sight.received, grads, passed_on):
             wrong.append(
                 f"{sight.link} does not stand first: an earlier link changes the "
                 f"gradient. Write optax.chain({sight.link}(...), optimizer)."
             )
         if sight.emitted is None:
             continue
-        if _differ(sight.emitted, out):
+        if _differ(sight.emitted, out, passed_on):
             wrong.append(
                 f"{sight.link} does not stand last: a later link changes the updates. "
                 f"Write optax.chain(optimizer, {sight.link}(...))."
@@ -195,11 +225,12 @@ def _miscounting(
     ]
 
 
-def _differ(tree: Any, other: Any) -> bool:
+def _differ(tree: Any, other: Any, passed_on: bool) -> bool:
     """Whether two trees differ at the leaves that are there in the first.
 
-    Links that pass updates on do so bit by bit. Inside ``optax.flatten`` a link sees
-    one vector.
+    With ``passed_on``, another array of the same type differs even if its values agree:
+    some link has computed it. Values are compared where the dtype or shape has changed,
+    as in a cast. Inside ``optax.flatten`` a link sees one vector.
     """
     if isinstance(tree, jax.Array) and not isinstance(other, jax.Array):
         flat = [jnp.ravel(jnp.asarray(x)) for x in jax.tree.leaves(other)]
@@ -208,6 +239,10 @@ def _differ(tree: Any, other: Any) -> bool:
     def one(x, y):
         if _leaves.is_absent(x) or not _leaves.is_float(x):
             return False
+        if x is y:
+            return False
+        if passed_on and (x.dtype, x.shape) == (y.dtype, y.shape):
+            return True
         return not jnp.array_equal(x, y, equal_nan=True)
 
     return any(

@@ -138,6 +138,56 @@ WRONG = {
 }
 
 
+# Links that leave the values of a usual probe as they are.
+IDLE = {
+    "clip_by_global_norm": optax.clip_by_global_norm(1e9),
+    "adaptive_grad_clip": optax.adaptive_grad_clip(1e9),
+    "keep_params_nonnegative": optax.keep_params_nonnegative(),
+    "zero_nans": optax.zero_nans(),
+    "scale": optax.scale(1.0),
+    "clip_by_zscore in its warm-up": oa.clip_by_zscore(),
+    "vclip at its first gradient": oa.vclip(1e-6),
+}
+
+
+@pytest.mark.parametrize("wrap", [lambda tx: tx, lambda tx: optax.MultiSteps(tx, 2)])
+@pytest.mark.parametrize("name", IDLE)
+def test_links_that_leave_the_probe_alone_are_seen(name, wrap):
+    params = {"w": jnp.full((3, 2), 5.0)}
+    last = optax.chain(optax.adam(1e-3), oa.ema_params(0.9), IDLE[name])
+    with pytest.raises(ValueError, match="ema_params does not stand last"):
+        oa.check_chain(wrap(last), params)
+    first = optax.chain(IDLE[name], oa.sam(), optax.adam(1e-3))
+    with pytest.raises(ValueError, match="sam does not stand first"):
+        oa.check_chain(wrap(first), params)
+
+
+def test_links_that_pass_the_updates_on_are_no_hindrance():
+    idle = [
+        oa.track_tail_index(),
+        optax.identity(),
+        optax.masked(optax.scale(2), False),
+    ]
+    tx = optax.chain(*idle, oa.sam(), optax.sgd(0.1), oa.ema_params(0.9), *idle)
+    oa.check_chain(tx, PARAMS)
+    oa.check_chain(tx, PARAMS, jax.tree.map(np.asarray, PARAMS))
+
+
+def cast(dtype):
+    return optax.stateless(lambda g, _: jax.tree.map(lambda x: x.astype(dtype), g))
+
+
+def test_a_cast_is_no_hindrance():
+    tx = optax.chain(cast("float32"), oa.sam(), optax.sgd(0.1))
+    oa.check_chain(tx, params_of(jnp.bfloat16))
+
+
+def test_two_averages_of_one_name():
+    tx = optax.chain(optax.sgd(0.1), oa.ema_params(0.9), oa.ema_params(0.99))
+    with pytest.raises(ValueError, match=r"two averages named 'ema' .*another name="):
+        oa.check_chain(tx, PARAMS)
+
+
 @pytest.mark.parametrize("name", WRONG)
 def test_wrong_chains_are_named(name):
     tx, message = WRONG[name]
@@ -181,9 +231,10 @@ def test_links_that_are_not_reached_are_said():
 @pytest.mark.parametrize("decay", [1e-4, 1e-2])
 def test_a_small_weight_decay_is_seen(dtype, decay):
     params = {"w": jnp.full((16, 16), 0.02, dtype), "zero": jnp.zeros(3, dtype)}
-    late = optax.chain(optax.add_decayed_weights(decay), oa.sam(), optax.sgd(0.1))
-    with pytest.raises(ValueError, match="sam does not stand first"):
-        oa.check_chain(late, params)
+    for link in (optax.identity(), cast("float32")):  # after a cast values decide
+        links = [optax.add_decayed_weights(decay), link, oa.sam(), optax.sgd(0.1)]
+        with pytest.raises(ValueError, match="sam does not stand first"):
+            oa.check_chain(optax.chain(*links), params)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
