@@ -21,6 +21,11 @@ def is_masked(node: Any) -> bool:
     return isinstance(node, optax.MaskedNode)
 
 
+def has_masked(tree: Any) -> bool:
+    """Whether some leaf of a tree is left out."""
+    return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
+
+
 def is_absent(node: Any) -> bool:
     """Whether there is no array: None, or left out."""
     return node is None or is_masked(node)
@@ -74,13 +79,52 @@ def select(tree: Any, where: Where | None) -> Any:
             lambda path, leaf: keep(leaf) if where(path, leaf) else optax.MaskedNode(),
             tree,
         )
-    return jax.tree.map(
-        lambda inside, part: jax.tree.map(
-            keep if inside else lambda _: optax.MaskedNode(), part
-        ),
-        where,
-        tree,
-    )
+    try:
+        return jax.tree.map(
+            lambda inside, part: jax.tree.map(
+                keep if inside else lambda _: optax.MaskedNode(), part
+            ),
+            where,
+            tree,
+        )
+    except (ValueError, TypeError) as error:
+        raise ValueError(
+            f"where has {_shown(where)} and params {_shown(tree)}; pass bools for a "
+            "prefix of params, or a function (key_path, leaf) -> bool."
+        ) from error
+
+
+def refuse_none_selected(tree: Any, where: Where | None, otherwise: str) -> None:
+    """Raises if ``where`` selects no leaf of a tree that has leaves.
+
+    Args:
+      tree: The tree.
+      where: The selection.
+      otherwise: Start of the message.
+
+    Raises:
+      ValueError: If no leaf is selected.
+    """
+    if where is None or not jax.tree.leaves(tree):
+        return
+    if not jax.tree.leaves(select(tree, where)):
+        if jax.tree_util.all_leaves([tree]):
+            raise ValueError(f"{otherwise}. There is one leaf.")
+        hint = (
+            " A path is a tuple of keys; write lambda path, leaf: 'name' in "
+            "jax.tree_util.keystr(path)."
+        )
+        given = callable(where) and otherwise.startswith("where")  # by the user
+        raise ValueError(
+            f"{otherwise}. The leaves are {_shown(tree)}.{hint if given else ''}"
+        )
+
+
+def _shown(tree: Any) -> str:
+    """The paths of a few leaves, for messages."""
+    paths = [path for path, _ in jax.tree.flatten_with_path(tree)[0]]
+    names = [jax.tree_util.keystr(path) or "one array" for path in paths]
+    return ", ".join(names[:5]) + (", ..." if len(names) > 5 else "") or "no leaf"
 
 
 def zeros_like_wide(tree: Any) -> Any:

@@ -373,6 +373,38 @@ def test_power_function_does_not_depend_on_the_stride(every):
     assert abs(result(tx, xs)[0] - fine[0] * steps / 60) <= every
 
 
+@pytest.mark.parametrize(
+    "use",
+    [
+        lambda where, x: oa.ema_params(0.9, where=where).init(x),
+        lambda where, x: oa.sam(where=where).init(x),
+        lambda where, x: oa.landscape.barrier(None, x, x, where=where),
+    ],
+    ids=["average", "sam", "barrier"],
+)
+@pytest.mark.parametrize(
+    ("where", "message"),
+    [
+        ({"b": True}, r"where has \['b'\] and params \['a'\]; pass bools"),
+        ((True, True), r"where has \[0\], \[1\] and params \['a'\]; pass bools"),
+        (lambda path, leaf: "a" in path, r"no leaf.*\['a'\].*keystr\(path\)\."),
+        ({"a": False}, r"where is true of no leaf.*The leaves are \['a'\]"),
+        (False, r"where is true of no leaf.*The leaves are \['a'\]"),
+    ],
+)
+def test_where_that_selects_nothing(use, where, message):
+    with pytest.raises(ValueError, match=message):
+        use(where, {"a": jnp.ones(2)})
+
+
+def test_a_part_may_have_nothing_that_is_selected():
+    """The same average on every part of a partition."""
+    ema = oa.ema_params(0.9, where=lambda path, leaf: leaf.ndim > 1)
+    params = {"w": jnp.ones((2, 2)), "b": jnp.ones(2)}
+    tx = optax.partition({"one": ema, "two": ema}, {"w": "one", "b": "two"})
+    assert oa.average_names(tx.init(params)) == ["ema"]
+
+
 def test_where_takes_predicates_and_trees():
     params = {
         "dense": {"kernel": jnp.ones(2), "bias": jnp.ones(2)},

@@ -79,7 +79,7 @@ _OPTIONS = {
         None,
         """Leaves to average: a tree of bools like a prefix of the parameters, or
   a predicate ``(key_path, leaf) -> bool``. The others are read from the
-  parameters.""",
+  parameters. ``init`` raises a ValueError if no leaf is selected.""",
     ),
     "nonfinite": Option(
         "reject",

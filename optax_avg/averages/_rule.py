@@ -18,6 +18,8 @@ from jax import lax
 from optax_avg import _checks, _leaves, _numerics, _sight, weights
 from optax_avg.averages.memories import Memory, Turn, running
 
+UNAVERAGED = "where is true of no leaf, so that nothing would be averaged"
+
 
 class AverageState(NamedTuple):
     """State of every average.
@@ -113,6 +115,8 @@ def averaging(
         )
 
     def init(params: Any) -> AverageState:
+        if not _leaves.has_masked(params):  # a part may have none of the leaves
+            _leaves.refuse_none_selected(params, where, UNAVERAGED)
         x = _leaves.select(params, where)
         zero = lambda: jnp.zeros([], jnp.int32)
         state = AverageState(

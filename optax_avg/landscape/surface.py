@@ -98,7 +98,8 @@ def barrier(
       the straight line.
 
     Raises:
-      ValueError: If ``num`` is below 3, or the models differ in structure or shape.
+      ValueError: If ``num`` is below 3, the models differ in structure or shape, or
+        ``where`` selects no leaf.
 
     Example:
       >>> import jax.numpy as jnp
@@ -115,6 +116,8 @@ def barrier(
     if num < 3:
         raise ValueError(f"num must be at least 3, got {num}.")
     _check_alike(a, b)
+    unmoved = "where is true of no leaf, so that nothing would move"
+    _leaves.refuse_none_selected(a, where, unmoved)
     moving = _leaves.select(a, where)
 
     def at(s):

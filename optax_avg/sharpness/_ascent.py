@@ -9,7 +9,6 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import keystr, tree_leaves_with_path
 
 from optax_avg import _checks, _leaves, _numerics
 from optax_avg.sharpness._rule import Grads, InitMemory, Memory, Probe, RuleState
@@ -111,12 +110,7 @@ def check_some(where: _leaves.Where | None, otherwise: str) -> InitMemory:
     """
 
     def init_memory(params: optax.Params) -> Memory:
-        flags = () if where is None else jax.tree.leaves(is_inside(where, params))
-        if flags and not any(flags):
-            paths = [keystr(path) for path, _ in tree_leaves_with_path(params)]
-            shown = ", ".join(paths[:5]) + (", ..." if len(paths) > 5 else "")
-            are = f"The leaves are {shown}" if paths[0] else "There is one leaf"
-            raise ValueError(f"{otherwise}. {are}.")
+        _leaves.refuse_none_selected(params, where, otherwise)
         return ()
 
     return init_memory
