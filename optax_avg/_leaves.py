@@ -15,6 +15,8 @@ State = TypeVar("State")
 # A tree of bools like (a prefix of) params, or a predicate on (key_path, leaf).
 Where = Callable[[Any, Any], Any] | Any
 
+FILTER = "pass the arrays alone, as in eqx.filter(model, eqx.is_inexact_array)"
+
 
 def is_masked(node: Any) -> bool:
     """Whether a node is Optax's placeholder for a leaf that is left out."""
@@ -34,6 +36,9 @@ def is_absent(node: Any) -> bool:
 def is_float(leaf: Any) -> bool:
     """Whether a leaf can be averaged: real or complex floating point."""
     dtype = getattr(leaf, "dtype", None)
+    if dtype is None and callable(leaf):
+        name = getattr(leaf, "__name__", type(leaf).__name__)
+        raise TypeError(f"a leaf is the function {name}, not an array; {FILTER}.")
     return jnp.issubdtype(
         jnp.result_type(leaf) if dtype is None else dtype, jnp.inexact
     )
@@ -153,9 +158,10 @@ def align(tree: Any, params: Any, what: str = "average") -> list[Any]:
         aligned += [None] * size if is_masked(value) else [(path, value)]
     paths = jax.tree.flatten_with_path(params)[0]
     if len(named) != len(parts) or len(aligned) != len(paths):
+        static = any(callable(leaf) for _, leaf in paths)
+        hint = FILTER if static else "pass the parameters that are trained"
         raise ValueError(
-            f"params has {len(paths)} leaves and the {what} {len(named)}; pass the "
-            "parameters that are trained."
+            f"params has {len(paths)} leaves and the {what} {len(named)}; {hint}."
         )
     for found, (path, leaf) in zip(aligned, paths, strict=True):
         if found is None:

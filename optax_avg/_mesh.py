@@ -17,6 +17,23 @@ def axis_names(axes: AxisName | None) -> tuple[str, ...]:
     return (axes,) if isinstance(axes, str) else tuple(axes)
 
 
+def require_mapped(axes: Sequence[Any]) -> None:
+    """Raises unless all axes are mapped where this is called.
+
+    Raises:
+      ValueError: If one is not, naming it.
+    """
+    for name in axes:
+        try:
+            lax.axis_index(name)
+        except NameError as error:
+            raise ValueError(
+                f"axis_name={name!r} is not mapped here; call this inside "
+                "jax.shard_map, jax.pmap or jax.vmap over this axis, or leave "
+                "axis_name out."
+            ) from error
+
+
 def is_local(x: jax.Array) -> bool:
     """Whether reshaping moves nothing between devices."""
     return bool(jax.typeof(x).sharding.mesh.empty) or bool(

@@ -33,6 +33,46 @@ def refuse_no_rule(name: str, rule: Any) -> None:
     raise TypeError(f"{name} needs a rule, such as oa.rules.sam(0.05). It got {came}.")
 
 
+def refuse_transformation(name: str, weight: Any) -> None:
+    """Raises if an Optax transformation stands where a weight belongs.
+
+    Raises:
+      TypeError: If it does.
+    """
+    if isinstance(weight, optax.GradientTransformation):
+        raise TypeError(
+            f"{name} needs a weight, such as oa.weights.ema(0.999). It got a "
+            "transformation; if that is an average already, such as oa.ema_params("
+            "0.999), put it into the chain as it is."
+        )
+
+
+def refuse_swapped(name: str, rule: Any, other: Any, call: str) -> None:
+    """Raises if a rule stands where the other argument belongs, and the other way.
+
+    Raises:
+      TypeError: If they are swapped.
+    """
+    if _is_rule(other) and not _is_rule(rule):
+        raise TypeError(
+            f"{name} needs a rule. The two arguments are swapped; call {call}."
+        )
+
+
+def refuse_no_rule_state(state: Any) -> None:
+    """Raises unless the function of ``sharpness_aware`` was given its state.
+
+    Raises:
+      TypeError: If it was given something else, such as the batch.
+    """
+    if not hasattr(state, "rule_step"):
+        raise TypeError(
+            "the second argument must be the state of the rule. It is "
+            f"{_words(state)}; call out, grads, state = sharp(params, state, *args) "
+            "with state = sharp.init(params) at first."
+        )
+
+
 def refuse_no_optimizer(name: str, optimizer: Any) -> None:
     """Raises unless ``optimizer`` is an Optax transformation.
 
@@ -106,7 +146,11 @@ def refuse_no_grad_fn(name: str, grad_fn: Any) -> None:
     """
     call = "call tx.update(grads, state, params, grad_fn=jax.grad(loss))."
     if grad_fn is None:
-        raise ValueError(f"{name} needs the gradient as a function; {call}")
+        raise ValueError(
+            f"{name} needs the gradient as a function; {call} Where the call is not "
+            "yours, as in Flax's TrainState, take the gradients by "
+            "oa.sharpness_aware(jax.value_and_grad(loss), rule) without this link."
+        )
     if not callable(grad_fn):
         raise TypeError(
             f"grad_fn of {name} must be a function from parameters to gradients. It is "

@@ -122,7 +122,7 @@ def test_targets_of_one_grid_are_averages_of_its_iterates(every, start, store_of
     }
     tx = optax.chain(
         oa.power_ema([0.05, 0.10], **options),
-        oa.average({n: w for n, (_, w) in live.items() if w}, name="x", **options),
+        oa.average({n: w for n, (_, w) in live.items() if w}, **options),
         oa.window_average(-(-60 // every), name="window", **options),
     )
     store, save = store_of(weights={"ema": live["ema"][1], "weight": live["weight"][1]})

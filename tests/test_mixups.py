@@ -69,14 +69,56 @@ def test_something_else_than_an_optimizer(take, given, message):
 
 
 def test_arguments_in_the_wrong_order():
-    with pytest.raises(TypeError, match="multi_call needs a rule"):
+    with pytest.raises(TypeError, match="multi_call needs a rule.*swapped; call oa"):
         oa.multi_call(optax.sgd(0.1), rules.sam())
-    with pytest.raises(TypeError, match="sharpness_aware needs a rule"):
+    swapped = "sharpness_aware needs a rule.*swapped; call oa"
+    with pytest.raises(TypeError, match=swapped):
         oa.sharpness_aware(rules.sam(), jax.value_and_grad(sum))
     with pytest.raises(TypeError, match="value_and_grad_fn must be a function"):
         oa.sharpness_aware(rules.sam(), rules.sam())
     with pytest.raises(TypeError, match="ascent_fn must be a function"):
         oa.sharpness_aware(jax.value_and_grad(sum), rules.sam(), ascent_fn=1.0)
+
+
+@pytest.mark.parametrize("second", [(), (jnp.ones(2),), ({"x": jnp.ones(2)},)])
+def test_the_state_of_a_rule_is_forgotten(second):
+    sharp = oa.sharpness_aware(jax.value_and_grad(loss), rules.sam())
+    with pytest.raises(TypeError, match=r"state = sharp\.init\(params\)"):
+        sharp(jnp.ones(2), *second)
+
+
+def test_a_link_without_its_gradient_names_the_other_form():
+    tx = oa.sam()
+    with pytest.raises(ValueError, match=r"TrainState.* oa\.sharpness_aware"):
+        tx.update(jnp.ones(2), tx.init(jnp.ones(2)), jnp.ones(2))
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda x: oa.sharpness_aware(
+            jax.value_and_grad(loss), rules.sam(), axis_name="devices"
+        )(x, oa.sam().init(x)),
+        lambda x: oa.krum(1, axis_name="devices").update(
+            x, oa.krum(1, axis_name="devices").init(x), x
+        ),
+    ],
+    ids=["sharpness_aware", "krum"],
+)
+def test_an_axis_that_is_not_mapped(call):
+    with pytest.raises(ValueError, match="axis_name='devices' is not mapped here"):
+        call(jnp.ones(2))
+
+
+@pytest.mark.parametrize("given", [oa.ema_params(0.9), {"a": oa.ema_params(0.9)}])
+def test_an_average_where_a_weight_belongs(given):
+    with pytest.raises(TypeError, match="put it into the chain as it is"):
+        oa.average(given)
+
+
+def test_a_name_beside_a_dict_of_weights():
+    with pytest.raises(ValueError, match="gives each average its name"):
+        oa.average({"a": oa.weights.uniform()}, name="b")
 
 
 def loss(p):

@@ -31,6 +31,21 @@ def test_no_average():
         oa.averaged_params(optax.adam(1e-3).init(PARAMS), PARAMS)
 
 
+def test_swapped_arguments():
+    state = oa.ema_params(0.9).init(PARAMS)
+    with pytest.raises(ValueError, match=r"swapped; call averaged_params\(opt_state, "):
+        oa.averaged_params(PARAMS, state)
+
+
+def test_a_model_with_functions():
+    model = eqx.nn.MLP(2, 1, 4, 1, key=jax.random.key(0))
+    tx, filter_it = oa.ema_params(0.9), r"eqx\.filter\(model, eqx\.is_inexact_array\)"
+    with pytest.raises(TypeError, match=f"a leaf is the function .*{filter_it}"):
+        tx.init(model)
+    with pytest.raises(ValueError, match=f"6 leaves and the average 4; .*{filter_it}"):
+        oa.averaged_params(tx.init(eqx.filter(model, eqx.is_inexact_array)), model)
+
+
 def test_several_averages_list_their_names():
     tx = optax.chain(optax.sgd(0.1), oa.ema_params(0.9), oa.window_average(2))
     params, state = stepped(tx)

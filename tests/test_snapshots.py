@@ -540,7 +540,6 @@ def test_snapshots_under_other_names_are_named(name, tmp_path, open_stores):
     [
         (lambda: oa.ema_params(0.9), r"average 'ema' .* weights=\{'ema': optax_avg."),
         (lambda: oa.power_ema(0.1, start=9), "no average had absorbed an iterate"),
-        (lambda: optax.sgd(0.1), "no average in the optimizer state; put one last"),
     ],
 )
 def test_why_nothing_was_saved(make, said, tmp_path, open_stores):
@@ -557,6 +556,16 @@ def test_why_nothing_was_saved(make, said, tmp_path, open_stores):
     store.save(None, 2, params)
     with pytest.raises(ValueError, match="hold no averages, only 'parameters'"):
         store.reconstruct(sigma_rel=0.1)
+
+
+@pytest.mark.parametrize(
+    "state", [None, optax.adam(0.1).init(jnp.ones(2)), {"w": jnp.ones(2)}]
+)
+def test_what_can_never_be_saved(state, tmp_path, open_stores):
+    store = open_stores(SnapshotStore(tmp_path))
+    with pytest.raises(ValueError, match="no average in this optimizer state; put one"):
+        store.save(state, 1)
+    assert store.save(state, 1, {"w": jnp.ones(2)})
 
 
 def test_messages_of_means_name_what_there_is(tmp_path, open_stores):

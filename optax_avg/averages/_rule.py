@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _checks, _leaves, _numerics, _sight, weights
+from optax_avg import _checks, _leaves, _mixups, _numerics, _sight, weights
 from optax_avg.averages.memories import Memory, Turn, running
 
 UNAVERAGED = "where is true of no leaf, so that nothing would be averaged"
@@ -85,8 +85,11 @@ def averaging(
 
     Raises:
       ValueError: If an argument is out of range.
+      TypeError: If a weight is a transformation.
     """
     by_name = weight if isinstance(weight, Mapping) else {name: weight}
+    for value in by_name.values():
+        _mixups.refuse_transformation(caller, value)
     if not by_name:
         raise ValueError(f"{caller} needs a weight; write average(weights.ema(0.999)).")
     options = {"accumulator_dtype": accumulator_dtype, "rounding": rounding}

@@ -57,7 +57,8 @@ def average(
 
     Args:
       weight: The weight ``w``, from :mod:`optax_avg.weights` or any function of ``t``,
-        a float32; or a memory of :mod:`optax_avg.memories`; or a dict of weights and
+        a float32. It is used as it is: outside [0, 1] the average leaves the range of
+        the iterates, and may diverge. Or a memory of :mod:`optax_avg.memories`; or a dict of weights and
         memories by name, for several averages in one pass over the parameters.
       **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
@@ -65,7 +66,8 @@ def average(
       A transformation with the state :class:`optax_avg.AverageState`.
 
     Raises:
-      ValueError: In ``update``, if it gets no params.
+      ValueError: If ``name`` is given with a dict. In ``update``, if it gets no params.
+      TypeError: If ``weight`` is a transformation, such as ``ema_params(0.999)``.
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
@@ -78,6 +80,11 @@ def average(
       >>> float(params), float(oa.averaged_params(state, params))
       (3.0, 2.0)
     """
+    if isinstance(weight, Mapping) and options.get("name", "average") != "average":
+        raise ValueError(
+            "a dict of weights gives each average its name, so that name= says nothing; "
+            "write average({'fast': weight, 'slow': other}) without name=."
+        )
     return averaging("average", weight, **options)
 
 
@@ -94,7 +101,8 @@ def ema_params(
     avg)`` from the initial parameters.
 
     Args:
-      decay: The decay ``d`` in [0, 1] per absorbed iterate, or a schedule of it.
+      decay: The decay ``d`` in [0, 1] per absorbed iterate, or a schedule of it. The
+        values of a schedule are not checked.
       debias: Whether to leave the initial parameters out of the average.
       **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 

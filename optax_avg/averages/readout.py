@@ -90,6 +90,11 @@ def read_leaves(
       A list as long as ``params`` has leaves; averages have the dtypes of ``params``.
     """
     names = average_names(state)
+    if not names and average_names(params):
+        raise ValueError(
+            "the parameters and the optimizer state are swapped; call "
+            "averaged_params(opt_state, params)."
+        )
     if not names:
         raise ValueError(
             "there is no average in this optimizer state; put one last in the chain, "

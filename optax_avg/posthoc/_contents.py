@@ -160,14 +160,23 @@ def record_of(step: int, contents: Iterable[Content]) -> tuple[Record, str]:
     return record, infinite
 
 
-def why_empty(opt_state: optax.OptState | None) -> str:
-    """Says why a state has no average that can be kept."""
-    if readout.average_states(opt_state):
-        return "no average had absorbed an iterate when save was called."
-    return (
-        "there was no average in the optimizer state; put one last in the chain, as in "
-        "optax.chain(optimizer, optax_avg.power_ema([0.05, 0.10]))."
-    )
+NOT_BEGUN = "no average had absorbed an iterate when save was called."
+
+
+def refuse_nothing(
+    opt_state: optax.OptState | None, params: optax.Params | None
+) -> None:
+    """Raises if a call of ``save`` can never write anything.
+
+    Raises:
+      ValueError: If there are neither averages nor parameters.
+    """
+    if params is None and not readout.average_states(opt_state):
+        raise ValueError(
+            "there is no average in this optimizer state; put one last in the chain, "
+            "as in optax.chain(optimizer, optax_avg.power_ema([0.05, 0.10])), or keep "
+            "the parameters by save(None, step, params)."
+        )
 
 
 def _begun(opt_state: optax.OptState | None) -> Iterator[tuple[AverageState, int]]:

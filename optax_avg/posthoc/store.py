@@ -136,7 +136,7 @@ class SnapshotStore:
 
         Raises:
           ValueError: If there are snapshots of later steps, or ``step`` is not an
-            integer.
+            integer, or there is no average in ``opt_state`` and no ``params``.
           RuntimeError: If another store writes to this directory.
           OSError: If this snapshot or the one before could not be written, or if the
             directory of the step holds something else.
@@ -150,13 +150,14 @@ class SnapshotStore:
           True
         """
         step = _whole_step(step)
+        _contents.refuse_nothing(opt_state, params)
         contents = self._contents_of(opt_state, step, params)
         record, infinite = _contents.record_of(step, contents)
         if infinite:
             self._why = f"no snapshot of step {step}: {infinite}"
             warn(self._why, RuntimeWarning)
         elif not contents:
-            self._why = "" if self._unknown else _contents.why_empty(opt_state)
+            self._why = "" if self._unknown else _contents.NOT_BEGUN
         if infinite or not contents:
             return False
         self.wait()

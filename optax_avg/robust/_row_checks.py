@@ -46,12 +46,13 @@ def check_rows(
     """Raises if gradients cannot be those of the elements.
 
     Raises:
-      ValueError: If a leaf does not vary over ``axis_name``, or if its shape is not
-        that of its parameter with the axis of elements.
+      ValueError: If ``axis_name`` is not mapped, if a leaf does not vary over it, or if
+        its shape is not that of its parameter with the axis of elements.
       NotStackedError: If it has the shape of its parameter, without such an axis.
     """
     leaves = flatten_with_names(updates)
     if axis_name is not None:
+        _mesh.require_mapped(axis_names(axis_name))
         gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
         _check_varying(gradients, axis_names(axis_name))
     if params is None:

@@ -98,8 +98,9 @@ def sharpness_aware(
     Raises:
       ValueError: If ``perturbation`` names no axis, or ``ascent_fn`` is given to a rule
         of one evaluation. The returned function raises it if ``value_and_grad_fn`` does
-        not return what it should.
-      TypeError: If ``rule`` is no rule, or a function cannot be called.
+        not return what it should, or ``axis_name`` is not mapped.
+      TypeError: If ``rule`` is no rule, or a function cannot be called. The returned
+        function raises it if its second argument is no state.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax_avg as oa
@@ -114,6 +115,8 @@ def sharpness_aware(
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
       Generalization", 2021, 2010.01412. Each rule names its own paper.
     """
+    call = "oa.sharpness_aware(jax.value_and_grad(loss), rule)"
+    _mixups.refuse_swapped("sharpness_aware", rule, value_and_grad_fn, call)
     _mixups.refuse_no_rule("sharpness_aware", rule)
     _mixups.refuse_no_function("value_and_grad_fn", value_and_grad_fn)
     if ascent_fn is not None:
@@ -127,7 +130,10 @@ def sharpness_aware(
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
     mean = functools.partial(_mean, axes=rest_axes) if rest_axes else None
 
-    def sharp(params, state, *args, **kwargs):
+    def sharp(params, state=None, *args, **kwargs):
+        _mixups.refuse_no_rule_state(state)
+        _mesh.require_mapped(axes)
+
         def evaluation(name, fn):
             def at(x):
                 # Of replicated parameters shard_map would sum the gradients itself.

@@ -105,6 +105,8 @@ def multi_call(
       >>> float(x), float(oa.clean_params(state, x))
       (-0.5, -0.5)
     """
+    call = "oa.multi_call(rule, optimizer)"
+    _mixups.refuse_swapped("multi_call", rule, optimizer, call)
     _mixups.refuse_no_rule("multi_call", rule)
     _mixups.refuse_no_optimizer("multi_call", optimizer)
     inner = optax.with_extra_args_support(optimizer)
