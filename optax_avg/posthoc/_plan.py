@@ -7,8 +7,6 @@ import numpy as np
 
 from optax_avg import _numerics
 from optax_avg.posthoc import _disk
-from optax_avg.posthoc._advice import TOLERANCE, Kept, advice_for, combined
-from optax_avg.posthoc._kinds import kinds_of
 from optax_avg.posthoc._records import (
     PARAMETERS,
     NoSnapshotError,
@@ -17,10 +15,11 @@ from optax_avg.posthoc._records import (
     averages_of,
     names_in,
 )
-from optax_avg.posthoc._request import Request
+from optax_avg.posthoc._target import TOLERANCE, Kept, Request, advice_for, combined
 from optax_avg.posthoc._timeline import (
     Clock,
     clock_of,
+    kinds_of,
     of_another_store,
     out_of_step,
     placed,

@@ -10,7 +10,7 @@ from typing import TypeVar
 from optax_avg.posthoc import _disk
 from optax_avg.posthoc._plan import Plan, planned
 from optax_avg.posthoc._records import Record, Records, SnapshotError
-from optax_avg.posthoc._request import Request
+from optax_avg.posthoc._target import Request
 from optax_avg.posthoc._timeline import with_grids
 from optax_avg.posthoc._warn import warn
 

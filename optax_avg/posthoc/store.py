@@ -19,13 +19,14 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_avg import weights as weights_
 from optax_avg._checkpoints.orbax import orbax
-from optax_avg.posthoc import _contents, _disk, _sums, _writer
+from optax_avg.posthoc import _contents, _disk, _writer
 from optax_avg.posthoc._plan import Part, Plan, warn_of_residual, without_others
 from optax_avg.posthoc._profiles import Normalization
 from optax_avg.posthoc._reading import records_of, with_plan, without_broken
 from optax_avg.posthoc._records import PARAMETERS, Records, names_in
-from optax_avg.posthoc._request import request_of
+from optax_avg.posthoc._target import request_of
 from optax_avg.posthoc._warn import warn
+from optax_avg.posthoc.streaming import Example, assembled, sum_of
 
 __all__ = ["SnapshotStore"]
 
@@ -287,7 +288,7 @@ class SnapshotStore:
 
     def reconstruct(
         self,
-        params: _sums.Example | None = None,
+        params: Example | None = None,
         *,
         sigma_rel: float | None = None,
         half_life: float | None = None,
@@ -337,13 +338,13 @@ class SnapshotStore:
 
         def made(reader: _disk.Reader, left: Records, plan: Plan) -> optax.Params:
             warn_of_residual(plan)
-            return _sums.assembled(_sums.sum_of(reader, left, plan.parts), params)
+            return assembled(sum_of(reader, left, plan.parts), params)
 
         return with_plan(self.directory, request, made)
 
     def mean(
         self,
-        params: _sums.Example | None = None,
+        params: Example | None = None,
         *,
         steps: Sequence[int] | np.ndarray | None = None,
         name: str = PARAMETERS,
@@ -388,7 +389,7 @@ class SnapshotStore:
                 if not whole:
                     raise ValueError(f"no snapshot of {name!r} could be read.")
                 parts = [Part(s, name, 1 / len(whole)) for s in whole]
-                return _sums.assembled(_sums.sum_of(reader, left, parts), params)
+                return assembled(sum_of(reader, left, parts), params)
 
             return without_broken(reader, records, made)
 
