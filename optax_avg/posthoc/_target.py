@@ -2,11 +2,12 @@
 
 import math
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, ParamSpec, TypedDict, TypeVar
 
 import numpy as np
 
-from optax_avg import _checks, weights
+from optax_avg import _checks, _options, weights
+from optax_avg._options import Option
 from optax_avg.posthoc._clock import (
     Kind,
     Placed,
@@ -23,6 +24,9 @@ from optax_avg.posthoc._profiles import (
     snapshots_within,
     widths_within,
 )
+
+P = ParamSpec("P")
+T = TypeVar("T")
 
 # Takes a number of iterates and the steps between them, and returns which average of
 # them is wanted.
@@ -45,17 +49,65 @@ class Request(NamedTuple):
     normalize: Normalization
 
 
+class TargetOptions(TypedDict, total=False):
+    """Options that say which average is wanted."""
+
+    sigma_rel: float | None
+    half_life: float | None
+    window: int | None
+    weight: weights.Weight | None
+    step: int | None
+    names: Sequence[str] | None
+    normalize: Normalization
+
+
+_OPTIONS = {
+    "sigma_rel": Option(None, "Relative width of a power function, in (0, 12^-1/2)."),
+    "half_life": Option(
+        None,
+        """Half-life of an EMA in optimizer steps, as in
+  :func:`optax_avg.weights.half_life`. Its weights on the iterates sum to one, as in
+  ``weights.ema``; the initial parameters have no weight.""",
+    ),
+    "window": Option(None, "Number of latest optimizer steps for a uniform mean."),
+    "weight": Option(
+        None, "Any other weight ``w(t)`` or ``w(t, dt)`` of :mod:`optax_avg.weights`."
+    ),
+    "step": Option(
+        None,
+        """Training step at which the average ends, one of
+  :meth:`SnapshotStore.steps`; by default the last.""",
+    ),
+    "names": Option(None, "Names of the averages to combine; by default all."),
+    "normalize": Option(
+        "constrained",
+        """How the weights of snapshots are normalised, as in
+  :func:`optax_avg.posthoc.coefficients`.""",
+    ),
+}
+
+
+def with_target(function: Callable[P, T]) -> Callable[P, T]:
+    """Completes a function by :class:`TargetOptions`."""
+    return _options.with_options(
+        TargetOptions,
+        _OPTIONS,
+        raises="""ValueError: If not exactly one target is given, or there are no
+  snapshots.""",
+    )(function)
+
+
 def request_of(
     *,
-    sigma_rel: float | None,
-    half_life: float | None,
-    window: int | None,
-    weight: weights.Weight | None,
-    step: int | None,
-    names: Sequence[str] | None,
-    normalize: Normalization,
+    sigma_rel: float | None = None,
+    half_life: float | None = None,
+    window: int | None = None,
+    weight: weights.Weight | None = None,
+    step: int | None = None,
+    names: Sequence[str] | None = None,
+    normalize: Normalization = "constrained",
 ) -> Request:
-    """A request from the arguments of :meth:`SnapshotStore.plan`, which it checks.
+    """A request from :class:`TargetOptions`, which it checks.
 
     Raises:
       ValueError: If there is not exactly one target, or an argument is out of range.

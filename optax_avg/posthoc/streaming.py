@@ -5,7 +5,7 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -13,14 +13,13 @@ import optax
 from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
-from optax_avg import _leaves, _numerics, weights
+from optax_avg import _leaves, _numerics
 from optax_avg._checkpoints.leaves import Leaf, batches, difference, nested, path_of
 from optax_avg.posthoc import _disk
 from optax_avg.posthoc._plan import Part, Plan, warn_of_residual
-from optax_avg.posthoc._profiles import Normalization
 from optax_avg.posthoc._reading import with_plan
 from optax_avg.posthoc._records import Records
-from optax_avg.posthoc._target import request_of
+from optax_avg.posthoc._target import TargetOptions, request_of, with_target
 
 __all__ = ["Stream", "stream_average"]
 
@@ -191,17 +190,11 @@ class Stream(NamedTuple):
     compute: Callable[[Sequence[int]], list[jax.Array]]
 
 
+@with_target
 def stream_average(
     directory: _disk.AnyDirectory,
     use: Callable[[Stream], _T],
-    *,
-    sigma_rel: float | None = None,
-    half_life: float | None = None,
-    window: int | None = None,
-    weight: weights.Weight | None = None,
-    step: int | None = None,
-    names: Sequence[str] | None = None,
-    normalize: Normalization = "constrained",
+    **options: Unpack[TargetOptions],
 ) -> _T:
     """Computes an average that was not kept, a few leaves at a time.
 
@@ -212,20 +205,10 @@ def stream_average(
     Args:
       directory: Directory of a :class:`SnapshotStore`.
       use: Takes a :class:`Stream` and consumes its leaves.
-      sigma_rel: Relative width of a power function, in (0, 12^-1/2).
-      half_life: Half-life of an EMA, in optimizer steps.
-      window: Number of latest optimizer steps for a uniform mean.
-      weight: Any other weight of :mod:`optax_avg.weights`.
-      step: Training step at which the average ends; by default the last snapshot.
-      names: Names of the averages to combine; by default all.
-      normalize: How the weights of snapshots are normalised, as in
-        :func:`optax_avg.posthoc.coefficients`.
+      **options: Which average is wanted.
 
     Returns:
       What ``use`` returns.
-
-    Raises:
-      ValueError: If not exactly one target is given, or there are no snapshots.
 
     Example:
       >>> import jax.numpy as jnp, tempfile
@@ -243,15 +226,7 @@ def stream_average(
       ...     )
       3.5
     """
-    request = request_of(
-        sigma_rel=sigma_rel,
-        half_life=half_life,
-        window=window,
-        weight=weight,
-        step=step,
-        names=names,
-        normalize=normalize,
-    )
+    request = request_of(**options)
 
     def streamed(reader: _disk.Reader, records: Records, plan: Plan) -> _T:
         warn_of_residual(plan)
