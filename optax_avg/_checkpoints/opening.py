@@ -5,15 +5,16 @@ No more than the leaves that are asked for are in memory.
 
 import os
 
-from optax_avg._checkpoints.huggingface import (
+from optax_avg._checkpoints.orbax import is_remote, open_orbax
+from optax_avg._checkpoints.safetensors import (
     INDEX,
     SINGLE,
+    SUFFIX,
     check_not_pickled,
     folder_of,
     open_huggingface,
+    open_safetensors,
 )
-from optax_avg._checkpoints.orbax import is_remote, open_orbax
-from optax_avg._checkpoints.safetensors import SUFFIX, open_safetensors
 from optax_avg._checkpoints.sources import Checkpoint, part_of
 
 

@@ -12,8 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_avg._checkpoints import sources
-from optax_avg._checkpoints.alike import difference
-from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.leaves import Leaf, difference
 from optax_avg._checkpoints.opening import open_checkpoint
 from optax_avg._checkpoints.rules import Rule, Slices, check_fault, widened
 from optax_avg._checkpoints.sources import Checkpoint

@@ -12,9 +12,8 @@ import os
 import re
 import shutil
 
-from optax_avg._checkpoints.huggingface import INDEX, PICKLED, SINGLE
 from optax_avg._checkpoints.leaves import Leaf, batches
-from optax_avg._checkpoints.safetensors import SUFFIX
+from optax_avg._checkpoints.safetensors import INDEX, PICKLED, SINGLE, SUFFIX
 from optax_avg.cli._targets import Format, Load
 from optax_avg.cli._writing import check_safetensors, write_safetensors
 

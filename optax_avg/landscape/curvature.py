@@ -13,7 +13,7 @@ from jax import lax
 from jax.flatten_util import ravel_pytree
 
 from optax_avg import _checks, _leaves, _numerics
-from optax_avg.landscape._along import Loss, Progress, mapped, report
+from optax_avg.landscape.surface import Loss, Progress, mapped, report
 
 __all__ = [
     "gradient_norm_in_ball",

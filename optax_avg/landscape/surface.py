@@ -3,8 +3,8 @@
 L((1 - t) a + t b),    L(x + t d),    L(x + u d1 + v d2)
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,6 @@ import optax
 from jax import lax
 
 from optax_avg import _leaves, _numerics
-from optax_avg.landscape._along import Loss, Progress, mapped
 
 __all__ = [
     "Plane",
@@ -25,6 +24,32 @@ __all__ = [
     "slice_1d",
     "slice_2d",
 ]
+
+# From parameters to a scalar.
+Loss = Callable[[optax.Params], jax.Array]
+# Called with the amount of work done and the total amount.
+Progress = Callable[[int, int], Any]
+
+
+def report(progress: Progress | None, done: jax.Array, total: int) -> None:
+    """Calls ``progress(done, total)`` from inside compiled code."""
+    if progress is not None:
+        jax.debug.callback(lambda done: progress(int(done), total), done)
+
+
+def mapped(
+    f: Callable[[Any], jax.Array], xs: Any, progress: Progress | None
+) -> jax.Array:
+    """``lax.map`` that reports its progress."""
+    total = len(jax.tree.leaves(xs)[0])
+
+    def one(numbered):
+        i, x = numbered
+        value = f(x)
+        report(progress, i + 1, total)
+        return value
+
+    return lax.map(one, (jnp.arange(total), xs))
 
 
 class Segment(NamedTuple):

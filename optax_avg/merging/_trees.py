@@ -11,8 +11,7 @@ import optax
 from jax.tree_util import KeyPath
 
 from optax_avg import _leaves
-from optax_avg._checkpoints.alike import ONLY, difference
-from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.leaves import ONLY, Leaf, difference
 from optax_avg._checkpoints.rules import Found, Rule, Slices, check_fault, widened
 
 # What JAX knows of the containers of a tree.

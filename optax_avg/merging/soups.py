@@ -15,7 +15,7 @@ from jax.typing import ArrayLike
 
 from optax_avg import _numerics
 from optax_avg._checkpoints.rules import Rule, Slices
-from optax_avg.merging._products import unit_of
+from optax_avg.merging._slices import unit_of
 from optax_avg.merging._trees import (
     Weights,
     check_alike,

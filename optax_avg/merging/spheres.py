@@ -15,7 +15,7 @@ from jax import lax
 
 from optax_avg import _checks, _numerics
 from optax_avg._checkpoints.rules import Rule, Slices
-from optax_avg.merging._products import Products, cosines, joined_products, products
+from optax_avg.merging._slices import Products, cosines, joined_products, products
 from optax_avg.merging._trees import (
     Weights,
     checked_weights,

@@ -16,14 +16,17 @@ from jax.typing import ArrayLike
 from optax_avg import _checks, _leaves
 from optax_avg._checkpoints.rules import Rule, Slices
 from optax_avg._keys import key_maker
-from optax_avg.merging._largest import (
+from optax_avg.merging._slices import (
     Largest,
+    Products,
     after,
+    cosines,
     is_among,
+    joined_products,
     largest_in,
     largest_on_host,
+    products,
 )
-from optax_avg.merging._products import Products, cosines, joined_products, products
 from optax_avg.merging._trees import check_alike, merged, total, weighted_sum
 
 __all__ = [

@@ -1,14 +1,15 @@
 """How an average is put together from the snapshots of others."""
 
+import os
+import sys
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg import _numerics
+from optax_avg import _numerics, _options
 from optax_avg.posthoc import _disk
-from optax_avg.posthoc._advice import TOLERANCE, Kept, advice_for, combined
-from optax_avg.posthoc._kinds import kinds_of
 from optax_avg.posthoc._records import (
     PARAMETERS,
     NoSnapshotError,
@@ -17,16 +18,19 @@ from optax_avg.posthoc._records import (
     averages_of,
     names_in,
 )
-from optax_avg.posthoc._request import Request
+from optax_avg.posthoc._target import TOLERANCE, Kept, Request, advice_for, combined
 from optax_avg.posthoc._timeline import (
     Clock,
     clock_of,
+    kinds_of,
     of_another_store,
     out_of_step,
     placed,
     uneven,
 )
-from optax_avg.posthoc._warn import warn
+
+# What lies between a caller and this room: the room itself, and what completes options.
+HERE = (os.path.dirname(__file__) + os.sep, _options.__file__)
 
 
 class Part(NamedTuple):
@@ -203,3 +207,14 @@ def warn_of_residual(plan: Plan) -> None:
             f"rounding included ({plan.rounding:.1%}): {plan.advice}",
             UserWarning,
         )
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns at the line that called the outermost function of this room."""
+    level, depth = 1, 1
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(HERE):
+            level = depth + 1
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, category, stacklevel=level + 1)

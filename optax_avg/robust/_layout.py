@@ -18,12 +18,13 @@ from optax_avg.robust._gradients import (
     ByPosition,
     Leaf,
     Tree,
+    axis_names,
+    check_axis,
     check_number,
     flatten,
     flatten_with_names,
 )
 from optax_avg.robust._options import AxisName
-from optax_avg.robust._row_checks import axis_names, check_axis
 
 SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
 

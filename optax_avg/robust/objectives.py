@@ -17,7 +17,6 @@ from optax.experimental import aggregating
 from optax_avg import _checks
 from optax_avg._keys import key_maker
 from optax_avg.robust import _stack
-from optax_avg.robust._aggregator import aggregator, memoryless
 from optax_avg.robust._gradients import clip_factor, equal_weights, quotient
 from optax_avg.robust._options import INFINITY, RowOptions, with_row_options
 from optax_avg.robust._quadratic import (
@@ -26,6 +25,7 @@ from optax_avg.robust._quadratic import (
     shortest,
 )
 from optax_avg.robust._stack import Stack
+from optax_avg.robust.aggregation import aggregator, memoryless
 
 __all__ = ["cagrad", "mgda", "pcgrad", "upgrad"]
 
