@@ -298,10 +298,10 @@ def corrected(
     which ``ema`` starts as well, is the iterate of step ``start``.
 
     Args:
-      kappa: Power of the EMA weight, in [0, 1].
-      eta: Power of the correction; at least 0.
-      rho: Lag; at least 0.
-      gamma: Rate; positive.
+      kappa: Exponent of the EMA's weight ``b_t``, in [0, 1].
+      eta: Exponent of the correction's factor ``a_t``, at least 0.
+      rho: Number that keeps both below 1 at the beginning, at least 0.
+      gamma: Factor of the number of absorbed iterates, positive.
       accumulator_dtype: Dtype of the three trees that are kept.
 
     Returns:

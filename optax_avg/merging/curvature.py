@@ -113,7 +113,11 @@ def gradient_matching(
     scale: float = 1.0,
     damping: float = 0.0,
 ) -> optax.Params:
-    """Merging that matches gradients, with diagonal Hessians.
+    """Merges fine-tuned models so that gradients match, with diagonal Hessians.
+
+    The result is near a stationary point of the sum of their losses. In contrast to
+    :func:`fisher` it takes the change from ``base``, and what ``base`` knows, into
+    account.
 
     ``x_0 + a sum_t Hbar^-1 (H_t + H_0 + damping)(x_t - x_0)`` with ``Hbar = H_0 +
     damping + a sum_t H_t``. An element whose ``Hbar`` is zero stays at ``x_0``. Under

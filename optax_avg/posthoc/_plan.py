@@ -59,7 +59,7 @@ class Plan(NamedTuple):
 
     Attributes:
       parts: Snapshots and their weights.
-      residual: Relative error that is claimed, as in :class:`Coefficients`.
+      residual: Estimated relative error, as in :class:`Coefficients`.
       condition: Condition number of the problem, as in :class:`Coefficients`.
       advice: What would express the target better; empty if it is expressed.
       rounding: Part of ``residual`` that comes from the dtypes of the snapshots.

@@ -62,7 +62,7 @@ class TargetOptions(TypedDict, total=False):
 
 
 _OPTIONS = {
-    "sigma_rel": Option(None, "Relative width of a power function, in (0, 12^-1/2)."),
+    "sigma_rel": Option(None, "Relative width of a power function, in (0, 12^-1/2]."),
     "half_life": Option(
         None,
         """Half-life of an EMA in optimizer steps, as in

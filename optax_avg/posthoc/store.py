@@ -239,8 +239,9 @@ class SnapshotStore:
         of the oldest state in the newest snapshot, without those whose iterates were
         rejected because they were not finite. The result is an average of the steps
         ``start + every i``, ``i = 1, 2, ...``, on this clock: ``start`` is the earliest
-        start of the averages, ``every`` the largest stride whose steps contain the
-        iterates of all. If averages of one stride are combined, it is the average that
+        start of the averages, and ``every`` is the largest stride whose steps contain
+        the iterates of all: 2 if one average took every 4th and another every 6th step.
+        If averages of one stride are combined, it is the average that
         ``oa.average(weight, every=every, start=start)`` would have made.
 
         Only snapshots of the newest run are used. A run ends where the states of all

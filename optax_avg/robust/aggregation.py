@@ -210,18 +210,17 @@ def geometric_median(
 ) -> aggregating.Aggregator:
     """``argmin_z sum_i |v_i - z|`` by the smoothed Weiszfeld algorithm.
 
-    ``z <- sum_i beta_i v_i / sum_i beta_i``, ``beta_i = 1/max(nu, |v_i - z|)``, from
-    the mean of the half of the rows that is closest to one of them. Rounds are on
-    ``n`` coefficients and cost next to nothing.
+    ``z <- sum_i beta_i v_i / sum_i beta_i``, ``beta_i = 1/max(nu, |v_i - z|)``. It
+    starts at the mean of the ``n/2`` rows that are nearest to the most central row.
+    Rounds are on ``n`` coefficients and cost next to nothing.
 
     With ``f < n/2`` bad rows, whatever they are, the distance of the geometric median
     from any point is at most ``2 (n - f)/(n - 2 f)`` times that of the farthest good
     row.
 
     Args:
-      nu: Smallest distance that counts, positive, in units of the gradients. It is
-        lowered to the median distance of the rows from the middle one, so that small
-        rows keep their location.
+      nu: Distance below which all distances count alike, positive, in units of the
+        gradients. It is lowered automatically for gradients that are smaller.
       num_iters: Number of rounds, at least 1.
       **options: Options of every aggregator.
 

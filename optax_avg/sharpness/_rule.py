@@ -74,8 +74,9 @@ class SharpnessRule(NamedTuple):
       num_ascents: Number of leading evaluations from which offsets and directions are
         made. An ``ascent_fn`` of :func:`sharpness_aware` takes these.
       in_result: Indices of those leading evaluations that ``combine`` uses; None for
-        all. With an ``ascent_fn`` each of them is evaluated twice: ``probe`` and
-        ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
+        all. SAM's result is its last gradient, so its ``in_result`` is ``()``; GSAM's
+        contains ``g0``, so it is None. Only an ``ascent_fn`` makes a difference:
+        each index costs a gradient of the loss beside that of the ascent.
       due: ``state -> bool``, whether this step takes all evaluations. None means every
         step does.
       skip: ``(params, g_0, state) -> (gradient, memory)``, the result of a step that
