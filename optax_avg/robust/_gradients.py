@@ -91,11 +91,6 @@ class NotStackedError(ValueError):
     """Gradients that should be those of several elements have no axis of elements."""
 
 
-def axis_names(axis_name: AxisName) -> tuple[Any, ...]:
-    """One name or several as a tuple."""
-    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-
-
 def check_axis(name: str, x: Leaf, axis: int) -> None:
     """Raises if a leaf has no axis of elements.
 
@@ -126,7 +121,7 @@ def check_rows(
     leaves = flatten_with_names(updates)
     if axis_name is not None:
         gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
-        _check_varying(gradients, axis_names(axis_name))
+        _check_varying(gradients, _mesh.axis_names(axis_name))
     if params is None:
         return
     parts = _leaves.parts_like(updates, params)
