@@ -4,6 +4,7 @@ Of stacked gradients each device or element must have its own, of the shape of t
 parameters.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -157,7 +158,9 @@ def _check_shape(
         )
 
 
-def _check_varying(gradients: list[tuple[str, Leaf]], names: tuple[Any, ...]) -> None:
+def _check_varying(
+    gradients: list[tuple[str, Leaf]], names: tuple[Hashable, ...]
+) -> None:
     """Raises if a gradient is the same on all devices, by its type in ``shard_map``.
 
     Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``. In these

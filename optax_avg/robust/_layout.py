@@ -150,7 +150,7 @@ def _first(name: str, x: Leaf, axis: int | None) -> Leaf:
 
 def _groups(stacked: ByPosition) -> list[list[int]]:
     """Positions of the leaves that are joined: the small ones of one dtype."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[str | int, list[int]] = {}
     for i, x in stacked.items():
         small = _mesh.is_local(x) and x[0].size < SMALL
         groups.setdefault(str(x.dtype) if small else i, []).append(i)

@@ -247,7 +247,7 @@ def _like(gradient: optax.Updates, g: optax.Updates) -> optax.Updates:
     )
 
 
-def refuse_masked(name: str, tree: Any) -> None:
+def refuse_masked(name: str, tree: optax.Params) -> None:
     """Raises if a tree is masked, because the loss cannot be called on it.
 
     Raises:
