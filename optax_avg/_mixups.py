@@ -16,7 +16,7 @@ RULE_FOR_LINK = (
 )
 
 
-def refuse_no_rule(name: str, rule: Any) -> None:
+def refuse_no_rule(name: str, rule: object) -> None:
     """Raises unless ``rule`` is a sharpness rule.
 
     Raises:
@@ -33,7 +33,7 @@ def refuse_no_rule(name: str, rule: Any) -> None:
     raise TypeError(f"{name} needs a rule, such as oa.rules.sam(0.05). It got {came}.")
 
 
-def refuse_no_optimizer(name: str, optimizer: Any) -> None:
+def refuse_no_optimizer(name: str, optimizer: object) -> None:
     """Raises unless ``optimizer`` is an Optax transformation.
 
     Raises:
@@ -42,7 +42,7 @@ def refuse_no_optimizer(name: str, optimizer: Any) -> None:
     refuse_no_transformation(name, optimizer, "an optimizer, such as optax.adamw(1e-3)")
 
 
-def refuse_no_transformation(name: str, tx: Any, wanted: str) -> None:
+def refuse_no_transformation(name: str, tx: object, wanted: str) -> None:
     """Raises unless ``tx`` is an Optax transformation.
 
     Raises:
@@ -52,7 +52,7 @@ def refuse_no_transformation(name: str, tx: Any, wanted: str) -> None:
         raise TypeError(f"{name} needs {wanted}. It got {_came(tx)}.")
 
 
-def refuse_no_chain(tx: Any, params: Any) -> None:
+def refuse_no_chain(tx: object, params: optax.Params) -> None:
     """Raises unless the first argument of ``check_chain`` is what it checks.
 
     Raises:
@@ -67,14 +67,14 @@ def refuse_no_chain(tx: Any, params: Any) -> None:
     refuse_no_transformation("check_chain", tx, wanted)
 
 
-def is_transformation(tx: Any) -> bool:
+def is_transformation(tx: object) -> bool:
     """Whether Optax takes ``tx`` for a transformation; rules are none."""
     return isinstance(tx, optax.GradientTransformation) or (
         not _is_rule(tx) and hasattr(tx, "init") and hasattr(tx, "update")
     )
 
 
-def _came(x: Any) -> str:
+def _came(x: object) -> str:
     """What came in place of a transformation, in a few words."""
     if _is_rule(x):
         return "a sharpness rule"
@@ -83,7 +83,7 @@ def _came(x: Any) -> str:
     return type(x).__name__
 
 
-def refuse_no_function(name: str, fn: Any) -> None:
+def refuse_no_function(name: str, fn: object) -> None:
     """Raises unless ``fn`` can be called.
 
     Raises:
@@ -97,7 +97,7 @@ def refuse_no_function(name: str, fn: Any) -> None:
         )
 
 
-def refuse_no_grad_fn(name: str, grad_fn: Any) -> None:
+def refuse_no_grad_fn(name: str, grad_fn: object) -> None:
     """Raises unless a link was given a function from parameters to gradients.
 
     Raises:
@@ -114,7 +114,7 @@ def refuse_no_grad_fn(name: str, grad_fn: Any) -> None:
         )
 
 
-def refuse_no_pair(name: str, found: Any, params: Any, has_aux: bool) -> None:
+def refuse_no_pair(name: str, found: Any, params: optax.Params, has_aux: bool) -> None:
     """Raises unless a function returned what ``jax.value_and_grad`` returns.
 
     Raises:
@@ -140,7 +140,7 @@ def refuse_no_pair(name: str, found: Any, params: Any, has_aux: bool) -> None:
         )
 
 
-def refuse_no_gradient(name: str, found: Any, params: Any) -> None:
+def refuse_no_gradient(name: str, found: Any, params: optax.Params) -> None:
     """Raises unless ``found`` is a gradient: a tree like ``params``.
 
     Raises:
@@ -157,15 +157,15 @@ def refuse_no_gradient(name: str, found: Any, params: Any) -> None:
     raise ValueError(f"{name} must be a gradient like params. It is {way}.")
 
 
-def _is_rule(x: Any) -> bool:
+def _is_rule(x: object) -> bool:
     return isinstance(x, tuple) and hasattr(x, "num_evals")
 
 
-def _is_pair(x: Any) -> bool:
+def _is_pair(x: object) -> bool:
     return isinstance(x, (tuple, list)) and len(x) == 2
 
 
-def _name_of(fn: Any) -> str:
+def _name_of(fn: object) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
@@ -179,7 +179,7 @@ def _words(found: Any) -> str:
     return f"a {type(found).__name__} of {len(leaves)} arrays"
 
 
-def _fits(tree: Any, params: Any) -> bool:
+def _fits(tree: object, params: optax.Params) -> bool:
     """Whether a tree has the structure and shapes of params; None fits any leaf."""
     leaves, structure = jax.tree.flatten(params)
     try:

@@ -130,14 +130,14 @@ def lookahead(
 
 
 def _write_back(
-    caller: str, average: optax.GradientTransformation, every: Any
+    caller: str, average: optax.GradientTransformation, every: int
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`write_back`, with the name of the factory that the user called."""
     wanted = "an average, such as oa.ema_params(0.999)"
     _mixups.refuse_no_transformation(caller, average, wanted)
     inner = optax.with_extra_args_support(average)
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> optax.OptState:
         state: Any = inner.init(params)
         if len(names := average_names(state)) != 1:
             raise ValueError(
@@ -153,8 +153,11 @@ def _write_back(
         return state
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         _checks.require_params(caller, params)
         before = state
         with _sight.collected(None):  # it reports for both

@@ -98,12 +98,9 @@ def _companions(folder: str) -> list[str]:
     return [
         name
         for name in sorted(os.listdir(folder))
-        if os.path.isfile(os.path.join(folder, name)) and not _is_left(name)
+        if os.path.isfile(os.path.join(folder, name))
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT)
     ]
-
-
-def _is_left(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in LEFT)
 
 
 def _stranger(path: str, *, model: str) -> str:

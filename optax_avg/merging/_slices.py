@@ -18,7 +18,7 @@ from jax.core import Tracer
 from jax.typing import ArrayLike
 
 from optax_avg import _numerics
-from optax_avg._checkpoints.rules import Slices
+from optax_avg.merging.trees import Slices
 
 
 class Products(NamedTuple):

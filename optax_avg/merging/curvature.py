@@ -14,8 +14,7 @@ import optax
 from jax import lax
 
 from optax_avg import _checks, _leaves, _numerics
-from optax_avg._checkpoints.rules import Rule
-from optax_avg.merging._trees import Weights, checked_weights, merged
+from optax_avg.merging.trees import Rule, Weights, checked_weights, merged
 
 __all__ = [
     "ExampleLoss",

@@ -14,9 +14,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_avg import _numerics
-from optax_avg._checkpoints.rules import Rule, Slices
 from optax_avg.merging._slices import unit_of
-from optax_avg.merging._trees import (
+from optax_avg.merging.trees import (
+    Rule,
+    Slices,
     Weights,
     check_alike,
     checked_weights,

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_avg import _numerics, _options
-from optax_avg.posthoc import _disk
+from optax_avg.posthoc import _disk, _timeline
 from optax_avg.posthoc._records import (
     PARAMETERS,
     NoSnapshotError,
@@ -19,15 +19,6 @@ from optax_avg.posthoc._records import (
     names_in,
 )
 from optax_avg.posthoc._target import TOLERANCE, Kept, Request, advice_for, combined
-from optax_avg.posthoc._timeline import (
-    Clock,
-    clock_of,
-    kinds_of,
-    of_another_store,
-    out_of_step,
-    placed,
-    uneven,
-)
 
 # What lies between a caller and this room: the room itself, and what completes options.
 HERE = (os.path.dirname(__file__) + os.sep, _options.__file__)
@@ -87,11 +78,11 @@ def planned(reader: _disk.Reader, records: Records, request: Request) -> Plan:
     same = without_others({record.step: record for record, _ in chosen})
     clock = _clock_of([*same.values()])
     chosen = [(record, name) for record, name in chosen if record.step in clock]
-    kinds = kinds_of(reader, chosen, clock)
+    kinds = _timeline.kinds_of(reader, chosen, clock)
     kept = Kept(
         [name for _, name in chosen],
         [
-            placed(record, name, clock, kinds[record.step, name])
+            _timeline.placed(record, name, clock, kinds[record.step, name])
             for record, name in chosen
         ],
         np.array([_rounding(record, name) for record, name in chosen]),
@@ -144,7 +135,7 @@ def _chosen(
 
 def without_others(records: Records) -> Records:
     """The records of one store; a warning names snapshots that another store wrote."""
-    others = of_another_store([*records.values()])
+    others = _timeline.of_another_store([*records.values()])
     if others:
         warn(
             f"the snapshots of steps {others} are skipped: another store wrote them "
@@ -155,9 +146,9 @@ def without_others(records: Records) -> Records:
     return {s: record for s, record in records.items() if s not in others}
 
 
-def _clock_of(records: list[Record]) -> Clock:
+def _clock_of(records: list[Record]) -> _timeline.Clock:
     """The clock at the snapshots of the newest run; warnings name what is doubtful."""
-    clock = clock_of(records)
+    clock = _timeline.clock_of(records)
     earlier = sorted({record.step for record in records} - set(clock))
     if earlier:
         warn(
@@ -166,7 +157,7 @@ def _clock_of(records: list[Record]) -> Clock:
             f"step={earlier[-1]} is the newest of that run.",
             UserWarning,
         )
-    odd = out_of_step(records, clock)
+    odd = _timeline.out_of_step(records, clock)
     if odd:
         warn(
             f"the averages {sorted(odd)} do not count the same optimizer steps as the "
@@ -174,7 +165,7 @@ def _clock_of(records: list[Record]) -> Clock:
             "names= of averages that rejected the same iterates.",
             UserWarning,
         )
-    for before, after in uneven(records, clock):
+    for before, after in _timeline.uneven(records, clock):
         warn(
             f"between the snapshots of steps {before} and {after} the averages did not "
             "advance as these numbers do. If the training was started anew there, the "

@@ -4,6 +4,7 @@ Of stacked gradients each device or element must have its own, of the shape of t
 parameters.
 """
 
+from collections.abc import Hashable
 from typing import Any
 
 import jax
@@ -91,11 +92,6 @@ class NotStackedError(ValueError):
     """Gradients that should be those of several elements have no axis of elements."""
 
 
-def axis_names(axis_name: AxisName) -> tuple[Any, ...]:
-    """One name or several as a tuple."""
-    return tuple(axis_name) if isinstance(axis_name, (tuple, list)) else (axis_name,)
-
-
 def check_axis(name: str, x: Leaf, axis: int) -> None:
     """Raises if a leaf has no axis of elements.
 
@@ -126,7 +122,7 @@ def check_rows(
     leaves = flatten_with_names(updates)
     if axis_name is not None:
         gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
-        _check_varying(gradients, axis_names(axis_name))
+        _check_varying(gradients, _mesh.axis_names(axis_name))
     if params is None:
         return
     parts = _leaves.parts_like(updates, params)
@@ -162,7 +158,9 @@ def _check_shape(
         )
 
 
-def _check_varying(gradients: list[tuple[str, Leaf]], names: tuple[Any, ...]) -> None:
+def _check_varying(
+    gradients: list[tuple[str, Leaf]], names: tuple[Hashable, ...]
+) -> None:
     """Raises if a gradient is the same on all devices, by its type in ``shard_map``.
 
     Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``. In these

@@ -23,25 +23,13 @@ from jax import lax
 from optax.experimental import aggregating
 
 from optax_avg import _checks, _leaves, _numerics
-from optax_avg.robust import _layout, _ranks, _stack
+from optax_avg.robust import _gram_rules, _layout, _ranks, _stack
 from optax_avg.robust._gradients import (
     Tree,
     check_rows,
     clip_factor,
     counter,
     equal_weights,
-)
-from optax_avg.robust._gram_rules import (
-    FAR,
-    centred,
-    clipped_rounds,
-    factored,
-    flag_mean,
-    group_means,
-    invertible,
-    krum_scores,
-    scales,
-    weiszfeld,
 )
 from optax_avg.robust._options import (
     INFINITY,
@@ -284,7 +272,7 @@ def median_of_means(
     """
     _checks.check_integer("groups", groups, 1)
     median = _geometric_median(nu, num_iters)
-    rule = lambda stack: median(group_means(stack, groups))
+    rule = lambda stack: median(_gram_rules.group_means(stack, groups))
     return aggregator(memoryless(rule), **options)
 
 
@@ -293,9 +281,13 @@ def _geometric_median(nu: float, num_iters: int) -> Callable[[Stack], list[jax.A
     _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack):
-        found = centred(stack, lambda count: count // 2)
-        least = jnp.maximum(jnp.minimum(nu, found.typical) / found.unit, 1 / FAR)
-        return found.combine(weiszfeld(found.gram, found.valid, least, num_iters))
+        found = _gram_rules.centred(stack, lambda count: count // 2)
+        least = jnp.maximum(
+            jnp.minimum(nu, found.typical) / found.unit, 1 / _gram_rules.FAR
+        )
+        return found.combine(
+            _gram_rules.weiszfeld(found.gram, found.valid, least, num_iters)
+        )
 
     return rule
 
@@ -343,13 +335,13 @@ def centered_clip(
         stack = stack._replace(valid=stack.valid & jnp.isfinite(size))
         share = equal_weights(stack.valid)
         size = jnp.where(stack.valid, size, 0)
-        unit = invertible(radius)
-        scale = scales(size, unit)
+        unit = _gram_rules.invertible(radius)
+        scale = _gram_rules.scales(size, unit)
         c = share * clip_factor(radius / unit, scale * size)
         if num_iters > 1:
             matrix = _stack.gram(stack, scale, m)
-            c = clipped_rounds(matrix, share, radius / unit, c, num_iters)
-        weights, factors, total = factored(c, size, unit)
+            c = _gram_rules.clipped_rounds(matrix, share, radius / unit, c, num_iters)
+        weights, factors, total = _gram_rules.factored(c, size, unit)
         pulled = _stack.combine(stack, weights, factors)
         leaves = [(1 - total) * a + b for a, b in zip(m, pulled, strict=True)]
         return leaves, _layout.place(stack.layout, leaves, memory)
@@ -398,8 +390,8 @@ def krum(
         _check_count(stack, least, f"krum({num_byzantine}, {num_selected})")
         # So many rows are neighbours of the best one, or are averaged.
         rank = max(len(stack.valid) - num_byzantine - 2, num_selected - 1)
-        found = centred(stack, lambda _: rank)
-        score = krum_scores(found.gram, found.valid, num_byzantine)
+        found = _gram_rules.centred(stack, lambda _: rank)
+        score = _gram_rules.krum_scores(found.gram, found.valid, num_byzantine)
         place = jnp.argsort(jnp.argsort(score))
         chosen = (place < num_selected) & found.valid
         return _stack.combine(stack, equal_weights(chosen))
@@ -449,7 +441,7 @@ def flag_aggregator(
 
     def rule(stack):
         _check_count(stack, rank, f"flag_aggregator({rank})")
-        return flag_mean(stack, rank, num_iters)
+        return _gram_rules.flag_mean(stack, rank, num_iters)
 
     return aggregator(memoryless(rule), **options)
 

@@ -46,17 +46,6 @@ InitMemory = Callable[[optax.Params], Memory]
 Due = Callable[[RuleState], jax.Array]
 
 
-def _no_memory(params: optax.Params) -> Memory:
-    del params
-    return ()
-
-
-def _no_direction(
-    i: int, params: optax.Params, grads: Grads, state: RuleState
-) -> optax.Updates | None:
-    del i, params, grads, state
-
-
 class SharpnessRule(NamedTuple):
     """A method of the sharpness family, independent of how it is used.
 
@@ -87,8 +76,8 @@ class SharpnessRule(NamedTuple):
     num_evals: int
     probe: Probe
     combine: Combine
-    init_memory: InitMemory = _no_memory
-    direction: Direction = _no_direction
+    init_memory: InitMemory = lambda params: ()
+    direction: Direction = lambda i, params, grads, state: None
     num_ascents: int = 1
     in_result: tuple[int, ...] | None = None
     due: Due | None = None
@@ -259,7 +248,7 @@ def _like(gradient: optax.Updates, g: optax.Updates) -> optax.Updates:
     )
 
 
-def refuse_masked(name: str, tree: Any) -> None:
+def refuse_masked(name: str, tree: optax.Params) -> None:
     """Raises if a tree is masked, because the loss cannot be called on it.
 
     Raises:

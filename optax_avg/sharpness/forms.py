@@ -10,7 +10,7 @@ rules are in :mod:`optax_avg.rules`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, Protocol
 
 import jax
@@ -286,7 +286,9 @@ def as_link(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _ascent_axes(perturbation: Perturbation, axes: tuple[str, ...]) -> tuple[str, ...]:
+def _ascent_axes(
+    perturbation: Perturbation, axes: tuple[Hashable, ...]
+) -> tuple[Hashable, ...]:
     """The axes over which the ascent is averaged.
 
     Raises:
@@ -309,7 +311,7 @@ def _ascent_axes(perturbation: Perturbation, axes: tuple[str, ...]) -> tuple[str
     return found
 
 
-def _mean(tree: Any, axes: tuple[str, ...]) -> Any:
+def _mean(tree: Any, axes: tuple[Hashable, ...]) -> Any:
     """The mean of the float leaves over mapped axes."""
     if not axes:
         return tree

@@ -260,7 +260,7 @@ def _step(
     return _start(rule, lax.cond(sound, step, void, state))
 
 
-def clean_params(state: Any, params: Params) -> Params:
+def clean_params(state: optax.OptState, params: Params) -> Params:
     """The parameters without offset, from the state of :func:`multi_call`.
 
     Args:
@@ -351,7 +351,7 @@ def _choose(condition: jax.Array, new: optax.Params, old: optax.Params) -> optax
     )
 
 
-def _finite(*trees: Any) -> jax.Array:
+def _finite(*trees: optax.Params) -> jax.Array:
     """Whether all floats in all trees are finite."""
     return _numerics.all_finite(
         [x for x in jax.tree.leaves(trees) if _leaves.is_float(x)]
