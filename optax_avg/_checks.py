@@ -7,11 +7,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 
 from optax_avg import _leaves, _numerics
 
 
-def require_params(name: str, params: Any) -> None:
+def require_params(name: str, params: optax.Params | None) -> None:
     """Raises if ``update`` was called without the parameters."""
     if params is None:
         raise ValueError(
@@ -19,7 +20,7 @@ def require_params(name: str, params: Any) -> None:
         )
 
 
-def refuse_complex(name: str, params: Any) -> None:
+def refuse_complex(name: str, params: optax.Params) -> None:
     """Raises if a leaf is complex.
 
     JAX's gradient of a complex leaf is the conjugate of the direction of ascent, and
@@ -138,7 +139,7 @@ def at_step(value: Any, step: jax.Array) -> Any:
     return value(step) if callable(value) else value
 
 
-def one_of(name: str, value: Any, choices: Sequence[str | None]) -> None:
+def one_of(name: str, value: object, choices: Sequence[str | None]) -> None:
     """Raises unless ``value`` is one of a few strings, or None where that is one.
 
     Raises:

@@ -18,17 +18,17 @@ Where = Callable[[Any, Any], Any] | Any
 FILTER = "pass the arrays alone, as in eqx.filter(model, eqx.is_inexact_array)"
 
 
-def is_masked(node: Any) -> bool:
+def is_masked(node: object) -> bool:
     """Whether a node is Optax's placeholder for a leaf that is left out."""
     return isinstance(node, optax.MaskedNode)
 
 
-def has_masked(tree: Any) -> bool:
+def has_masked(tree: object) -> bool:
     """Whether some leaf of a tree is left out."""
     return any(map(is_masked, jax.tree.leaves(tree, is_leaf=is_masked)))
 
 
-def is_absent(node: Any) -> bool:
+def is_absent(node: object) -> bool:
     """Whether there is no array: None, or left out."""
     return node is None or is_masked(node)
 
@@ -49,7 +49,7 @@ def is_gradient(leaf: Any) -> bool:
     return not is_absent(leaf) and is_float(leaf)
 
 
-def is_abstract(tree: Any) -> bool:
+def is_abstract(tree: optax.Params) -> bool:
     """Whether a leaf is a ``jax.ShapeDtypeStruct``, a shape without values."""
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
@@ -218,7 +218,7 @@ def parts_like(tree: Any, other: Any) -> list[Any]:
         return jax.tree.leaves(other, is_leaf=is_absent)
 
 
-def states_of(kind: type[State], state: Any) -> list[State]:
+def states_of(kind: type[State], state: optax.OptState | None) -> list[State]:
     """All states of one type in an optimizer state, however deep, in their order.
 
     Args:
@@ -233,7 +233,7 @@ def states_of(kind: type[State], state: Any) -> list[State]:
     return [node for node in nodes if isinstance(node, kind)]
 
 
-def moved(params: Any, offset: Any) -> Any:
+def moved(params: optax.Params, offset: Any) -> optax.Params:
     """``x + d`` in the dtype of ``x``; ``x`` itself where ``d`` is None."""
     if offset is None:
         return params
@@ -244,7 +244,7 @@ def moved(params: Any, offset: Any) -> Any:
     return jax.tree.map(one, params, offset)
 
 
-def new_iterate(params: Any, updates: Any) -> Any:
+def new_iterate(params: optax.Params, updates: optax.Updates) -> optax.Params:
     """``x_t = params + updates`` as training will hold it, rounding included."""
 
     def one(x, u):

@@ -1,20 +1,20 @@
 """Where arrays lie: meshes, ``shard_map``, axes over which values differ."""
 
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
-AxisName = str | Sequence[str]  # one mapped axis, or several
+AxisName = Hashable | Sequence[Hashable]  # one mapped axis, or several
 
 
-def axis_names(axes: AxisName | None) -> tuple[str, ...]:
+def axis_names(axes: AxisName | None) -> tuple[Hashable, ...]:
     """The names of mapped axes as a tuple, empty if there is none."""
     if axes is None:
         return ()
-    return (axes,) if isinstance(axes, str) else tuple(axes)
+    return tuple(axes) if isinstance(axes, (tuple, list)) else (axes,)
 
 
 def require_mapped(axes: Sequence[Any]) -> None:
@@ -55,7 +55,7 @@ def varying_axes(x: jax.Array) -> tuple[str, ...]:
     return tuple(getattr(kind, "vma", ()))  # before jax 0.10
 
 
-def vary(x: Any, axes: tuple[str, ...]) -> Any:
+def vary(x: Any, axes: tuple[Hashable, ...]) -> Any:
     """A value that is replicated over axes of ``shard_map`` as each device's own."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     have = varying_axes(x)

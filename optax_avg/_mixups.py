@@ -4,11 +4,14 @@ Every function returns nothing where all is well, and raises an error that names
 call to write instead.
 """
 
+import inspect
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
+
+from optax_avg import _checks, _leaves
 
 RULE_FOR_LINK = (
     "a sharpness rule stands where Optax wants a transformation; take the link, such "
@@ -16,7 +19,7 @@ RULE_FOR_LINK = (
 )
 
 
-def refuse_no_rule(name: str, rule: Any) -> None:
+def refuse_no_rule(name: str, rule: object) -> None:
     """Raises unless ``rule`` is a sharpness rule.
 
     Raises:
@@ -33,7 +36,7 @@ def refuse_no_rule(name: str, rule: Any) -> None:
     raise TypeError(f"{name} needs a rule, such as oa.rules.sam(0.05). It got {came}.")
 
 
-def refuse_transformation(name: str, weight: Any) -> None:
+def refuse_transformation(name: str, weight: object) -> None:
     """Raises if an Optax transformation stands where a weight belongs.
 
     Raises:
@@ -47,7 +50,7 @@ def refuse_transformation(name: str, weight: Any) -> None:
         )
 
 
-def refuse_swapped(name: str, rule: Any, other: Any, call: str) -> None:
+def refuse_swapped(name: str, rule: object, other: object, call: str) -> None:
     """Raises if a rule stands where the other argument belongs, and the other way.
 
     Raises:
@@ -59,7 +62,7 @@ def refuse_swapped(name: str, rule: Any, other: Any, call: str) -> None:
         )
 
 
-def refuse_no_rule_state(state: Any) -> None:
+def refuse_no_rule_state(state: object) -> None:
     """Raises unless the function of ``sharpness_aware`` was given its state.
 
     Raises:
@@ -73,7 +76,7 @@ def refuse_no_rule_state(state: Any) -> None:
         )
 
 
-def refuse_no_optimizer(name: str, optimizer: Any) -> None:
+def refuse_no_optimizer(name: str, optimizer: object) -> None:
     """Raises unless ``optimizer`` is an Optax transformation.
 
     Raises:
@@ -82,7 +85,7 @@ def refuse_no_optimizer(name: str, optimizer: Any) -> None:
     refuse_no_transformation(name, optimizer, "an optimizer, such as optax.adamw(1e-3)")
 
 
-def refuse_no_transformation(name: str, tx: Any, wanted: str) -> None:
+def refuse_no_transformation(name: str, tx: object, wanted: str) -> None:
     """Raises unless ``tx`` is an Optax transformation.
 
     Raises:
@@ -92,7 +95,7 @@ def refuse_no_transformation(name: str, tx: Any, wanted: str) -> None:
         raise TypeError(f"{name} needs {wanted}. It got {_came(tx)}.")
 
 
-def refuse_no_chain(tx: Any, params: Any) -> None:
+def refuse_no_chain(tx: object, params: optax.Params) -> None:
     """Raises unless the first argument of ``check_chain`` is what it checks.
 
     Raises:
@@ -107,14 +110,14 @@ def refuse_no_chain(tx: Any, params: Any) -> None:
     refuse_no_transformation("check_chain", tx, wanted)
 
 
-def is_transformation(tx: Any) -> bool:
+def is_transformation(tx: object) -> bool:
     """Whether Optax takes ``tx`` for a transformation; rules are none."""
     return isinstance(tx, optax.GradientTransformation) or (
         not _is_rule(tx) and hasattr(tx, "init") and hasattr(tx, "update")
     )
 
 
-def _came(x: Any) -> str:
+def _came(x: object) -> str:
     """What came in place of a transformation, in a few words."""
     if _is_rule(x):
         return "a sharpness rule"
@@ -123,7 +126,7 @@ def _came(x: Any) -> str:
     return type(x).__name__
 
 
-def refuse_no_function(name: str, fn: Any) -> None:
+def refuse_no_function(name: str, fn: object) -> None:
     """Raises unless ``fn`` can be called.
 
     Raises:
@@ -137,7 +140,7 @@ def refuse_no_function(name: str, fn: Any) -> None:
         )
 
 
-def refuse_no_grad_fn(name: str, grad_fn: Any) -> None:
+def refuse_no_grad_fn(name: str, grad_fn: object) -> None:
     """Raises unless a link was given a function from parameters to gradients.
 
     Raises:
@@ -158,7 +161,7 @@ def refuse_no_grad_fn(name: str, grad_fn: Any) -> None:
         )
 
 
-def refuse_no_pair(name: str, found: Any, params: Any, has_aux: bool) -> None:
+def refuse_no_pair(name: str, found: Any, params: optax.Params, has_aux: bool) -> None:
     """Raises unless a function returned what ``jax.value_and_grad`` returns.
 
     Raises:
@@ -184,7 +187,7 @@ def refuse_no_pair(name: str, found: Any, params: Any, has_aux: bool) -> None:
         )
 
 
-def refuse_no_gradient(name: str, found: Any, params: Any) -> None:
+def refuse_no_gradient(name: str, found: Any, params: optax.Params) -> None:
     """Raises unless ``found`` is a gradient: a tree like ``params``.
 
     Raises:
@@ -201,15 +204,61 @@ def refuse_no_gradient(name: str, found: Any, params: Any) -> None:
     raise ValueError(f"{name} must be a gradient like params. It is {way}.")
 
 
-def _is_rule(x: Any) -> bool:
+def refuse_no_direction(v: object, params: object) -> None:
+    """Raises unless ``v`` is a direction: a tree like ``params``.
+
+    Raises:
+      ValueError: If it is not.
+    """
+    if not _fits(v, params):
+        raise ValueError(
+            f"v must have the structure and shapes of params. It is {_words(v)}; pass "
+            "a tree like params."
+        )
+
+
+def refuse_no_loss(name: str, loss: Any, params: Any) -> None:
+    """Raises unless ``loss`` is a function of ``params`` alone that has a gradient.
+
+    Raises:
+      TypeError: If it is no such function, or the two arguments are swapped.
+      ValueError: If a leaf is complex or no float.
+    """
+    alone = f"{name} needs a loss of the parameters alone"
+    if not callable(loss):
+        came = "the two arguments swapped" if callable(params) else _words(loss)
+        raise TypeError(
+            f"{alone}. It got {came}; call "
+            f"{name}(lambda p: loss(p, batch), params, ...)."
+        )
+    try:
+        inspect.signature(loss).bind(params)
+    except TypeError as error:
+        raise TypeError(
+            f"{alone}, and this one takes other arguments ({error}); call "
+            f"{name}(lambda p: loss(p, batch), params, ...)."
+        ) from error
+    except ValueError:  # a builtin without a signature
+        pass
+    _checks.refuse_complex(name, params)
+    for path, leaf in jax.tree.flatten_with_path(params)[0]:
+        if not _leaves.is_float(leaf):
+            raise ValueError(
+                f"params{jax.tree_util.keystr(path)} is {jnp.result_type(leaf)}, which "
+                f"has no gradient; call {name} on the float leaves alone, with a loss "
+                "that puts the others back, such as lambda p: loss({**params, **p})."
+            )
+
+
+def _is_rule(x: object) -> bool:
     return isinstance(x, tuple) and hasattr(x, "num_evals")
 
 
-def _is_pair(x: Any) -> bool:
+def _is_pair(x: object) -> bool:
     return isinstance(x, (tuple, list)) and len(x) == 2
 
 
-def _name_of(fn: Any) -> str:
+def _name_of(fn: object) -> str:
     return getattr(fn, "__name__", type(fn).__name__)
 
 
@@ -223,7 +272,7 @@ def _words(found: Any) -> str:
     return f"a {type(found).__name__} of {len(leaves)} arrays"
 
 
-def _fits(tree: Any, params: Any) -> bool:
+def _fits(tree: object, params: optax.Params) -> bool:
     """Whether a tree has the structure and shapes of params; None fits any leaf."""
     leaves, structure = jax.tree.flatten(params)
     try:

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import core, lax
+from jax.typing import ArrayLike, DTypeLike
 
 from optax_avg import _mesh
 
@@ -43,7 +44,10 @@ def zeros_like(x: Any, dtype: Any = None) -> jax.Array:
 
 
 def hessian_product(
-    gradient: Callable[[Any], Any], x: Any, v: Any, instead: str = ""
+    gradient: Callable[[optax.Params], optax.Updates],
+    x: optax.Params,
+    v: optax.Params,
+    instead: str = "",
 ) -> Any:
     """``H(x) v``, the forward derivative of the gradient at ``x`` along ``v``.
 
@@ -95,7 +99,7 @@ def wide(x: jax.Array) -> jax.Array:
     return x.astype(float32_or_wider(x.dtype))
 
 
-def step_to(target: jax.Array, x: jax.Array, dtype: Any) -> jax.Array:
+def step_to(target: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     """The update that leads from ``x`` to ``target``, rounded to ``dtype`` once."""
     return (wide(target) - wide(x)).astype(dtype)
 
@@ -169,7 +173,7 @@ def step_of(t: Any, dt: Any, first: Any = 0) -> jax.Array:
     return jnp.asarray(first + jnp.minimum(number, room) * dt, jnp.int32)
 
 
-def advance_clock(counter: jax.Array, stride: Any = 1) -> jax.Array:
+def advance_clock(counter: jax.Array, stride: ArrayLike = 1) -> jax.Array:
     """One more; at the largest integer it goes back by ``stride`` instead.
 
     What is due every ``stride`` counts so stays due every ``stride`` counts.
@@ -188,7 +192,7 @@ def common_multiple(a: Any, b: Any) -> Any:
     return jnp.where(a > most // b, most, a * b)
 
 
-def all_finite(tree: Any) -> jax.Array:
+def all_finite(tree: optax.Params) -> jax.Array:
     """Whether every element of every leaf is finite, also across ``shard_map``."""
     leaves = [x for x in jax.tree.leaves(tree) if x.size]
     if not leaves:
@@ -236,7 +240,7 @@ def _all_zero(sums: list[jax.Array]) -> jax.Array:
     return jnp.all(jnp.stack([lax.optimization_barrier(s) == 0 for s in sums]))
 
 
-def norm(tree: Any) -> jax.Array:
+def norm(tree: optax.Params) -> jax.Array:
     """Euclidean norm over all leaves in float32 or wider; no overflow, no underflow."""
     leaves = jax.tree.leaves(tree)
     return norms([leaves])[0] if leaves else jnp.zeros([])
@@ -282,7 +286,7 @@ def _sum_of_squares(leaves: list[jax.Array]) -> jax.Array:
     return jnp.asarray(sum(sums))
 
 
-def order_statistic(leaves: list[jax.Array], below: Any) -> jax.Array:
+def order_statistic(leaves: list[jax.Array], below: int | jax.Array) -> jax.Array:
     """The value that stands after ``below`` others in ascending order; exact.
 
     Bits of non-negative floats are ordered as the floats are, so that the answer is
@@ -295,7 +299,7 @@ def order_statistic(leaves: list[jax.Array], below: Any) -> jax.Array:
     return as_float(_largest(lambda bits: counts(bits) <= below, integer, leaves))
 
 
-def ranked_after(leaves: list[jax.Array], below: Any) -> list[jax.Array]:
+def ranked_after(leaves: list[jax.Array], below: int | jax.Array) -> list[jax.Array]:
     """Marks all elements but the ``below`` smallest; exact.
 
     Of equal elements those count as smaller that stand first: in an earlier leaf, or
@@ -335,7 +339,7 @@ def _place(shape: tuple[int, ...]) -> jax.Array:
     return place
 
 
-def dot(a: Any, b: Any) -> jax.Array:
+def dot(a: optax.Params, b: optax.Params) -> jax.Array:
     """Inner product over all leaves in float32 or wider."""
     products = jax.tree.map(
         lambda x, y: jnp.sum(jnp.real(wide(x) * jnp.conj(wide(y)))), a, b

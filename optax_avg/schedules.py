@@ -244,7 +244,8 @@ def linear_to_zero(
     ``linear_schedule(peak_value, 0, steps)`` is this schedule one step later.
 
     Args:
-      peak_value: Rate at ``s = W``, so without a warm-up just before the first step.
+      peak_value: Rate at the end of the warm-up. Without a warm-up the first rate is
+        ``peak_value (1 - 1/T)``.
       steps: ``T``, all optimizer steps of the run, the warm-up included.
       warmup_steps: ``W``, less than ``steps``.
 

@@ -203,7 +203,7 @@ def power_function(
     Args:
       gamma: Exponent, above -1; 0 is the uniform mean.
       sigma_rel: Instead of ``gamma``, the standard deviation of the profile relative
-        to the length of training, in (0, 12^-1/2).
+        to the length of training, in (0, 12^-1/2].
 
     Returns:
       A weight.
@@ -370,7 +370,7 @@ def inverse_gamma(
 def gravity(beta: ArrayLike) -> Weight:
     """Annealed decay of the Gravity optimizer, ``w(t) = 1 - (beta t + 1)/(t + 2)``.
 
-    The decay rises from ``(beta+1)/3`` to ``beta``; the initial parameters count.
+    The decay goes from ``(beta+1)/3`` to ``beta``; the initial parameters count.
 
     Args:
       beta: Final decay, in [0, 1].
@@ -742,7 +742,7 @@ def gamma_from_sigma_rel(sigma_rel: ArrayLike) -> Number:
     The largest real root of ``g^3 + 7 g^2 + (16 - s^-2) g + (12 - s^-2) = 0``.
 
     Args:
-      sigma_rel: ``s`` in (0, 12^-1/2), 12^-1/2 = 0.2887 being the uniform mean.
+      sigma_rel: ``s`` in (0, 12^-1/2]; 12^-1/2 = 0.2887 is the uniform mean.
 
     Returns:
       ``gamma``, in float64 for a Python float.

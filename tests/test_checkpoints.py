@@ -8,8 +8,7 @@ import pytest
 
 import optax_avg as oa
 from optax_avg import posthoc
-from optax_avg._checkpoints.alike import ONLY, difference
-from optax_avg._checkpoints.leaves import Leaf, batches, flat, nested
+from optax_avg._checkpoints.leaves import ONLY, Leaf, batches, difference, flat, nested
 
 
 @pytest.mark.parametrize(

@@ -22,7 +22,7 @@ from optax_avg._checkpoints.opening import open_checkpoint
 from optax_avg.cli import _leafwise
 from optax_avg.cli._leafwise import by_rule
 from optax_avg.merging import curvature, soups, spheres, task_vectors
-from optax_avg.merging._trees import merged
+from optax_avg.merging.trees import merged
 
 W = [0.5, 0.3, 0.2]
 

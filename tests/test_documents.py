@@ -67,3 +67,17 @@ def test_code_of_the_readme_runs():
     assert jnp.abs(spaces["updates"]["w"]).tolist() == pytest.approx(
         [1e-3] * 2, rel=1e-4
     )
+
+
+def test_the_training_from_start_to_end_runs(tmp_path, capsys):
+    (block,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "docs" / "choosing.md").read_text(), re.DOTALL
+    )
+    batches = [jnp.full(3, value) for value in (0.0, 1.0, 0.0, 1.0)]
+    spaces = {"batches": batches, "loss": loss, "params": {"w": jnp.full(3, 2.0)}}
+    spaces["folder"] = tmp_path
+    exec(compile(block, "choosing.md", "exec"), spaces)
+    assert re.fullmatch(r"live \S+ averaged \S+\n", capsys.readouterr().out)
+    # The average lags behind Adam, whose four steps are at most 0.01 long.
+    live, averaged = spaces["run"]["params"]["w"], spaces["averaged"]["w"]
+    assert jnp.all((live >= 1.96) & (live < averaged) & (averaged < 2))

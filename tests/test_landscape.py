@@ -348,3 +348,46 @@ def test_the_direction_takes_the_dtype_of_the_parameters():
     found = landscape.hessian_product(lambda x: jnp.sum(x**3), x, v)
     assert found.dtype == jnp.bfloat16
     np.testing.assert_array_equal(found, [3.0, -12.0])
+
+
+QUADRATIC = lambda x: jnp.sum(jnp.arange(1.0, 4.0) * x**2) / 2
+POINT_CALLS = {
+    "hessian_product": lambda loss, x: landscape.hessian_product(loss, x, x),
+    "top_eigenvalues": lambda loss, x: landscape.top_eigenvalues(loss, x, 0),
+    "hessian_trace": lambda loss, x: landscape.hessian_trace(loss, x, 0),
+    "sharpness": landscape.sharpness,
+    "gradient_norm_in_ball": landscape.gradient_norm_in_ball,
+}
+
+
+@pytest.mark.parametrize("name", POINT_CALLS)
+@pytest.mark.parametrize(
+    ("loss", "x", "message"),
+    [
+        (jnp.ones(3), QUADRATIC, "the two arguments swapped; call .*p, batch"),
+        (lambda p, batch: p.sum(), jnp.ones(3), "takes other arguments .*'batch'"),
+        (QUADRATIC, jnp.arange(3), "int32, which has no gradient; call"),
+        (3.0, jnp.ones(3), "of type float; call"),
+    ],
+)
+def test_what_is_no_loss_of_the_parameters(name, loss, x, message):
+    with pytest.raises((TypeError, ValueError), match=f"{name}.*{message}|{message}"):
+        POINT_CALLS[name](loss, x)
+
+
+@pytest.mark.parametrize("v", [jnp.ones(2), {"a": jnp.ones(3)}])
+def test_a_direction_that_is_not_like_params(v):
+    with pytest.raises(ValueError, match="v must have the structure and shapes of"):
+        landscape.hessian_product(QUADRATIC, jnp.ones(3), v)
+
+
+def test_seeds_and_keys_are_the_same():
+    x, key = jnp.ones(3), jax.random.key(7)
+    for call in (
+        lambda key: landscape.top_eigenvalues(QUADRATIC, x, key, 2, 2),
+        lambda key: landscape.hessian_trace(QUADRATIC, x, key, 3)[0],
+        lambda key: landscape.filter_normalised(key, jnp.ones((2, 3))),
+    ):
+        np.testing.assert_array_equal(call(7), call(key))
+        with pytest.raises(ValueError, match=r"key must be .*jax\.random\.key\(0\)"):
+            call("seven")

@@ -766,3 +766,23 @@ def test_wise_ft_takes_any_number():
     np.testing.assert_allclose(far, 1e6, rtol=1e-6)
     near = merging.wise_ft(jnp.zeros(2), jnp.ones(2), 1e17)
     np.testing.assert_allclose(near, 1e17, rtol=1e-6)
+
+
+@pytest.mark.parametrize(
+    "merge",
+    [
+        merging.uniform,
+        merging.variance_corrected,
+        lambda models: merging.weighted(models, [1.0]),
+        lambda models: merging.greedy_soup(models, lambda x: 1.0),
+    ],
+)
+@pytest.mark.parametrize("models", [jnp.ones(1), {"a": jnp.ones(2)}])
+def test_models_are_passed_as_a_list(merge, models):
+    with pytest.raises(ValueError, match=r"a list of trees, such as uniform\(\[a, b\]"):
+        merge(models)
+
+
+def test_a_score_is_one_number():
+    with pytest.raises(ValueError, match=r"score must .*shape \(2,\); take its mean"):
+        merging.greedy_soup([jnp.ones(2), jnp.ones(2)], lambda x: x)

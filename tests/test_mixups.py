@@ -69,9 +69,9 @@ def test_something_else_than_an_optimizer(take, given, message):
 
 
 def test_arguments_in_the_wrong_order():
-    with pytest.raises(TypeError, match="multi_call needs a rule.*swapped; call oa"):
+    with pytest.raises(TypeError, match=r"multi_call needs a rule.*swapped; call oa"):
         oa.multi_call(optax.sgd(0.1), rules.sam())
-    swapped = "sharpness_aware needs a rule.*swapped; call oa"
+    swapped = r"sharpness_aware needs a rule.*swapped; call oa"
     with pytest.raises(TypeError, match=swapped):
         oa.sharpness_aware(rules.sam(), jax.value_and_grad(sum))
     with pytest.raises(TypeError, match="value_and_grad_fn must be a function"):

@@ -5,15 +5,8 @@ No more than the leaves that are asked for are in memory.
 
 import os
 
-from optax_avg._checkpoints.huggingface import (
-    INDEX,
-    SINGLE,
-    check_not_pickled,
-    folder_of,
-    open_huggingface,
-)
+from optax_avg._checkpoints import safetensors
 from optax_avg._checkpoints.orbax import is_remote, open_orbax
-from optax_avg._checkpoints.safetensors import SUFFIX, open_safetensors
 from optax_avg._checkpoints.sources import Checkpoint, part_of
 
 
@@ -50,16 +43,16 @@ def open_checkpoint(path: str, only: str | None = None) -> Checkpoint:
 
 
 def _opened(path: str) -> Checkpoint:
-    if path.endswith(SUFFIX) and not os.path.isdir(path):
-        return open_safetensors(path)
-    if folder_of(path):
-        return open_huggingface(path)
+    if path.endswith(safetensors.SUFFIX) and not os.path.isdir(path):
+        return safetensors.open_safetensors(path)
+    if safetensors.folder_of(path):
+        return safetensors.open_huggingface(path)
     found = open_orbax(path)
     if found is not None:
         return found
     path = os.path.abspath(path)
-    check_not_pickled(path)
+    safetensors.check_not_pickled(path)
     raise ValueError(
-        f"{path} is neither an Orbax checkpoint nor a {SUFFIX} file, nor a folder with "
-        f"{SINGLE} or {INDEX}."
+        f"{path} is neither an Orbax checkpoint nor a {safetensors.SUFFIX} file, nor a "
+        f"folder with {safetensors.SINGLE} or {safetensors.INDEX}."
     )

@@ -50,7 +50,8 @@ _OPTIONS = {
     "every": Option(
         None,
         """Number of optimizer steps between absorbed iterates; 1 by default.
-  Weights that speak of time keep their time constant in optimizer steps.""",
+  A decay is per absorbed iterate. ``half_life``, ``half_life_linear`` and
+  ``power_function`` are in optimizer steps whatever ``every`` is.""",
     ),
     "start": Option(
         None,
@@ -63,9 +64,9 @@ _OPTIONS = {
     ),
     "accumulator_dtype": Option(
         None,
-        """Dtype of averages that are given by a weight, a float of
-  16 bits or more. The default is float32, or the dtype of the leaf if that is
-  wider. The average of a complex leaf is complex64 or wider.""",
+        """Dtype in which averages that are given by a weight are stored, a float of
+  16 bits or more. The default is float32, or the dtype of the leaf if that is wider.
+  The average of a complex leaf is complex64 or wider.""",
     ),
     "rounding": Option(
         None,
@@ -84,7 +85,8 @@ _OPTIONS = {
     "nonfinite": Option(
         "reject",
         """``"reject"``, the default, leaves out an iterate, whole, if any
-  element of it is NaN or infinite. ``"keep"`` does not look.""",
+  element of it is NaN or infinite. ``"keep"`` does not check: a NaN
+  then stays in the average.""",
     ),
     "memory_kind": Option(
         None,

@@ -11,11 +11,15 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
+from jax.typing import DTypeLike
 
 from optax_avg import _numerics
 
 
-def nearest(w: jax.Array, x: Any, a: Any, first: jax.Array) -> Any:
+def nearest(
+    w: jax.Array, x: optax.Params, a: optax.Params, first: jax.Array
+) -> optax.Params:
     """The step, rounded to nearest."""
     return jax.tree.map(lambda a, x: _lerp(w, x, a, first).astype(a.dtype), a, x)
 
@@ -87,7 +91,7 @@ def _wide(a: jax.Array, x: jax.Array) -> tuple[Any, jax.Array]:
     return wide, x.astype(wide)
 
 
-def _round_at_random(x: jax.Array, dtype: Any, key: jax.Array) -> jax.Array:
+def _round_at_random(x: jax.Array, dtype: DTypeLike, key: jax.Array) -> jax.Array:
     """Rounds to one of the two neighbours in ``dtype``, the nearer one more often."""
     if x.dtype == dtype:  # so for complex leaves, which have no narrow dtype
         return x

@@ -25,10 +25,9 @@ class AverageState(NamedTuple):
     """State of every average.
 
     Attributes:
-      step: Optimizer steps seen, int32. At the largest integer it goes back by
-        ``every``, so that what is due stays due.
-      absorbed: Number of iterates absorbed, int32. At the largest integer it goes back
-        by the period of the memories.
+      step: Optimizer steps seen, int32. Before it overflows it goes back by ``every``.
+      absorbed: Number of iterates absorbed, int32. Before it overflows it goes back by
+        the period of the memories.
       rejected: Number of iterates left out because an element was not finite, int32.
       start: Optimizer steps that were left out at the beginning, int32.
       every: Optimizer steps between absorbed iterates, int32.

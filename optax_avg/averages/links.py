@@ -51,15 +51,18 @@ def average(
 
     ``avg += w(t) (x_t - avg)`` with ``x_t = optax.apply_updates(params, updates)`` at
     the optimizer steps ``s > start`` (from 1) where ``s - start`` is a multiple of
-    ``every``; ``t = 1, 2, ...`` numbers them. The average starts from the parameters of
-    step ``start``; where these are not finite, from the first iterate. Memory is
-    touched at these steps alone.
+    ``every``; ``t = 1, 2, ...`` numbers them. Other steps leave the average unchanged.
+
+    Most weights have ``w(1) = 1``: the first iterate replaces what was there. Weights
+    with ``w(1) < 1``, such as ``ema(decay, debias=False)``, start from the parameters
+    of step ``start``, or from the first iterate where these are not finite.
 
     Args:
       weight: The weight ``w``, from :mod:`optax_avg.weights` or any function of ``t``,
         a float32. It is used as it is: outside [0, 1] the average leaves the range of
-        the iterates, and may diverge. Or a memory of :mod:`optax_avg.memories`; or a dict of weights and
-        memories by name, for several averages in one pass over the parameters.
+        the iterates, and may diverge. Or a memory of :mod:`optax_avg.memories`; or a
+        dict of weights and memories by name, for several averages in one pass over the
+        parameters.
       **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
@@ -82,7 +85,7 @@ def average(
     """
     if isinstance(weight, Mapping) and options.get("name", "average") != "average":
         raise ValueError(
-            "a dict of weights gives each average its name, so that name= says nothing; "
+            "a dict of weights gives each average its name, so name= says nothing; "
             "write average({'fast': weight, 'slow': other}) without name=."
         )
     return averaging("average", weight, **options)
@@ -103,7 +106,8 @@ def ema_params(
     Args:
       decay: The decay ``d`` in [0, 1] per absorbed iterate, or a schedule of it. The
         values of a schedule are not checked.
-      debias: Whether to leave the initial parameters out of the average.
+      debias: Whether the initial parameters have no weight, by the bias correction of
+        Adam.
       **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
@@ -140,9 +144,14 @@ def polyak_average(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(optax.sgd(0.1), oa.polyak_average())
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['polyak']
+      >>> tx = optax.chain(optax.sgd(1.0), oa.polyak_average())
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # 1, 2, 3, 4
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x)), 4)
+      2.5
 
     References:
       See :func:`optax_avg.weights.uniform`.
@@ -171,9 +180,14 @@ def swa(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(optax.sgd(0.1), oa.swa(start=750, every=50))
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['swa']
+      >>> tx = optax.chain(optax.sgd(1.0), oa.swa(start=1, every=2))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # of 1, 2, 3 and 4, it takes 3
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x)), 4)
+      3.0
 
     References:
       Izmailov et al., "Averaging Weights Leads to Wider Optima and Better
@@ -197,9 +211,14 @@ def tail_average(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(optax.sgd(0.1), oa.tail_average(start=500))
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['tail_average']
+      >>> tx = optax.chain(optax.sgd(1.0), oa.tail_average(start=2))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # of 1, 2, 3 and 4, it takes the last two
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x)), 4)
+      3.5
 
     References:
       Rakhlin, Shamir and Sridharan, "Making Gradient Descent Optimal for Strongly
@@ -218,7 +237,7 @@ def power_ema(
     ``avg += (1 - (1-1/t)^(gamma+1)) (x_t - avg)``.
 
     Args:
-      sigma_rel: Relative width in (0, 12^-1/2), or a sequence or vector of widths. The
+      sigma_rel: Relative width in (0, 12^-1/2], or a sequence or vector of widths. The
         averages of a sequence are named ``f"{name}_{sigma_rel:g}"``.
       **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
@@ -227,9 +246,14 @@ def power_ema(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adam(1e-3), oa.power_ema([0.05, 0.10]))
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['power_ema_0.05', 'power_ema_0.1']
+      >>> tx = optax.chain(optax.sgd(1.0), oa.power_ema([0.05, 0.10]))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # 1, 2, 3, 4
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x, "power_ema_0.1")), 4)
+      3.894
 
     References:
       Karras et al., "Analyzing and Improving the Training Dynamics of Diffusion
@@ -260,10 +284,15 @@ def lr_weighted_average(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> lr = optax.linear_schedule(0.1, 0.0, 1000)
-      >>> tx = optax.chain(optax.sgd(lr), oa.lr_weighted_average(lr))
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['lr_weighted']
+      >>> lr = optax.linear_schedule(1.0, 0.0, 5)
+      >>> tx = optax.chain(optax.sgd(1.0), oa.lr_weighted_average(lr))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # 1, 2, 3, 4
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x)), 4)
+      2.1429
 
     References:
       See :func:`optax_avg.weights.mass`.
@@ -300,9 +329,14 @@ def window_average(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adamw(3e-4), oa.window_average(k=6, every=100))
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['window']
+      >>> tx = optax.chain(optax.sgd(1.0), oa.window_average(k=2))
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # of 1, 2, 3 and 4, it takes the last two
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x)), 4)
+      3.5
 
     References:
       Kaddour, "Stop Wasting My Time! Saving Days of ImageNet and BERT Training with
@@ -328,10 +362,10 @@ def bema(
     ``ema_t + a_t (x_t - x_0)``, the memory :func:`optax_avg.memories.corrected`.
 
     Args:
-      kappa: Power of the EMA weight, in [0, 1].
-      eta: Power of the correction; at least 0.
-      rho: Lag; at least 0.
-      gamma: Rate; positive.
+      kappa: Exponent of the EMA's weight ``b_t = (rho + gamma t)^-kappa``, in [0, 1].
+      eta: Exponent of the correction ``a_t = (rho + gamma t)^-eta``, at least 0.
+      rho: Number that keeps both below 1 at the beginning, at least 0.
+      gamma: Factor of the number of absorbed iterates, positive.
       accumulator_dtype: Dtype of the three trees in the state, a float of 16 bits or
         more. The default is float32, or the dtype of the leaf if that is wider. The
         EMA of a narrower one is rounded stochastically.
@@ -342,9 +376,14 @@ def bema(
 
     Example:
       >>> import jax.numpy as jnp, optax, optax_avg as oa
-      >>> tx = optax.chain(optax.adamw(3e-4), oa.bema())
-      >>> oa.average_names(tx.init(jnp.zeros(2)))
-      ['bema']
+      >>> tx = optax.chain(optax.sgd(1.0), oa.bema())
+      >>> x = jnp.array(0.0)
+      >>> state = tx.init(x)
+      >>> for _ in range(4):  # 1, 2, 3, 4
+      ...     u, state = tx.update(jnp.array(-1.0), state, x)
+      ...     x = optax.apply_updates(x, u)
+      >>> round(float(oa.averaged_params(state, x)), 4)
+      4.4576
 
     References:
       Block and Zhang, "EMA Without the Lag: Bias-Corrected Iterate Averaging Schemes",

@@ -298,10 +298,10 @@ def corrected(
     which ``ema`` starts as well, is the iterate of step ``start``.
 
     Args:
-      kappa: Power of the EMA weight, in [0, 1].
-      eta: Power of the correction; at least 0.
-      rho: Lag; at least 0.
-      gamma: Rate; positive.
+      kappa: Exponent of the EMA's weight ``b_t``, in [0, 1].
+      eta: Exponent of the correction's factor ``a_t``, at least 0.
+      rho: Number that keeps both below 1 at the beginning, at least 0.
+      gamma: Factor of the number of absorbed iterates, positive.
       accumulator_dtype: Dtype of the three trees that are kept.
 
     Returns:
@@ -349,11 +349,13 @@ def corrected(
     return Memory(init, absorb)
 
 
-def _copies(tree: Params, dtype: Any) -> Params:
+def _copies(tree: Params, dtype: jax.typing.DTypeLike | None) -> Params:
     return jax.tree.map(lambda leaf: _numerics.copy_as(leaf, dtype), tree)
 
 
-def _checked(rounding: Rounding | None, dtype: Any) -> Rounding | None:
+def _checked(
+    rounding: Rounding | None, dtype: jax.typing.DTypeLike | None
+) -> Rounding | None:
     """The rounding, ``None`` resolved for the dtype of the accumulator."""
     _checks.one_of("rounding", rounding, (None, "stochastic", "compensated"))
     if dtype is None:
@@ -374,13 +376,13 @@ def _mean_of_rows(ring: jax.Array, absorbed: jax.Array) -> jax.Array:
     return written.sum(axis=0) / jnp.clip(absorbed, 1, ring.shape[0])
 
 
-def _rings(tree: Any, k: int) -> Any:
+def _rings(tree: optax.Params, k: int) -> optax.Params:
     """Every leaf ``k`` times along a new first axis, which its box learns of."""
     repeated = jax.tree.map(lambda leaf: _repeat(leaf, k), tree)
     return jax.tree.map(_with_first_axis, repeated, is_leaf=_names_axes)
 
 
-def _names_axes(node: Any) -> bool:
+def _names_axes(node: object) -> bool:
     """Whether a node is one of Flax's boxes: a leaf with names for its axes."""
     return hasattr(node, "add_axis")
 

@@ -26,7 +26,7 @@ COUNTERS = ("count", "step", "gradient_step", "rule_step")
 AFRESH = "to start it afresh, give it another name="
 
 
-def migrate_state(new_state: State, old_state: Any) -> State:
+def migrate_state(new_state: State, old_state: optax.OptState) -> State:
     """Moves an old optimizer state into a chain to which averages were added.
 
     Checkpoint libraries refuse a state whose structure has changed. Restore the old one
@@ -138,7 +138,7 @@ def _has_counted(state: Any, if_unknown: bool = False) -> bool:
     return any(np.any(np.asarray(counter) > 0) for counter in counters)
 
 
-def _is_unknown(leaf: Any) -> bool:
+def _is_unknown(leaf: object) -> bool:
     """Whether a leaf has no value, or not all of it in this process."""
     if isinstance(leaf, (jax.ShapeDtypeStruct, Tracer)):
         return True
@@ -147,7 +147,7 @@ def _is_unknown(leaf: Any) -> bool:
     )
 
 
-def _is_average(node: Any) -> bool:
+def _is_average(node: object) -> bool:
     """Whether a node is the state of an average, bare or with injected arguments."""
     return is_average_state(_inner(node))
 
@@ -157,7 +157,7 @@ def _inner(node: Any) -> Any:
     return node.inner_state if isinstance(node, INJECTED) else node
 
 
-def _is_in(node: Any, nodes: list[Any]) -> bool:
+def _is_in(node: object, nodes: list[Any]) -> bool:
     return any(node is other for other in nodes)
 
 
@@ -279,7 +279,7 @@ def _check_leaves(where: str, new: Any, old: Any) -> None:
             )
 
 
-def _types(tree: Any) -> dict[str, str]:
+def _types(tree: optax.OptState) -> dict[str, str]:
     """The types of the leaves by path."""
     leaves = jax.tree.flatten_with_path(tree)[0]
     return {jax.tree_util.keystr(path): _type(leaf) for path, leaf in leaves}

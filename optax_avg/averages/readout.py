@@ -4,6 +4,7 @@ from typing import Any, TypeGuard, TypeVar
 
 import jax
 import jax.numpy as jnp
+import optax
 
 from optax_avg import _leaves
 from optax_avg.averages._rule import AverageState
@@ -13,7 +14,9 @@ __all__ = ["average_names", "averaged_params"]
 Params = TypeVar("Params")
 
 
-def averaged_params(state: Any, params: Params, name: str | None = None) -> Params:
+def averaged_params(
+    state: optax.OptState, params: Params, name: str | None = None
+) -> Params:
     """The averaged parameters, in the structure and dtypes of ``params``.
 
     Finds averages in any nesting of ``optax.chain``, ``MultiSteps``, ``masked``,
@@ -54,7 +57,7 @@ def averaged_params(state: Any, params: Params, name: str | None = None) -> Para
     )
 
 
-def average_names(state: Any) -> list[str]:
+def average_names(state: optax.OptState) -> list[str]:
     """Names of the averages in an optimizer state, sorted.
 
     Args:
@@ -71,13 +74,13 @@ def average_names(state: Any) -> list[str]:
     return sorted({name for node in average_states(state) for name in node.averages})
 
 
-def is_average_state(node: Any) -> TypeGuard[AverageState]:
+def is_average_state(node: object) -> TypeGuard[AverageState]:
     """Whether a node of an optimizer state is the state of an average."""
     return isinstance(node, AverageState)
 
 
 def read_leaves(
-    state: Any, params: Any, name: str | None
+    state: optax.OptState, params: Any, name: str | None
 ) -> list[tuple[jax.Array, jax.Array] | None]:
     """For each leaf of ``params``, ``(is there an iterate, average)`` or None.
 
@@ -126,12 +129,12 @@ def read_leaves(
     return found
 
 
-def average_states(state: Any) -> list[AverageState]:
+def average_states(state: optax.OptState | None) -> list[AverageState]:
     """The states of averages, in the order of the chain."""
     return _leaves.states_of(AverageState, state)
 
 
-def read_average(node: AverageState, name: str) -> Any:
+def read_average(node: AverageState, name: str) -> optax.Params:
     """The average itself, from what the state keeps; stacked as the state is.
 
     Raises:

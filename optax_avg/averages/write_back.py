@@ -20,7 +20,7 @@ __all__ = ["lookahead", "switch_ema", "write_back"]
 def write_back(
     average: optax.GradientTransformation, every: int
 ) -> optax.GradientTransformationExtraArgs:
-    """Lets training continue from the average at every ``every``-th step.
+    """Replaces the parameters by their average every ``every`` steps.
 
     The update becomes ``avg - params``, in the dtype of the update, so that
     ``optax.apply_updates`` arrives at ``avg`` to rounding. The optimizer's own state
@@ -57,11 +57,11 @@ def write_back(
 def switch_ema(
     decay: weights.ScalarOrSchedule, every: int, *, debias: bool = True
 ) -> optax.GradientTransformationExtraArgs:
-    """Switch EMA: every ``every`` steps, an epoch, training continues from the EMA.
+    """Switch EMA: the EMA replaces the parameters every ``every`` steps.
 
     Args:
       decay: Decay of the EMA, in [0, 1], or a schedule of it.
-      every: Optimizer steps between switches; at least 1.
+      every: Optimizer steps between switches, at least 1; the paper takes an epoch.
       debias: Whether the EMA leaves out the initial parameters.
 
     Returns:
@@ -94,10 +94,9 @@ def lookahead(
 ) -> optax.GradientTransformationExtraArgs:
     """Lookahead on plain parameters: k steps forward, 1 step back.
 
-    ``slow += alpha (fast - slow)``, ``fast <- slow`` every ``sync_period`` steps: the
-    EMA of every ``sync_period``-th iterate with decay ``1 - alpha``, from the initial
-    parameters, written back. Same iterates as ``optax.lookahead`` without its
-    ``LookaheadParams``.
+    Every ``sync_period`` steps ``slow += alpha (fast - slow)``, then ``fast <- slow``.
+    ``slow`` starts at the initial parameters. The iterates are those of
+    ``optax.lookahead``, without its ``LookaheadParams``.
 
     Args:
       sync_period: ``k``, fast steps between synchronisations; at least 1.
@@ -131,14 +130,14 @@ def lookahead(
 
 
 def _write_back(
-    caller: str, average: optax.GradientTransformation, every: Any
+    caller: str, average: optax.GradientTransformation, every: int
 ) -> optax.GradientTransformationExtraArgs:
     """:func:`write_back`, with the name of the factory that the user called."""
     wanted = "an average, such as oa.ema_params(0.999)"
     _mixups.refuse_no_transformation(caller, average, wanted)
     inner = optax.with_extra_args_support(average)
 
-    def init(params: Any) -> Any:
+    def init(params: optax.Params) -> optax.OptState:
         state: Any = inner.init(params)
         if len(names := average_names(state)) != 1:
             raise ValueError(
@@ -154,8 +153,11 @@ def _write_back(
         return state
 
     def update(
-        updates: Any, state: Any, params: Any = None, **extra_args: Any
-    ) -> tuple[Any, Any]:
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
         _checks.require_params(caller, params)
         before = state
         with _sight.collected(None):  # it reports for both

@@ -46,15 +46,18 @@ def reconstruct(
     ] = None,
     normalize: Annotated[
         posthoc.Normalization,
-        typer.Option(help="How the weights of snapshots are normalised."),
+        typer.Option(
+            help="constrained: the best weights of snapshots that sum to one. "
+            "sum: the best weights, divided by their sum. none: the best weights."
+        ),
     ] = "constrained",
     dtype: Annotated[str, typer.Option(help="Dtype of the result.")] = "float32",
 ) -> None:
-    """Make an average that was not kept, from snapshots of other averages.
+    """Build an average of any width from snapshots of other averages.
 
     Damaged snapshots are skipped with a warning that names them. A second warning
-    states the residual if the snapshots cannot express the average. The half-life is
-    that of an EMA whose weights on the iterates sum to one.
+    states the error if the snapshots can give the average only with an error of more
+    than 5 %. The half-life is that of a debiased EMA.
     """
     kind = _dtype(dtype)
     targets = {"sigma-rel": sigma_rel, "half-life": half_life, "window": window}

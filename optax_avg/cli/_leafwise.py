@@ -12,14 +12,13 @@ import jax.numpy as jnp
 import numpy as np
 
 from optax_avg._checkpoints import sources
-from optax_avg._checkpoints.alike import difference
-from optax_avg._checkpoints.leaves import Leaf
+from optax_avg._checkpoints.leaves import Leaf, difference
 from optax_avg._checkpoints.opening import open_checkpoint
-from optax_avg._checkpoints.rules import Rule, Slices, check_fault, widened
 from optax_avg._checkpoints.sources import Checkpoint
 from optax_avg.cli import _output
 from optax_avg.cli._signals import check_signals
 from optax_avg.cli._targets import Format
+from optax_avg.merging.trees import Rule, Slices, check_fault, widened
 
 READERS = 2  # models that are read at the same time
 PARTS = 4  # parts of a large leaf, in all trees together, that make one batch

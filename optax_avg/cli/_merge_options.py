@@ -8,8 +8,7 @@ from typing import Annotated, NamedTuple
 
 import typer
 
-from optax_avg._checkpoints.huggingface import folder_of
-from optax_avg._checkpoints.safetensors import SUFFIX
+from optax_avg._checkpoints.safetensors import SUFFIX, folder_of
 from optax_avg.cli._leafwise import Method, merge_checkpoints
 from optax_avg.cli._output import Only, Output, bundles, say, writes
 from optax_avg.cli._shards import bytes_of, folder_like

@@ -16,8 +16,8 @@ from rich.markup import escape
 from rich.progress import BarColumn, DownloadColumn, Progress, TimeRemainingColumn
 
 from optax_avg._checkpoints import sources
-from optax_avg._checkpoints.huggingface import folder_of
 from optax_avg._checkpoints.leaves import Leaf, batches
+from optax_avg._checkpoints.safetensors import folder_of
 from optax_avg.cli._commit import warn_of_leftovers
 from optax_avg.cli._signals import check_signals
 from optax_avg.cli._targets import Format, Target, check_room, room, target_of

@@ -12,9 +12,8 @@ import os
 import re
 import shutil
 
-from optax_avg._checkpoints.huggingface import INDEX, PICKLED, SINGLE
 from optax_avg._checkpoints.leaves import Leaf, batches
-from optax_avg._checkpoints.safetensors import SUFFIX
+from optax_avg._checkpoints.safetensors import INDEX, PICKLED, SINGLE, SUFFIX
 from optax_avg.cli._targets import Format, Load
 from optax_avg.cli._writing import check_safetensors, write_safetensors
 
@@ -99,12 +98,9 @@ def _companions(folder: str) -> list[str]:
     return [
         name
         for name in sorted(os.listdir(folder))
-        if os.path.isfile(os.path.join(folder, name)) and not _is_left(name)
+        if os.path.isfile(os.path.join(folder, name))
+        and not any(fnmatch.fnmatch(name, pattern) for pattern in LEFT)
     ]
-
-
-def _is_left(name: str) -> bool:
-    return any(fnmatch.fnmatch(name, pattern) for pattern in LEFT)
 
 
 def _stranger(path: str, *, model: str) -> str:

@@ -12,8 +12,9 @@ import optax
 from jax import lax
 from jax.flatten_util import ravel_pytree
 
-from optax_avg import _checks, _leaves, _numerics
-from optax_avg.landscape._along import Loss, Progress, mapped, report
+from optax_avg import _leaves, _mixups, _numerics
+from optax_avg._keys import key_maker
+from optax_avg.landscape.surface import Loss, Progress, mapped, report
 
 __all__ = [
     "gradient_norm_in_ball",
@@ -38,7 +39,7 @@ def hessian_product(loss: Loss, params: optax.Params, v: optax.Params) -> optax.
       times the unit of ``v``.
 
     Raises:
-      ValueError: If a leaf is complex.
+      ValueError: If a leaf is complex or no float, or ``v`` is not like ``params``.
       TypeError: If the gradient has no forward derivative. An example is a
         ``jax.custom_vjp`` whose ``fwd`` calls the function itself.
 
@@ -49,16 +50,19 @@ def hessian_product(loss: Loss, params: optax.Params, v: optax.Params) -> optax.
       >>> hv.tolist()
       [2.0, 2.0]
     """
-    _checks.refuse_complex("curvature", params)
+    _mixups.refuse_no_loss("hessian_product", loss, params)
+    _mixups.refuse_no_direction(v, params)
     return _numerics.hessian_product(jax.grad(loss), params, v)
 
 
 _Product = Callable[[jax.Array], jax.Array]
 
 
-def _flat_product(loss: Loss, params: optax.Params) -> tuple[_Product, jax.Array]:
+def _flat_product(
+    name: str, loss: Loss, params: optax.Params
+) -> tuple[_Product, jax.Array]:
     """``v -> H v`` on vectors of shape (d,) in float32 or wider, and such zeros."""
-    _checks.refuse_complex("curvature", params)
+    _mixups.refuse_no_loss(name, loss, params)
     flat, unravel = ravel_pytree(jax.tree.map(_numerics.wide, params))
 
     def product(v):
@@ -71,7 +75,7 @@ def _flat_product(loss: Loss, params: optax.Params) -> tuple[_Product, jax.Array
 def top_eigenvalues(
     loss: Loss,
     params: optax.Params,
-    key: jax.Array,
+    key: jax.Array | int,
     k: int = 1,
     num_iters: int = 30,
     progress: Progress | None = None,
@@ -88,7 +92,7 @@ def top_eigenvalues(
     Args:
       loss: Function ``params -> scalar``.
       params: Point at which the Hessian is taken.
-      key: PRNG key of the start vector.
+      key: PRNG key of the start vector, or an integer seed.
       k: Number of eigenvalues.
       num_iters: Number of Hessian-vector products, at least ``k``.
       progress: Called with the number of products done and their total number.
@@ -115,7 +119,8 @@ def top_eigenvalues(
       Lanczos, "An Iteration Method for the Solution of the Eigenvalue Problem of Linear
       Differential and Integral Operators", 1950.
     """
-    product, zeros = _flat_product(loss, params)
+    key = key_maker(key, "top_eigenvalues(loss, params, jax.random.key(0))")()
+    product, zeros = _flat_product("top_eigenvalues", loss, params)
     num_iters = min(num_iters, zeros.size)
     if not 1 <= k <= num_iters:
         raise ValueError(f"k must lie between 1 and num_iters = {num_iters}, got {k}.")
@@ -175,7 +180,7 @@ def _lanczos(
 def hessian_trace(
     loss: Loss,
     params: optax.Params,
-    key: jax.Array,
+    key: jax.Array | int,
     num_samples: int = 64,
     *,
     sketch: int = 0,
@@ -192,7 +197,7 @@ def hessian_trace(
     Args:
       loss: Function ``params -> scalar``.
       params: Point at which the Hessian is taken.
-      key: PRNG key of the random signs.
+      key: PRNG key of the random signs, or an integer seed.
       num_samples: Number of vectors ``z``, at least 2. Each takes one Hessian-vector
         product.
       sketch: Number of columns of ``Q``. Each takes two products, and together they
@@ -226,7 +231,8 @@ def hessian_trace(
         raise ValueError(f"num_samples must be at least 2, got {num_samples}.")
     if sketch < 0:
         raise ValueError(f"sketch must not be negative, got {sketch}.")
-    product, zeros = _flat_product(loss, params)
+    key = key_maker(key, "hessian_trace(loss, params, jax.random.key(0))")()
+    product, zeros = _flat_product("hessian_trace", loss, params)
     of_sketch, of_samples = jax.random.split(key)
     columns = min(sketch, zeros.size)
     signs = lambda key: jax.random.rademacher(key, zeros.shape, zeros.dtype)
@@ -276,7 +282,7 @@ def sharpness(
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
       Generalization", 2021, 2010.01412.
     """
-    _checks.refuse_complex("sharpness", params)
+    _mixups.refuse_no_loss("sharpness", loss, params)
     value, grads = jax.value_and_grad(loss)(params)
     d = _numerics.scale(rho, _numerics.unit(grads))
     return loss(_leaves.moved(params, d)) - value
@@ -370,7 +376,7 @@ def gradient_norm_in_ball(
       Zhang et al., "Gradient Norm Aware Minimization Seeks First-Order Flatness and
       Improves Generalization", 2023, 2303.03108.
     """
-    _checks.refuse_complex("gradient_norm_in_ball", params)
+    _mixups.refuse_no_loss("gradient_norm_in_ball", loss, params)
     gradient = jax.grad(loss)
     d = jax.tree.map(lambda x: jnp.zeros_like(_numerics.wide(x)), params)
     g = gradient(params)

@@ -3,8 +3,8 @@
 L((1 - t) a + t b),    L(x + t d),    L(x + u d1 + v d2)
 """
 
-from collections.abc import Sequence
-from typing import NamedTuple
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,7 +13,7 @@ import optax
 from jax import lax
 
 from optax_avg import _leaves, _numerics
-from optax_avg.landscape._along import Loss, Progress, mapped
+from optax_avg._keys import key_maker
 
 __all__ = [
     "Plane",
@@ -25,6 +25,32 @@ __all__ = [
     "slice_1d",
     "slice_2d",
 ]
+
+# From parameters to a scalar.
+Loss = Callable[[optax.Params], jax.Array]
+# Called with the amount of work done and the total amount.
+Progress = Callable[[int, int], Any]
+
+
+def report(progress: Progress | None, done: jax.Array, total: int) -> None:
+    """Calls ``progress(done, total)`` from inside compiled code."""
+    if progress is not None:
+        jax.debug.callback(lambda done: progress(int(done), total), done)
+
+
+def mapped(
+    f: Callable[[Any], jax.Array], xs: Any, progress: Progress | None
+) -> jax.Array:
+    """``lax.map`` that reports its progress."""
+    total = len(jax.tree.leaves(xs)[0])
+
+    def one(numbered):
+        i, x = numbered
+        value = f(x)
+        report(progress, i + 1, total)
+        return value
+
+    return lax.map(one, (jnp.arange(total), xs))
 
 
 class Segment(NamedTuple):
@@ -294,7 +320,7 @@ def slice_2d(
     return Plane(t, t, losses, np.zeros((1, 2)))
 
 
-def filter_normalised(key: jax.Array, params: optax.Params) -> optax.Params:
+def filter_normalised(key: jax.Array | int, params: optax.Params) -> optax.Params:
     """A random direction whose filters have the norms of those of the parameters.
 
     ``d_f = z_f |x_f|/|z_f|`` with normal ``z`` for each filter ``f``. A filter is a
@@ -302,7 +328,7 @@ def filter_normalised(key: jax.Array, params: optax.Params) -> optax.Params:
     with two or more dimensions. Other leaves have the direction 0.
 
     Args:
-      key: PRNG key of the direction.
+      key: PRNG key of the direction, or an integer seed.
       params: The model.
 
     Returns:
@@ -318,6 +344,7 @@ def filter_normalised(key: jax.Array, params: optax.Params) -> optax.Params:
     References:
       Li et al., "Visualizing the Loss Landscape of Neural Nets", 2018, 1712.09913.
     """
+    key = key_maker(key, "filter_normalised(jax.random.key(0), params)")()
     leaves, structure = jax.tree.flatten(params)
 
     def one(i, x):

@@ -15,7 +15,7 @@ import numpy as np
 import optax
 from jax.typing import ArrayLike
 
-from optax_avg.merging._trees import check_alike
+from optax_avg.merging.trees import check_alike
 
 __all__ = ["permute"]
 

@@ -14,8 +14,7 @@ import optax
 from jax import lax
 
 from optax_avg import _checks, _leaves, _numerics
-from optax_avg._checkpoints.rules import Rule
-from optax_avg.merging._trees import Weights, checked_weights, merged
+from optax_avg.merging.trees import Rule, Weights, checked_weights, merged
 
 __all__ = [
     "ExampleLoss",
@@ -113,7 +112,11 @@ def gradient_matching(
     scale: float = 1.0,
     damping: float = 0.0,
 ) -> optax.Params:
-    """Merging that matches gradients, with diagonal Hessians.
+    """Merges fine-tuned models so that gradients match, with diagonal Hessians.
+
+    The result is near a stationary point of the sum of their losses. In contrast to
+    :func:`fisher` it takes the change from ``base``, and what ``base`` knows, into
+    account.
 
     ``x_0 + a sum_t Hbar^-1 (H_t + H_0 + damping)(x_t - x_0)`` with ``Hbar = H_0 +
     damping + a sum_t H_t``. An element whose ``Hbar`` is zero stays at ``x_0``. Under

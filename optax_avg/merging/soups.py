@@ -14,9 +14,10 @@ import optax
 from jax.typing import ArrayLike
 
 from optax_avg import _numerics
-from optax_avg._checkpoints.rules import Rule, Slices
-from optax_avg.merging._products import unit_of
-from optax_avg.merging._trees import (
+from optax_avg.merging._slices import unit_of
+from optax_avg.merging.trees import (
+    Rule,
+    Slices,
     Weights,
     check_alike,
     checked_weights,
@@ -142,7 +143,8 @@ class Soup(NamedTuple):
 def greedy_soup(models: Sequence[optax.Params], score: Score) -> Soup:
     """Adds models in the order of their scores, unless the mean gets worse.
 
-    The restricted selection of DiWA is the same algorithm.
+    The restricted selection of DiWA is the same algorithm: ``diwa`` is another name of
+    this function.
 
     Args:
       models: Trees of one structure.
@@ -153,7 +155,7 @@ def greedy_soup(models: Sequence[optax.Params], score: Score) -> Soup:
       A :class:`Soup`.
 
     Raises:
-      ValueError: If the models differ, or no score is finite.
+      ValueError: If the models differ, a score is not one number, or none is finite.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -168,7 +170,13 @@ def greedy_soup(models: Sequence[optax.Params], score: Score) -> Soup:
     check_alike(models)
 
     def finite(params: optax.Params) -> float:
-        found = float(score(params))
+        given = score(params)
+        if jnp.ndim(given):
+            raise ValueError(
+                "score must return one number for a model, larger is better. It "
+                f"returned an array of shape {jnp.shape(given)}; take its mean."
+            )
+        found = float(given)
         return found if math.isfinite(found) else -math.inf
 
     scores = [finite(model) for model in models]

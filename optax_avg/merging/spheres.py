@@ -14,9 +14,10 @@ import optax
 from jax import lax
 
 from optax_avg import _checks, _numerics
-from optax_avg._checkpoints.rules import Rule, Slices
-from optax_avg.merging._products import Products, cosines, joined_products, products
-from optax_avg.merging._trees import (
+from optax_avg.merging._slices import Products, cosines, joined_products, products
+from optax_avg.merging.trees import (
+    Rule,
+    Slices,
     Weights,
     checked_weights,
     merged,

@@ -10,21 +10,19 @@ from typing import Literal, get_args
 import jax
 import jax.numpy as jnp
 import optax
-from jax.tree_util import KeyPath
 from jax.typing import ArrayLike
 
 from optax_avg import _checks, _leaves
-from optax_avg._checkpoints.rules import Rule, Slices
 from optax_avg._keys import key_maker
-from optax_avg.merging._largest import (
-    Largest,
-    after,
-    is_among,
-    largest_in,
-    largest_on_host,
+from optax_avg.merging import _slices
+from optax_avg.merging.trees import (
+    Rule,
+    Slices,
+    check_alike,
+    merged,
+    total,
+    weighted_sum,
 )
-from optax_avg.merging._products import Products, cosines, joined_products, products
-from optax_avg.merging._trees import check_alike, merged, total, weighted_sum
 
 __all__ = [
     "Scope",
@@ -131,7 +129,7 @@ def ties(
     found = {}
     for group in groups:
         columns = [[xs[i] for xs in leaves] for i in group]
-        found |= zip(group, largest_in(columns, density), strict=True)
+        found |= zip(group, _slices.largest_in(columns, density), strict=True)
     return merged(rule, trees, found)
 
 
@@ -140,19 +138,19 @@ def ties_rule(n: int, density: float, scale: float) -> Rule:
     density = _checks.within("density", density, 0, 1, open_low=True)
     return Rule(
         lambda found, leaves: _elect(leaves[:n], leaves[n], found, scale),
-        lambda slices: largest_on_host(slices, n, density),
-        lambda found, start: [after(some, start) for some in found],
+        lambda slices: _slices.largest_on_host(slices, n, density),
+        lambda found, start: [_slices.after(some, start) for some in found],
     )
 
 
 @jax.jit  # compiled once a shape
 def _elect(
-    xs: list[jax.Array], x0: jax.Array, largest: list[Largest], scale: float
+    xs: list[jax.Array], x0: jax.Array, largest: list[_slices.Largest], scale: float
 ) -> jax.Array:
     """The base plus the mean of the largest elements whose signs agree."""
     taus = [x - x0 for x in xs]
     kept = [
-        jnp.where(is_among(some, jnp.abs(tau)), tau, 0)
+        jnp.where(_slices.is_among(some, jnp.abs(tau)), tau, 0)
         for some, tau in zip(largest, taus, strict=True)
     ]
     elected = jnp.sign(sum(kept[1:], kept[0]))
@@ -211,8 +209,9 @@ def dare(
 
     # Keys depend on names, so that the draws of a leaf do not depend on other leaves.
     paths = [path for path, _ in jax.tree.flatten_with_path(base)[0]]
+    named = lambda path: jax.tree_util.keystr(path, simple=True, separator=".")
     owns = [
-        jax.random.fold_in(key, number_of(_tree_name(path))) if path else key
+        jax.random.fold_in(key, number_of(named(path))) if path else key
         for path in paths
     ]
 
@@ -235,10 +234,6 @@ def dare(
 def number_of(name: str) -> int:
     """The number that :func:`dare` gives a leaf, by its names joined by dots."""
     return zlib.crc32(name.encode())
-
-
-def _tree_name(path: KeyPath) -> str:
-    return jax.tree_util.keystr(path, simple=True, separator=".")
 
 
 def model_stock(models: Sequence[optax.Params], base: optax.Params) -> optax.Params:
@@ -275,14 +270,14 @@ def model_stock_rule(n: int) -> Rule:
     if n < 2:
         raise ValueError(f"model_stock needs at least two models, got {n}.")
 
-    def halves(leaves: list[jax.Array]) -> Products:
+    def halves(leaves: list[jax.Array]) -> _slices.Products:
         # Differences of huge numbers would overflow; those of their halves do not.
         *xs, x0 = leaves
-        return products([x / 2 - x0 / 2 for x in xs])
+        return _slices.products([x / 2 - x0 / 2 for x in xs])
 
     def find(slices: Slices) -> jax.Array:
-        p = total(slices, halves, joined_products)
-        norms, gram = cosines(p)
+        p = total(slices, halves, _slices.joined_products)
+        norms, gram = _slices.cosines(p)
         pairs = jnp.sum(gram) - jnp.sum(norms > 0)
         c = jnp.clip(pairs / (n * (n - 1)), 0, 1)
         return n * c / (1 + (n - 1) * c)

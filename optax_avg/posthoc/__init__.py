@@ -20,8 +20,8 @@ from optax_avg.posthoc.inspection import (
     is_store,
     summarize_average,
     summarize_store,
+    swad_window,
 )
-from optax_avg.posthoc.selection import swad_window
 from optax_avg.posthoc.store import SnapshotStore
 from optax_avg.posthoc.streaming import Stream, stream_average
 from optax_avg.weights import gamma_from_sigma_rel, sigma_rel_from_gamma

@@ -13,8 +13,8 @@ from optax_avg import _leaves, weights
 from optax_avg._checkpoints.leaves import Leaf, Path, path_of
 from optax_avg.averages import AverageState, readout
 from optax_avg.posthoc import _disk, _integrity
-from optax_avg.posthoc._advice import TOLERANCE
 from optax_avg.posthoc._records import PARAMETERS, Grid, KindRecord, Record
+from optax_avg.posthoc._target import TOLERANCE
 
 # Weights of averages by name, as functions of ``(t, dt)``.
 Weights = Mapping[str, weights.Weight]

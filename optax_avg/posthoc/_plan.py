@@ -1,14 +1,15 @@
 """How an average is put together from the snapshots of others."""
 
+import os
+import sys
+import warnings
 from typing import NamedTuple
 
 import jax.numpy as jnp
 import numpy as np
 
-from optax_avg import _numerics
-from optax_avg.posthoc import _disk
-from optax_avg.posthoc._advice import TOLERANCE, Kept, advice_for, combined
-from optax_avg.posthoc._kinds import kinds_of
+from optax_avg import _numerics, _options
+from optax_avg.posthoc import _disk, _timeline
 from optax_avg.posthoc._records import (
     PARAMETERS,
     NoSnapshotError,
@@ -17,16 +18,10 @@ from optax_avg.posthoc._records import (
     averages_of,
     names_in,
 )
-from optax_avg.posthoc._request import Request
-from optax_avg.posthoc._timeline import (
-    Clock,
-    clock_of,
-    of_another_store,
-    out_of_step,
-    placed,
-    uneven,
-)
-from optax_avg.posthoc._warn import warn
+from optax_avg.posthoc._target import TOLERANCE, Kept, Request, advice_for, combined
+
+# What lies between a caller and this room: the room itself, and what completes options.
+HERE = (os.path.dirname(__file__) + os.sep, _options.__file__)
 
 
 class Part(NamedTuple):
@@ -55,7 +50,7 @@ class Plan(NamedTuple):
 
     Attributes:
       parts: Snapshots and their weights.
-      residual: Relative error that is claimed, as in :class:`Coefficients`.
+      residual: Estimated relative error, as in :class:`Coefficients`.
       condition: Condition number of the problem, as in :class:`Coefficients`.
       advice: What would express the target better; empty if it is expressed.
       rounding: Part of ``residual`` that comes from the dtypes of the snapshots.
@@ -83,11 +78,11 @@ def planned(reader: _disk.Reader, records: Records, request: Request) -> Plan:
     same = without_others({record.step: record for record, _ in chosen})
     clock = _clock_of([*same.values()])
     chosen = [(record, name) for record, name in chosen if record.step in clock]
-    kinds = kinds_of(reader, chosen, clock)
+    kinds = _timeline.kinds_of(reader, chosen, clock)
     kept = Kept(
         [name for _, name in chosen],
         [
-            placed(record, name, clock, kinds[record.step, name])
+            _timeline.placed(record, name, clock, kinds[record.step, name])
             for record, name in chosen
         ],
         np.array([_rounding(record, name) for record, name in chosen]),
@@ -140,7 +135,7 @@ def _chosen(
 
 def without_others(records: Records) -> Records:
     """The records of one store; a warning names snapshots that another store wrote."""
-    others = of_another_store([*records.values()])
+    others = _timeline.of_another_store([*records.values()])
     if others:
         warn(
             f"the snapshots of steps {others} are skipped: another store wrote them "
@@ -151,9 +146,9 @@ def without_others(records: Records) -> Records:
     return {s: record for s, record in records.items() if s not in others}
 
 
-def _clock_of(records: list[Record]) -> Clock:
+def _clock_of(records: list[Record]) -> _timeline.Clock:
     """The clock at the snapshots of the newest run; warnings name what is doubtful."""
-    clock = clock_of(records)
+    clock = _timeline.clock_of(records)
     earlier = sorted({record.step for record in records} - set(clock))
     if earlier:
         warn(
@@ -162,7 +157,7 @@ def _clock_of(records: list[Record]) -> Clock:
             f"step={earlier[-1]} is the newest of that run.",
             UserWarning,
         )
-    odd = out_of_step(records, clock)
+    odd = _timeline.out_of_step(records, clock)
     if odd:
         warn(
             f"the averages {sorted(odd)} do not count the same optimizer steps as the "
@@ -170,7 +165,7 @@ def _clock_of(records: list[Record]) -> Clock:
             "names= of averages that rejected the same iterates.",
             UserWarning,
         )
-    for before, after in uneven(records, clock):
+    for before, after in _timeline.uneven(records, clock):
         warn(
             f"between the snapshots of steps {before} and {after} the averages did not "
             "advance as these numbers do. If the training was started anew there, the "
@@ -203,3 +198,14 @@ def warn_of_residual(plan: Plan) -> None:
             f"rounding included ({plan.rounding:.1%}): {plan.advice}",
             UserWarning,
         )
+
+
+def warn(message: str, category: type[Warning]) -> None:
+    """Warns at the line that called the outermost function of this room."""
+    level, depth = 1, 1
+    frame = sys._getframe(1)
+    while frame is not None:
+        if frame.f_code.co_filename.startswith(HERE):
+            level = depth + 1
+        frame, depth = frame.f_back, depth + 1
+    warnings.warn(message, category, stacklevel=level + 1)

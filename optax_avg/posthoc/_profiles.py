@@ -30,7 +30,7 @@ class Coefficients(NamedTuple):
 
     Attributes:
       weights: Weights of the averages, float64 of shape (n,).
-      residual: Relative error that is claimed, ``(|p - sum_i x_i p_i|^2/|p|^2 +
+      residual: Estimated relative error, ``(|p - sum_i x_i p_i|^2/|p|^2 +
         rounding^2)^(1/2)``.
       condition: Condition number of the Gram matrix of the profiles at unit length,
         with the terms of rounding.

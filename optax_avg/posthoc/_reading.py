@@ -8,11 +8,10 @@ from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 from optax_avg.posthoc import _disk
-from optax_avg.posthoc._plan import Plan, planned
+from optax_avg.posthoc._plan import Plan, planned, warn
 from optax_avg.posthoc._records import Record, Records, SnapshotError
-from optax_avg.posthoc._request import Request
+from optax_avg.posthoc._target import Request
 from optax_avg.posthoc._timeline import with_grids
-from optax_avg.posthoc._warn import warn
 
 RENEWALS = 10  # attempts at a snapshot that is replaced while it is read
 

@@ -10,6 +10,7 @@ they were saved are skipped with a warning that names them.
 import contextlib
 from collections.abc import Iterator, Mapping, Sequence
 from types import TracebackType
+from typing import Unpack
 
 import jax
 import jax.numpy as jnp
@@ -19,13 +20,12 @@ from jax.typing import ArrayLike, DTypeLike
 
 from optax_avg import weights as weights_
 from optax_avg._checkpoints.orbax import orbax
-from optax_avg.posthoc import _contents, _disk, _sums, _writer
-from optax_avg.posthoc._plan import Part, Plan, warn_of_residual, without_others
-from optax_avg.posthoc._profiles import Normalization
+from optax_avg.posthoc import _contents, _disk, _writer
+from optax_avg.posthoc._plan import Part, Plan, warn, warn_of_residual, without_others
 from optax_avg.posthoc._reading import records_of, with_plan, without_broken
 from optax_avg.posthoc._records import PARAMETERS, Records, names_in
-from optax_avg.posthoc._request import request_of
-from optax_avg.posthoc._warn import warn
+from optax_avg.posthoc._target import TargetOptions, request_of, with_target
+from optax_avg.posthoc.streaming import Example, assembled, sum_of
 
 __all__ = ["SnapshotStore"]
 
@@ -229,16 +229,10 @@ class SnapshotStore:
         self.wait()
         return _disk.steps_of(self.directory)
 
+    @with_target
     def plan(
         self,
-        *,
-        sigma_rel: float | None = None,
-        half_life: float | None = None,
-        window: int | None = None,
-        weight: weights_.Weight | None = None,
-        step: int | None = None,
-        names: Sequence[str] | None = None,
-        normalize: Normalization = "constrained",
+        **options: Unpack[TargetOptions],
     ) -> Plan:
         """How an average would be put together.
 
@@ -246,8 +240,9 @@ class SnapshotStore:
         of the oldest state in the newest snapshot, without those whose iterates were
         rejected because they were not finite. The result is an average of the steps
         ``start + every i``, ``i = 1, 2, ...``, on this clock: ``start`` is the earliest
-        start of the averages, ``every`` the largest stride whose steps contain the
-        iterates of all. If averages of one stride are combined, it is the average that
+        start of the averages, and ``every`` is the largest stride whose steps contain
+        the iterates of all: 2 if one average took every 4th and another every 6th step.
+        If averages of one stride are combined, it is the average that
         ``oa.average(weight, every=every, start=start)`` would have made.
 
         Only snapshots of the newest run are used. A run ends where the states of all
@@ -255,48 +250,20 @@ class SnapshotStore:
         training went on.
 
         Args:
-          sigma_rel: Relative width of a power function, in (0, 12^-1/2).
-          half_life: Half-life of an EMA in optimizer steps, as in
-            :func:`optax_avg.weights.half_life`. Its weights on the iterates sum to one,
-            as in ``weights.ema``; the initial parameters have no weight.
-          window: Number of latest optimizer steps for a uniform mean.
-          weight: Any other weight ``w(t)`` or ``w(t, dt)`` of
-            :mod:`optax_avg.weights`.
-          step: Training step at which the average ends, one of :meth:`steps`; by
-            default the last.
-          names: Names of the averages to combine; by default all.
-          normalize: How the weights of snapshots are normalised, as in
-            :func:`optax_avg.posthoc.coefficients`.
+          **options: Which average is wanted.
 
         Returns:
           A :class:`Plan`.
-
-        Raises:
-          ValueError: If not exactly one target is given, or there are no snapshots.
         """
-        request = request_of(
-            sigma_rel=sigma_rel,
-            half_life=half_life,
-            window=window,
-            weight=weight,
-            step=step,
-            names=names,
-            normalize=normalize,
-        )
+        request = request_of(**options)
         self._check_saved()
         return with_plan(self.directory, request, lambda reader, left, plan: plan)
 
+    @with_target
     def reconstruct(
         self,
-        params: _sums.Example | None = None,
-        *,
-        sigma_rel: float | None = None,
-        half_life: float | None = None,
-        window: int | None = None,
-        weight: weights_.Weight | None = None,
-        step: int | None = None,
-        names: Sequence[str] | None = None,
-        normalize: Normalization = "constrained",
+        params: Example | None = None,
+        **options: Unpack[TargetOptions],
     ) -> optax.Params:
         """An average that was not kept, combined from the snapshots.
 
@@ -309,42 +276,26 @@ class SnapshotStore:
           params: A tree of arrays or of ``jax.ShapeDtypeStruct``. The result has its
             structure, dtypes and shardings, and takes leaves that were not averaged
             from it. By default the result consists of nested dicts in float32 or wider.
-          sigma_rel: Relative width of a power function, in (0, 12^-1/2).
-          half_life: Half-life of an EMA, in optimizer steps.
-          window: Number of latest optimizer steps for a uniform mean.
-          weight: Any other weight of :mod:`optax_avg.weights`.
-          step: Training step at which the average ends; by default the last.
-          names: Names of the averages to combine; by default all.
-          normalize: How the weights of snapshots are normalised, as in
-            :func:`optax_avg.posthoc.coefficients`.
+          **options: Which average is wanted.
 
         Returns:
           A tree like ``params``.
 
         Raises:
-          ValueError: If not exactly one target is given, there are no snapshots, or
-            ``params`` has other leaves.
+          ValueError: If ``params`` has other leaves.
         """
-        request = request_of(
-            sigma_rel=sigma_rel,
-            half_life=half_life,
-            window=window,
-            weight=weight,
-            step=step,
-            names=names,
-            normalize=normalize,
-        )
+        request = request_of(**options)
         self._check_saved()
 
         def made(reader: _disk.Reader, left: Records, plan: Plan) -> optax.Params:
             warn_of_residual(plan)
-            return _sums.assembled(_sums.sum_of(reader, left, plan.parts), params)
+            return assembled(sum_of(reader, left, plan.parts), params)
 
         return with_plan(self.directory, request, made)
 
     def mean(
         self,
-        params: _sums.Example | None = None,
+        params: Example | None = None,
         *,
         steps: Sequence[int] | np.ndarray | None = None,
         name: str = PARAMETERS,
@@ -389,7 +340,7 @@ class SnapshotStore:
                 if not whole:
                     raise ValueError(f"no snapshot of {name!r} could be read.")
                 parts = [Part(s, name, 1 / len(whole)) for s in whole]
-                return _sums.assembled(_sums.sum_of(reader, left, parts), params)
+                return assembled(sum_of(reader, left, parts), params)
 
             return without_broken(reader, records, made)
 

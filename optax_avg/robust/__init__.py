@@ -1,5 +1,5 @@
 """Robust locations of gradients over iterations, examples, workers and objectives."""
 
-from optax_avg.robust._row_checks import NotStackedError
+from optax_avg.robust._gradients import NotStackedError
 
 __all__ = ["NotStackedError"]

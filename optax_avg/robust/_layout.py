@@ -18,12 +18,12 @@ from optax_avg.robust._gradients import (
     ByPosition,
     Leaf,
     Tree,
+    check_axis,
     check_number,
     flatten,
     flatten_with_names,
 )
 from optax_avg.robust._options import AxisName
-from optax_avg.robust._row_checks import axis_names, check_axis
 
 SMALL = 2**14  # elements a row; smaller leaves are joined, to be one program each
 
@@ -105,7 +105,7 @@ def place(layout: Layout, located: list[jax.Array], tree: Tree) -> Tree:
 
 def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """``x`` of every device on every device, alike on all: shape (devices, ...)."""
-    x = _mesh.vary(x, axis_names(axis_name))
+    x = _mesh.vary(x, _mesh.axis_names(axis_name))
     namespace: Any = lax
     if not _mesh.varying_axes(x):
         return lax.all_gather(x, axis_name)
@@ -150,7 +150,7 @@ def _first(name: str, x: Leaf, axis: int | None) -> Leaf:
 
 def _groups(stacked: ByPosition) -> list[list[int]]:
     """Positions of the leaves that are joined: the small ones of one dtype."""
-    groups: dict[Any, list[int]] = {}
+    groups: dict[str | int, list[int]] = {}
     for i, x in stacked.items():
         small = _mesh.is_local(x) and x[0].size < SMALL
         groups.setdefault(str(x.dtype) if small else i, []).append(i)
@@ -176,6 +176,6 @@ def _padded(x: jax.Array, axis_name: AxisName) -> jax.Array:
 
 def _exchanged(x: jax.Array, axis_name: AxisName) -> jax.Array:
     """Own rows of all coordinates for all rows of own coordinates, (n, width)."""
-    x = _mesh.vary(x, axis_names(axis_name))
+    x = _mesh.vary(x, _mesh.axis_names(axis_name))
     received = lax.all_to_all(x, axis_name, split_axis=1, concat_axis=0, tiled=True)
     return received.reshape(-1, x.shape[-1])

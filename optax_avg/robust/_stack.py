@@ -171,7 +171,10 @@ def _sum_over_chunks(
         index, centre = centre, None
 
     def around(columns, z):
-        return f(columns, z if index is None else _row(columns, index))
+        if index is not None:
+            z = lax.dynamic_index_in_dim(columns, index, keepdims=False)
+            z = _numerics.wide(z)
+        return f(columns, z)
 
     count, width = _chunks(x)
     if not width:
@@ -213,10 +216,6 @@ def _by_chunks(f: Callable[[jax.Array], jax.Array], x: jax.Array) -> jax.Array:
         return lax.dynamic_update_slice_in_dim(whole, part(i), begin, whole.ndim - 1)
 
     return lax.fori_loop(0, count, write, zeros)
-
-
-def _row(x: jax.Array, i: jax.Array) -> jax.Array:
-    return _numerics.wide(lax.dynamic_index_in_dim(x, i, keepdims=False))
 
 
 def _inner(x: jax.Array) -> jax.Array:

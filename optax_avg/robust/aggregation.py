@@ -14,7 +14,7 @@ result is zero, or the location so far.
 """
 
 from collections.abc import Callable
-from typing import Any, Unpack
+from typing import Any, NamedTuple, Unpack
 
 import jax
 import jax.numpy as jnp
@@ -22,22 +22,14 @@ import optax
 from jax import lax
 from optax.experimental import aggregating
 
-from optax_avg import _checks, _leaves
-from optax_avg.robust import _layout, _ranks, _stack
-from optax_avg.robust._aggregator import (
-    AggregationState,
-    aggregator,
-    element_axis,
-    memoryless,
-)
-from optax_avg.robust._centred import FAR, centred, factored, invertible, scales
-from optax_avg.robust._gradients import Tree, clip_factor, equal_weights
-from optax_avg.robust._gram_rules import (
-    clipped_rounds,
-    flag_mean,
-    group_means,
-    krum_scores,
-    weiszfeld,
+from optax_avg import _checks, _leaves, _numerics
+from optax_avg.robust import _gram_rules, _layout, _ranks, _stack
+from optax_avg.robust._gradients import (
+    Tree,
+    check_rows,
+    clip_factor,
+    counter,
+    equal_weights,
 )
 from optax_avg.robust._options import (
     INFINITY,
@@ -47,7 +39,6 @@ from optax_avg.robust._options import (
     with_one_pass_options,
     with_row_options,
 )
-from optax_avg.robust._row_checks import check_rows
 from optax_avg.robust._stack import Stack
 from optax_avg.robust.distances import Distance
 from optax_avg.robust.location import Tau, track_location
@@ -63,6 +54,72 @@ __all__ = [
     "one_pass_location",
     "trimmed_mean",
 ]
+
+# What a rule keeps from one step to the next: a tree of arrays.
+Memory = Any
+Rule = Callable[[Stack, Memory, jax.Array], tuple[list[jax.Array], Memory]]
+
+
+class AggregationState(NamedTuple):
+    """State of an aggregator.
+
+    Attributes:
+      aggregation_step: Number of calls of ``update``, int32; schedules are called with
+        it.
+      left_out: Number of rows that were not finite so far, int32.
+      aggregation_memory: ``()``, the location of :func:`optax_avg.centered_clip` in
+        float32 or wider, or the PRNG key of :func:`optax_avg.pcgrad`.
+    """
+
+    aggregation_step: jax.Array
+    left_out: jax.Array
+    aggregation_memory: Memory
+
+
+def aggregator(
+    rule: Rule,
+    remember: Callable[[optax.Params], Memory] = lambda params: (),
+    *,
+    per_elt_axis: int | None = None,
+    axis_name: AxisName = None,
+) -> aggregating.Aggregator:
+    """An aggregator from a rule and its first memory, a function of the parameters."""
+    axis = element_axis(per_elt_axis, axis_name)
+
+    def init_fn(params: optax.Params) -> AggregationState:
+        return AggregationState(counter(), counter(), remember(params))
+
+    def update_fn(
+        updates: optax.Updates,
+        state: Any,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, AggregationState]:
+        del extra_args
+        check_rows(updates, params, axis, axis_name)
+        stack = _stack.stack_of(updates, axis, axis_name)
+        leaves, memory = [], state.aggregation_memory
+        if stack.rows:
+            leaves, memory = rule(stack, memory, state.aggregation_step)
+        bad = jnp.sum(~stack.valid).astype(jnp.int32)
+        top = jnp.iinfo(jnp.int32).max
+        return _layout.place(stack.layout, leaves, stack.blank), AggregationState(
+            _numerics.count_if(jnp.asarray(True), state.aggregation_step),
+            jnp.where(state.left_out > top - bad, top, state.left_out + bad),
+            memory,
+        )
+
+    return aggregating.Aggregator(_leaves.shapes_for_shapes(init_fn), update_fn)
+
+
+def memoryless(rule: Callable[[Stack], list[jax.Array]]) -> Rule:
+    """A rule that depends on the rows alone."""
+    return lambda stack, memory, step: (rule(stack), memory)
+
+
+def element_axis(per_elt_axis: int | None, axis_name: AxisName) -> int | None:
+    """Axis of the elements: 0 by default, none if each device holds one element."""
+    return 0 if per_elt_axis is None and axis_name is None else per_elt_axis
 
 
 @with_row_options
@@ -141,18 +198,17 @@ def geometric_median(
 ) -> aggregating.Aggregator:
     """``argmin_z sum_i |v_i - z|`` by the smoothed Weiszfeld algorithm.
 
-    ``z <- sum_i beta_i v_i / sum_i beta_i``, ``beta_i = 1/max(nu, |v_i - z|)``, from
-    the mean of the half of the rows that is closest to one of them. Rounds are on
-    ``n`` coefficients and cost next to nothing.
+    ``z <- sum_i beta_i v_i / sum_i beta_i``, ``beta_i = 1/max(nu, |v_i - z|)``. It
+    starts at the mean of the ``n/2`` rows that are nearest to the most central row.
+    Rounds are on ``n`` coefficients and cost next to nothing.
 
     With ``f < n/2`` bad rows, whatever they are, the distance of the geometric median
     from any point is at most ``2 (n - f)/(n - 2 f)`` times that of the farthest good
     row.
 
     Args:
-      nu: Smallest distance that counts, positive, in units of the gradients. It is
-        lowered to the median distance of the rows from the middle one, so that small
-        rows keep their location.
+      nu: Distance below which all distances count alike, positive, in units of the
+        gradients. It is lowered automatically for gradients that are smaller.
       num_iters: Number of rounds, at least 1.
       **options: Options of every aggregator.
 
@@ -216,7 +272,7 @@ def median_of_means(
     """
     _checks.check_integer("groups", groups, 1)
     median = _geometric_median(nu, num_iters)
-    rule = lambda stack: median(group_means(stack, groups))
+    rule = lambda stack: median(_gram_rules.group_means(stack, groups))
     return aggregator(memoryless(rule), **options)
 
 
@@ -225,9 +281,13 @@ def _geometric_median(nu: float, num_iters: int) -> Callable[[Stack], list[jax.A
     _checks.check_integer("num_iters", num_iters, 1)
 
     def rule(stack):
-        found = centred(stack, lambda count: count // 2)
-        least = jnp.maximum(jnp.minimum(nu, found.typical) / found.unit, 1 / FAR)
-        return found.combine(weiszfeld(found.gram, found.valid, least, num_iters))
+        found = _gram_rules.centred(stack, lambda count: count // 2)
+        least = jnp.maximum(
+            jnp.minimum(nu, found.typical) / found.unit, 1 / _gram_rules.FAR
+        )
+        return found.combine(
+            _gram_rules.weiszfeld(found.gram, found.valid, least, num_iters)
+        )
 
     return rule
 
@@ -275,13 +335,13 @@ def centered_clip(
         stack = stack._replace(valid=stack.valid & jnp.isfinite(size))
         share = equal_weights(stack.valid)
         size = jnp.where(stack.valid, size, 0)
-        unit = invertible(radius)
-        scale = scales(size, unit)
+        unit = _gram_rules.invertible(radius)
+        scale = _gram_rules.scales(size, unit)
         c = share * clip_factor(radius / unit, scale * size)
         if num_iters > 1:
             matrix = _stack.gram(stack, scale, m)
-            c = clipped_rounds(matrix, share, radius / unit, c, num_iters)
-        weights, factors, total = factored(c, size, unit)
+            c = _gram_rules.clipped_rounds(matrix, share, radius / unit, c, num_iters)
+        weights, factors, total = _gram_rules.factored(c, size, unit)
         pulled = _stack.combine(stack, weights, factors)
         leaves = [(1 - total) * a + b for a, b in zip(m, pulled, strict=True)]
         return leaves, _layout.place(stack.layout, leaves, memory)
@@ -330,8 +390,8 @@ def krum(
         _check_count(stack, least, f"krum({num_byzantine}, {num_selected})")
         # So many rows are neighbours of the best one, or are averaged.
         rank = max(len(stack.valid) - num_byzantine - 2, num_selected - 1)
-        found = centred(stack, lambda _: rank)
-        score = krum_scores(found.gram, found.valid, num_byzantine)
+        found = _gram_rules.centred(stack, lambda _: rank)
+        score = _gram_rules.krum_scores(found.gram, found.valid, num_byzantine)
         place = jnp.argsort(jnp.argsort(score))
         chosen = (place < num_selected) & found.valid
         return _stack.combine(stack, equal_weights(chosen))
@@ -381,7 +441,7 @@ def flag_aggregator(
 
     def rule(stack):
         _check_count(stack, rank, f"flag_aggregator({rank})")
-        return flag_mean(stack, rank, num_iters)
+        return _gram_rules.flag_mean(stack, rank, num_iters)
 
     return aggregator(memoryless(rule), **options)
 

@@ -83,7 +83,8 @@ def clip_by_zscore(
     those of the norms so far, without norms above 100 times their median.
 
     As published, the rule follows slow changes of the norms only. Norms that rise at
-    once by several times their deviation, and stay there, are clipped for good.
+    once by several times their deviation, and stay there, are clipped for the rest of
+    the training.
 
     Args:
       z_max: Largest number of deviations, positive.
@@ -260,14 +261,15 @@ def clip_by_ema_norm(
     smallest norm of each leaf. After it ``limit = lambda_rel gamma`` and ``gamma <-
     decay gamma + (1 - decay) min(|g|, limit)``.
 
-    A leaf whose gradients have all been zero has no ``gamma`` yet and is not clipped.
-    In the paper it would stay at zero for ever. Gradients of zero leave ``gamma``
-    alone, and so do global norms above ``1e6 lambda_abs`` in the warm-up.
+    Gradients of zero do not change ``gamma``. A leaf whose gradients have all been zero
+    is not clipped; in the paper it would stay at zero for ever. In the warm-up, global
+    norms above ``1e6 lambda_abs`` do not change ``gamma`` either.
 
     Args:
       lambda_rel: Limit of each leaf in units of ``gamma``, at least 1.
       decay: Decay of ``gamma``, in [0, 1].
-      lambda_abs: Limit of the global norm in the warm-up, positive.
+      lambda_abs: Limit of the global norm in the warm-up, positive, in units of the
+        gradients.
       warmup_steps: Number of steps of the warm-up, at least 1.
 
     Returns:
@@ -320,8 +322,9 @@ def clip_redescending(
     gradient grows.
 
     Args:
-      scale: Size at which the result is largest, positive. The default is ``1/max|g|``
-        of each leaf, as in Gravity.
+      scale: Size at which the result is largest, positive, in units of the gradients.
+        The default is ``1/max|g|`` of each leaf, the formula of Gravity, which has no
+        consistent unit: large gradients give small results.
 
     Returns:
       A transformation with the state :class:`ClipState`, which counts gradients that

@@ -53,7 +53,7 @@ class Step(NamedTuple):
 
 
 # (differences of one group of leaves, tau) -> step; tau is a scalar.
-ProximalStep = Callable[[Leaves, Any], Step]
+ProximalStep = Callable[[Leaves, Number], Step]
 
 
 class Distance(NamedTuple):

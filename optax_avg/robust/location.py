@@ -93,13 +93,15 @@ def adaptive_radius(
     """A radius that follows a quantile of the sizes of ``g - m``, whatever their scale.
 
     ``tau <- tau exp(-rate (1[size <= tau] - quantile))``; for element-wise distances
-    the share of elements stands in place of the indicator.
+    the share of elements stands in place of the indicator. The first size that is seen
+    sets ``tau`` unless ``init`` does. A sample equal to ``m`` does not change it.
 
     Args:
       quantile: Share of the samples that stay within the radius, in [0, 1]; 0.5 clips
         every other sample.
-      rate: Rate of the updates, positive. A factor of 10^4 takes ``ln(10^4)/(rate
-        quantile)`` steps upwards, and ``ln(10^4)/(rate (1 - quantile))`` downwards.
+      rate: Rate of the updates, positive. At the defaults the radius grows or shrinks
+        by a factor of 10 in 23 steps, ``ln(10)/(rate quantile)`` upwards and
+        ``ln(10)/(rate (1 - quantile))`` downwards.
       init: First radius, positive. The default is the first size that is seen.
 
     Returns:
@@ -237,7 +239,10 @@ def track_location(
 def vclip(
     tau: Tau, **options: Unpack[LocationOptions]
 ) -> optax.GradientTransformationExtraArgs:
-    """VClip: ``m <- m + min(1, tau/|g - m|) (g - m)``, a median of gradient vectors.
+    """VClip: ``m <- m + min(1, tau/|g - m|) (g - m)``.
+
+    With many steps at a small ``tau``, ``m`` estimates the geometric median of the
+    gradients. From ``tau >= |g - m|`` on, ``m`` is the gradient.
 
     Args:
       tau: Radius, not negative: a float, a schedule, or an :func:`adaptive_radius`.
@@ -265,7 +270,9 @@ def vclip(
 def cclip(
     tau: Tau, **options: Unpack[LocationOptions]
 ) -> optax.GradientTransformationExtraArgs:
-    """CClip: ``m <- m + clip(g - m, -tau, tau)``, a median element by element.
+    """CClip: ``m <- m + clip(g - m, -tau, tau)``.
+
+    With many steps at a small ``tau``, ``m`` estimates the median of every element.
 
     Args:
       tau: Radius, not negative: a float, a schedule, or an :func:`adaptive_radius`.

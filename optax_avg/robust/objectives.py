@@ -17,7 +17,6 @@ from optax.experimental import aggregating
 from optax_avg import _checks
 from optax_avg._keys import key_maker
 from optax_avg.robust import _stack
-from optax_avg.robust._aggregator import aggregator, memoryless
 from optax_avg.robust._gradients import clip_factor, equal_weights, quotient
 from optax_avg.robust._options import INFINITY, RowOptions, with_row_options
 from optax_avg.robust._quadratic import (
@@ -26,6 +25,7 @@ from optax_avg.robust._quadratic import (
     shortest,
 )
 from optax_avg.robust._stack import Stack
+from optax_avg.robust.aggregation import aggregator, memoryless
 
 __all__ = ["cagrad", "mgda", "pcgrad", "upgrad"]
 
@@ -39,9 +39,9 @@ Weights = Callable[[jax.Array, jax.Array], jax.Array]
 def mgda(**options: Unpack[RowOptions]) -> aggregating.Aggregator:
     """The shortest convex combination of the gradients, ``min_w |sum_i w_i g_i|``.
 
-    No objective gets worse along it. It is zero where none can get better unless
-    another gets worse. If gradients are zero, or below 1e-18 of the largest, it is the
-    mean of these.
+    No objective gets worse along it, to first order. It is zero at Pareto-stationary
+    points. If gradients are zero, or below 1e-18 of the largest, it is the mean of
+    these.
 
     Args:
       **options: Options of every aggregator.
@@ -106,11 +106,11 @@ def cagrad(c: float = 0.5, **options: Unpack[RowOptions]) -> aggregating.Aggrega
     |g_w|``; not rescaled. It keeps to ``|d - g_0| <= c |g_0|`` to rounding, however
     nearly gradients cancel.
 
-    At points that are Pareto-stationary, ``g_w = 0``, and many directions are as good:
-    ``d`` is the one closest to ``g_0``. For ``c < 1`` it is zero only where ``g_0`` is,
-    so that descent goes on to a stationary point of the mean loss. For ``c >= 1`` it
-    may rest at any Pareto-stationary point. Gradients that are zero, or below 1e-18 of
-    the largest, ask for nothing.
+    Gradients that are zero, or below 1e-18 of the largest, are ignored. For ``c < 1``
+    the direction is zero only where ``g_0`` is, so descent goes on to a stationary
+    point of the mean loss. For ``c >= 1`` it may stop at any Pareto-stationary point.
+    At such points, where ``g_w = 0``, the direction is the best one that is closest to
+    ``g_0``.
 
     Args:
       c: Largest distance to the mean gradient in units of its norm, not negative. At 0

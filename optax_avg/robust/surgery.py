@@ -57,7 +57,8 @@ def perp_grad(
 ) -> optax.GradientTransformationExtraArgs:
     """The part of the gradient that does not scale the parameters.
 
-    ``g - <g, x>/|x|^2 x``: along ``x`` the loss falls by naive scaling of the logits.
+    ``g - <g, x>/|x|^2 x``. The part along ``x`` lowers the loss of a classifier by
+    scaling its logits up, without a change of its predictions.
 
     Args:
       scope: Leaves that share an inner product: ``"global"`` for all, as in the paper,
@@ -133,10 +134,10 @@ def bloop(
     project_on: Literal["previous", "updated"] = "previous",
     init: Start = "first",
 ) -> optax.GradientTransformationExtraArgs:
-    """The main gradient plus what of the auxiliary ones does not oppose its EMA.
+    """Adds auxiliary gradients after removing their component along the main one.
 
-    ``g + lam sum_k (a_k - <a_k, m>/|m|^2 m)``, ``m <- (1 - ema_rate) m + ema_rate g``:
-    to first order the auxiliary losses are minimised among the minimisers of the main.
+    ``g + lam sum_k (a_k - <a_k, m>/|m|^2 m)``, ``m <- (1 - ema_rate) m + ema_rate g``.
+    The auxiliary losses fall without a change of the main loss, to first order.
 
     A main gradient that is not finite gives zeros and leaves ``m`` alone. An auxiliary
     gradient that is not finite is left out.

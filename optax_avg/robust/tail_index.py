@@ -1,8 +1,8 @@
 """How heavy are the tails of gradient noise: ``P(|x| > s) ~ s^-alpha``.
 
-Below 2 the variance is infinite, and at 1 there is no mean either: a mean of gradients
-does not get better with their number, but locations as in
-:mod:`optax_avg.robust.location` do. Noise is taken as the difference of two gradients
+If ``alpha`` is below 2, the variance is infinite; at 1 and below there is no mean
+either. A mean of more gradients is then no better than one of few. A robust location,
+such as :func:`optax_avg.vclip`, is. Noise is taken as the difference of two gradients
 in a row: their common part cancels, and the index stays.
 """
 

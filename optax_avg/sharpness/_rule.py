@@ -46,17 +46,6 @@ InitMemory = Callable[[optax.Params], Memory]
 Due = Callable[[RuleState], jax.Array]
 
 
-def _no_memory(params: optax.Params) -> Memory:
-    del params
-    return ()
-
-
-def _no_direction(
-    i: int, params: optax.Params, grads: Grads, state: RuleState
-) -> optax.Updates | None:
-    del i, params, grads, state
-
-
 class SharpnessRule(NamedTuple):
     """A method of the sharpness family, independent of how it is used.
 
@@ -74,8 +63,9 @@ class SharpnessRule(NamedTuple):
       num_ascents: Number of leading evaluations from which offsets and directions are
         made. An ``ascent_fn`` of :func:`sharpness_aware` takes these.
       in_result: Indices of those leading evaluations that ``combine`` uses; None for
-        all. With an ``ascent_fn`` each of them is evaluated twice: ``probe`` and
-        ``direction`` get the gradient of the ascent, ``combine`` that of the loss.
+        all. SAM's result is its last gradient, so its ``in_result`` is ``()``; GSAM's
+        contains ``g0``, so it is None. Only an ``ascent_fn`` makes a difference:
+        each index costs a gradient of the loss beside that of the ascent.
       due: ``state -> bool``, whether this step takes all evaluations. None means every
         step does.
       skip: ``(params, g_0, state) -> (gradient, memory)``, the result of a step that
@@ -86,8 +76,8 @@ class SharpnessRule(NamedTuple):
     num_evals: int
     probe: Probe
     combine: Combine
-    init_memory: InitMemory = _no_memory
-    direction: Direction = _no_direction
+    init_memory: InitMemory = lambda params: ()
+    direction: Direction = lambda i, params, grads, state: None
     num_ascents: int = 1
     in_result: tuple[int, ...] | None = None
     due: Due | None = None
@@ -258,7 +248,7 @@ def _like(gradient: optax.Updates, g: optax.Updates) -> optax.Updates:
     )
 
 
-def refuse_masked(name: str, tree: Any) -> None:
+def refuse_masked(name: str, tree: optax.Params) -> None:
     """Raises if a tree is masked, because the loss cannot be called on it.
 
     Raises:

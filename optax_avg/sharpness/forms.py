@@ -10,7 +10,7 @@ rules are in :mod:`optax_avg.rules`.
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, Literal, Protocol
 
 import jax
@@ -69,19 +69,21 @@ def sharpness_aware(
     Value and aux are those of the first evaluation. It is at the clean parameters,
     except for ``momentum_sam``, which has no clean evaluation.
 
+    With an ``ascent_fn``, rules whose result is the last gradient cost as much as
+    without. ``gsam``, ``gnp``, ``wsam``, ``cr_sam``, ``gradient_regularisation``,
+    ``gam_hvp`` and the SAM steps of ``look_sam`` take one gradient more, ``gam`` takes
+    three more. A step that is not due costs one gradient of the loss and the value of
+    ``ascent_fn``.
+
     Args:
       value_and_grad_fn: ``(params, *args, **kwargs) -> (value, grads)``, or
         ``((value, aux), grads)`` with ``has_aux``, as from ``jax.value_and_grad``.
       rule: A rule from :mod:`optax_avg.rules`.
       has_aux: Whether the functions return an aux.
       ascent_fn: Function like ``value_and_grad_fn`` for the ascent, such as the loss
-        without L2 or on part of the batch. Offsets are made from its gradients alone,
-        the result from those of the loss alone. Value and aux are then those of
-        ``ascent_fn`` at the clean parameters, at every step. Rules whose result is the
-        last gradient cost as much as before. ``gsam``, ``gnp``, ``wsam``, ``cr_sam``,
-        ``gradient_regularisation``, ``gam_hvp`` and the SAM steps of ``look_sam`` take
-        one gradient more, ``gam`` takes three more. A step that is not due costs one
-        gradient of the loss and the value of ``ascent_fn``.
+        without L2 or on part of the batch. Offsets are made from its gradients, the
+        result from those of the loss. Value and aux are then those of ``ascent_fn`` at
+        the clean parameters.
       axis_name: Mapped axis or axes over which gradients and value are averaged.
       perturbation: ``"local"``: each device ascends along its own gradient
         (m-sharpness). ``"global"``: all ascend along the average over all axes. Names
@@ -130,7 +132,7 @@ def sharpness_aware(
     rest_axes = tuple(name for name in axes if name not in ascent_axes)
     mean = functools.partial(_mean, axes=rest_axes) if rest_axes else None
 
-    def sharp(params, state=None, *args, **kwargs):
+    def sharp(params, state: Any = None, *args, **kwargs):
         _mixups.refuse_no_rule_state(state)
         _mesh.require_mapped(axes)
 
@@ -290,7 +292,9 @@ def as_link(
     return optax.GradientTransformationExtraArgs(init, update)
 
 
-def _ascent_axes(perturbation: Perturbation, axes: tuple[str, ...]) -> tuple[str, ...]:
+def _ascent_axes(
+    perturbation: Perturbation, axes: tuple[Hashable, ...]
+) -> tuple[Hashable, ...]:
     """The axes over which the ascent is averaged.
 
     Raises:
@@ -313,7 +317,7 @@ def _ascent_axes(perturbation: Perturbation, axes: tuple[str, ...]) -> tuple[str
     return found
 
 
-def _mean(tree: Any, axes: tuple[str, ...]) -> Any:
+def _mean(tree: Any, axes: tuple[Hashable, ...]) -> Any:
     """The mean of the float leaves over mapped axes."""
     if not axes:
         return tree

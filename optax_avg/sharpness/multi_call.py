@@ -62,16 +62,17 @@ def multi_call(
 ) -> optax.GradientTransformationExtraArgs:
     """Makes an optimizer for trainers that compute one gradient per call.
 
-    Every call gets the gradient at the parameters that the last call led to. The first
-    ``num_evals - 1`` calls move them to the next place where the rule needs a gradient.
-    The last call moves them to where ``optimizer`` steps from the clean parameters.
-    Evaluate and save :func:`clean_params`, not the parameters in between.
+    A step of SAM then takes two calls. Every call gets the gradient at the parameters
+    that the last call led to. The first ``num_evals - 1`` calls move them to the next
+    place where the rule needs a gradient. The last call moves them to where
+    ``optimizer`` steps from the clean parameters. Evaluate and save
+    :func:`clean_params`, not the parameters in between.
 
     The clean parameters are kept in the state, and ``optimizer`` changes them exactly
     as it would without a rule. The updates lead to the parameters of the next call, in
     the wider dtype of gradients and parameters. If an offset is larger than a weight,
     the way back is rounded, and the parameters may differ from the clean ones by one
-    rounding of the offset. No later call inherits that difference.
+    rounding of the offset. Such differences do not accumulate.
 
     Anything else that changes the parameters between calls (a write-back, clipping, a
     restored checkpoint) is undone by the next call: make it part of ``optimizer``, or
@@ -261,7 +262,7 @@ def _step(
     return _start(rule, lax.cond(sound, step, void, state))
 
 
-def clean_params(state: Any, params: Params) -> Params:
+def clean_params(state: optax.OptState, params: Params) -> Params:
     """The parameters without offset, from the state of :func:`multi_call`.
 
     Args:
@@ -353,7 +354,7 @@ def _choose(condition: jax.Array, new: optax.Params, old: optax.Params) -> optax
     )
 
 
-def _finite(*trees: Any) -> jax.Array:
+def _finite(*trees: optax.Params) -> jax.Array:
     """Whether all floats in all trees are finite."""
     return _numerics.all_finite(
         [x for x in jax.tree.leaves(trees) if _leaves.is_float(x)]

@@ -183,9 +183,9 @@ def asam(
 ) -> SharpnessRule:
     """Adaptive SAM: ``d = rho T^2 g0/|T g0|`` with ``T = |x| + eta``, result ``gd``.
 
-    The authors adapt only leaves named "weight"; other leaves have ``T = 1``. With
-    ``eta = 0`` the rule is invariant to rescalings of the weights that leave the loss
-    unchanged.
+    All leaves are adapted by default. The authors' code adapts only leaves named
+    "weight", and others have ``T = 1``: choose them with ``where``. With ``eta = 0``
+    the rule is invariant to rescalings of the weights that leave the loss unchanged.
 
     Args:
       rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
@@ -280,7 +280,7 @@ def sparse_sam(
       rho: Radius; a number, a schedule, or a tree of them like a prefix of params.
       sparsity: Share of the parameters that is not perturbed, in [0, 1), rounded down
         to a whole number of them.
-      refresh: Least number of steps between two masks, at least 1.
+      refresh: Number of steps for which a mask is used, at least 1.
 
     Returns:
       A rule of 2 gradients that remembers a mask.
@@ -360,9 +360,10 @@ def sam_on(
     ``d = rho T^2 g0/|T g0|`` on the selected leaves, 0 elsewhere, result ``gd``.
 
     By default a leaf is selected by its own name and that of the module that holds it.
-    Modules further out do not count: in ``["PreNorm_0"]["Dense_0"]["kernel"]`` the
-    names are ``Dense_0`` and ``kernel``. Names are split into words at ``/``, ``.``,
-    ``_``, digits and capitals. A leaf is perturbed if one of the words
+    Only the name of the leaf and that of the module around it are looked at: in
+    ``["PreNorm_0"]["Dense_0"]["kernel"]`` the names are ``Dense_0`` and ``kernel``.
+    Names are split into words at ``/``, ``.``, ``_``, digits and capitals. A leaf is
+    perturbed if one of the words
 
     - ends in ``norm`` or ``norms`` (``BatchNorm_0``, ``rms_norm``, ``layernorm``,
       ``norm1``), or is ``normalization`` or ``normalisation``, or

@@ -1,26 +1,83 @@
-"""Merges of trees, leaf by leaf, in float32 or wider."""
+"""Merges of trees, leaf by leaf, in float32 or wider.
+
+    x = combine(find(x_1, ..., x_n), x_1, ..., x_n)
+
+A :class:`Rule` is such a merge of one leaf, which may come slice by slice: ``combine``
+goes element by element.
+"""
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
-from typing import Any, TypeVar
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax.core import Tracer
 from jax.tree_util import KeyPath
+from jax.typing import ArrayLike
 
-from optax_avg import _leaves
-from optax_avg._checkpoints.alike import ONLY, difference
-from optax_avg._checkpoints.leaves import Leaf
-from optax_avg._checkpoints.rules import Found, Rule, Slices, check_fault, widened
+from optax_avg import _leaves, _numerics
+from optax_avg._checkpoints.leaves import ONLY, Leaf, difference
 
+__all__ = [
+    "Found",
+    "Rule",
+    "Slices",
+    "Weights",
+    "check_alike",
+    "check_fault",
+    "checked_weights",
+    "merged",
+    "total",
+    "weighted_sum",
+    "widened",
+]
+
+# Slices of one leaf in all trees, in order, as arrays of any dtype. Each call begins
+# again at the first element.
+Slices = Callable[[], Iterator[Sequence[ArrayLike]]]
+# What a rule must know of a whole leaf: None, arrays, or a tuple of them.
+Found = Any
 # What JAX knows of the containers of a tree.
 Structure = Any
 # One weight for each model.
 Weights = Sequence[float] | np.ndarray | jax.Array
 
 _T = TypeVar("_T")
+
+
+class Rule(NamedTuple):
+    """A merge of one leaf of several trees.
+
+    Attributes:
+      combine: Takes what was found and a slice of each tree, and returns the merged
+        slice.
+      find: Takes all slices and returns what ``combine`` must know of the whole leaf.
+      after: Takes what was found and a number of elements, and returns what ``combine``
+        must know of a slice that begins after so many.
+      fault: Whether a slice holds what cannot be merged; None if there is no such
+        thing.
+      complaint: What must hold of every leaf, for the error if ``fault`` is true.
+    """
+
+    combine: Callable[[Found, list[jax.Array]], jax.Array]
+    find: Callable[[Slices], Found] = lambda slices: None
+    after: Callable[[Found, int], Found] = lambda found, start: found
+    fault: Callable[[list[jax.Array]], jax.Array] | None = None
+    complaint: str = ""
+
+
+def check_fault(rule: Rule, fault: jax.Array | bool, name: str) -> None:
+    """Raises a ValueError if the rule found fault with a leaf; never under ``jit``."""
+    if not isinstance(fault, Tracer) and bool(fault):
+        raise ValueError(f"{rule.complaint}; this does not hold at {name}.")
+
+
+def widened(leaves: Sequence[ArrayLike]) -> list[jax.Array]:
+    """The leaves in float32 or wider."""
+    return [_numerics.wide(jnp.asarray(x)) for x in leaves]
 
 
 def checked_weights(n: int, weights: Weights | None) -> np.ndarray | jax.Array:
@@ -53,6 +110,11 @@ def checked_weights(n: int, weights: Weights | None) -> np.ndarray | jax.Array:
 
 def check_alike(models: Sequence[optax.Params]) -> None:
     """Raises a ValueError that names the first leaf in which two models differ."""
+    if not isinstance(models, Sequence) or any(isinstance(m, str) for m in models):
+        raise ValueError(
+            "models are passed as a list of trees, such as uniform([a, b]) or "
+            f"uniform(list(models.values())), not as {type(models).__name__}."
+        )
     if not models:
         raise ValueError("there are no models; pass a list with at least one.")
     first, structure = _described(models[0])
