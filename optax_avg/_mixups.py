@@ -204,7 +204,7 @@ def refuse_no_gradient(name: str, found: Any, params: optax.Params) -> None:
     raise ValueError(f"{name} must be a gradient like params. It is {way}.")
 
 
-def refuse_no_direction(v: object, params: object) -> None:
+def refuse_no_direction(v: Any, params: Any) -> None:
     """Raises unless ``v`` is a direction: a tree like ``params``.
 
     Raises:

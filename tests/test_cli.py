@@ -222,7 +222,48 @@ def test_reconstruct_in_wider_types(tmp_path, run):
     assert {x.dtype for x in found.values()} == {np.dtype("float64")}
     code, _, errors = run(*args, "--dtype", "longdouble", "--out", tmp_path / "no")
     assert code == 2
-    assert "longdouble is not a floating point type" in errors
+    assert "longdouble is not a floating point type; pass float32" in errors
+    code, _, errors = run(*args, "--dtype", "bf16", "--out", tmp_path / "no")
+    assert code == 2
+    assert "bf16 is not a dtype; pass float32, bfloat16 or float16" in errors
+
+
+@pytest.mark.usefixtures("params")
+def test_a_window_longer_than_the_training(tmp_path, run):
+    args = [
+        "reconstruct",
+        tmp_path / "store",
+        "--window",
+        "20000",
+        "--name",
+        "power_ema_0.05",
+        "--step",
+        "8",
+    ]
+    code, _, errors = run(*args, "--out", tmp_path / "x")
+    assert code == 0
+    assert "longer than the training, which has 8 optimizer steps here" in errors
+
+
+@pytest.mark.usefixtures("files")
+@pytest.mark.parametrize("suffix", ["npz", "pt", "MSGPACK"])
+def test_suffixes_of_other_kinds_of_files_are_refused(suffix, run):
+    code, _, errors = run("merge", "soup", *names("a", "b"), "--out", f"x.{suffix}")
+    assert code == 1
+    assert f"x.{suffix} would be a directory" in errors
+    assert "NAME.safetensors" in errors
+
+
+def test_the_command_without_its_extra_prints_one_line():
+    made = "import sys; sys.modules['typer'] = None; sys.argv = ['{}']; "
+    for name, lines in (("/bin/optax-avg", 1), ("other", 2)):
+        code = made.format(name) + "import optax_avg.cli"
+        done = subprocess.run(
+            [sys.executable, "-c", code], capture_output=True, text=True, check=False
+        )
+        assert done.returncode == 1
+        assert 'pip install "optax_avg[cli]"' in done.stderr
+        assert (len(done.stderr.splitlines()) == 1) == (lines == 1)
 
 
 @pytest.mark.usefixtures("params")
@@ -232,7 +273,7 @@ def test_a_dry_run_of_reconstruct(tmp_path, run):
     lines = checked(run("reconstruct", store, *args, tmp_path / "x")).splitlines()
     # Three averages of 604 numbers at eight steps.
     assert lines[0] == f"read     {store}: {24 * 604 * 4:,} bytes"
-    said = "--window 8 at step 32 of 24 snapshots: 2 leaves, 2 of float32"
+    said = "--window 8 at step 32 of 8 snapshots: 2 leaves, 2 of float32"
     assert lines[1] == f"compute  {said}"
     assert f"{tmp_path}/x, an Orbax checkpoint: {604 * 4:,} bytes" in lines[2]
     code, _, errors = run("reconstruct", store, *args, store / "x")

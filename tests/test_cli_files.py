@@ -911,7 +911,7 @@ def test_a_dry_run_says_what_would_be_done(place, run, monkeypatch):
         "read     a.safetensors: 48 bytes",
         "read     b.safetensors: 24 bytes",  # integers are those of the first model
     ]
-    assert lines[2].startswith("compute  soup of 2 checkpoints: 2 leaves, 1 of int64")
+    assert lines[2].startswith("compute  soup from 2 checkpoints: 2 leaves, 1 of int64")
     written = f"write    {place}/work/new/x.safetensors, a safetensors file: 48 bytes; "
     assert lines[3].startswith(written)
     assert lines[3].endswith(" are free on its disk")

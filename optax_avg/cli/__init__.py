@@ -5,6 +5,7 @@ stopped by a signal (hang-up, interrupt, termination).
 """
 
 import logging
+import os
 import sys
 import warnings
 
@@ -14,9 +15,10 @@ try:
     from optax_avg.cli import _averages, _output, _signals
     from optax_avg.cli._merge import merge
 except ImportError as error:
-    raise ImportError(
-        'optax-avg needs typer and rich; write pip install "optax_avg[cli]".'
-    ) from error
+    needed = 'optax-avg needs typer and rich; write pip install "optax_avg[cli]".'
+    if os.path.basename(sys.argv[0]).startswith("optax-avg"):  # nobody catches it
+        sys.exit(f"error: {needed}")
+    raise ImportError(needed) from error
 
 __all__ = ["app", "main"]
 

@@ -76,7 +76,8 @@ def reconstruct(
         leaves = [Leaf(leaf.path, leaf.shape, str(kind)) for leaf in stream.leaves]
         parts = stream.plan.parts
         wanted = ", ".join(f"--{name} {x}" for name, x in given.items())
-        what = f"{wanted} at step {parts[-1].step} of {len(parts)} snapshots"
+        count = len({part.step for part in parts})  # each holds one average or more
+        what = f"{wanted} at step {parts[-1].step} of {count} snapshots"
         write(output, [(store, stream.nbytes)], leaves, make, what)
 
     try:
@@ -117,9 +118,14 @@ def _dtype(name: str) -> np.dtype:
     try:
         kind = jnp.dtype(name)
     except TypeError as error:
-        raise typer.BadParameter(f"--dtype {name} is not a dtype.") from error
+        raise typer.BadParameter(
+            f"--dtype {name} is not a dtype; pass float32, bfloat16 or float16."
+        ) from error
     if not jnp.issubdtype(kind, jnp.floating) or kind.itemsize > 8:
-        raise typer.BadParameter(f"--dtype {name} is not a floating point type.")
+        raise typer.BadParameter(
+            f"--dtype {name} is not a floating point type; pass float32, "
+            "bfloat16 or float16."
+        )
     return kind
 
 

@@ -127,7 +127,9 @@ def merge_checkpoints(
     for column in columns:
         for t in range(len(paths) if _is_inexact(column.leaf) else 1):
             sizes[t] += trees[t].leaves[column.places[t]].nbytes
-    what = f"{output.command} of {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}"
+    what = (
+        f"{output.command} from {len(paths)} checkpoint{'s' if len(paths) > 1 else ''}"
+    )
     final = lambda path: format_of(path, trees[0].metadata)
     with ThreadPoolExecutor(READERS) as readers:
         scratch = os.path.dirname(target.path)

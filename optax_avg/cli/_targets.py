@@ -65,6 +65,10 @@ class Target(NamedTuple):
     found: tuple[int, int, int] | None
 
 
+# Suffixes of kinds of files that are neither safetensors nor directories of Orbax.
+FOREIGN = (".npz", ".npy", ".pt", ".pth", ".bin", ".h5", ".msgpack", ".ckpt", ".pkl")
+
+
 def target_of(
     out: str, format_of: Callable[[str], Format], inputs: Sequence[str], force: bool
 ) -> Target:
@@ -80,6 +84,12 @@ def target_of(
         raise ValueError(
             f"{shown} has a backslash, which Orbax takes for the end of a directory's "
             "name; pass another --out."
+        )
+    suffix = os.path.splitext(path)[1].lower()
+    if form.folder and suffix in FOREIGN:
+        raise ValueError(
+            f"{shown} would be a directory, and {suffix} is the suffix of a file that "
+            "is not written here; pass a name without it, or NAME.safetensors."
         )
     _check_place(path, shown, inputs)
     found = identity(path)

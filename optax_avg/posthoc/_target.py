@@ -199,6 +199,13 @@ def advice_for(found: Coefficients, kept: Kept, request: Request) -> str:
         )
     if found.residual <= TOLERANCE:
         return ""
+    target = target_of(kept.averages, request.goal)
+    if isinstance(target.kind, Window) and target.kind.k > target.iterates:
+        steps = target.iterates * target.every
+        return (
+            f"the window is longer than the training, which has {steps} optimizer "
+            f"steps here; pass window={steps} for the mean of all, or fewer."
+        )
     if len({(a.origin, a.every) for a in kept.averages}) > 1:
         return _advice_on_grids(kept, request)
     return _advice_on_widths(kept, request)

@@ -68,6 +68,7 @@ def is_store(directory: _disk.AnyDirectory) -> bool:
 
     Raises:
       ValueError: If the path cannot be that of a store.
+      ImportError: If Orbax is not installed.
 
     Example:
       >>> import jax.numpy as jnp, tempfile
