@@ -94,7 +94,7 @@ def select(tree: Any, where: Where | None) -> Any:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            f"where has {_shown(where)} and params {_shown(tree)}; pass bools for a "
+            f"where has {shown(where)} and params {shown(tree)}; pass bools for a "
             "prefix of params, or a function (key_path, leaf) -> bool."
         ) from error
 
@@ -121,11 +121,11 @@ def refuse_none_selected(tree: Any, where: Where | None, otherwise: str) -> None
         )
         given = callable(where) and otherwise.startswith("where")  # by the user
         raise ValueError(
-            f"{otherwise}. The leaves are {_shown(tree)}.{hint if given else ''}"
+            f"{otherwise}. The leaves are {shown(tree)}.{hint if given else ''}"
         )
 
 
-def _shown(tree: Any) -> str:
+def shown(tree: Any) -> str:
     """The paths of a few leaves, for messages."""
     paths = [path for path, _ in jax.tree.flatten_with_path(tree)[0]]
     names = [jax.tree_util.keystr(path) or "one array" for path in paths]

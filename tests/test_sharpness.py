@@ -637,3 +637,24 @@ def only_reverse(x):
 
 
 only_reverse.defvjp(lambda x: (only_reverse(x), x), lambda x, g: (2 * g * x,))
+
+
+@pytest.mark.parametrize(
+    "rule",
+    [
+        lambda rho: rules.sam(rho),
+        lambda rho: rules.asam(rho),
+        lambda rho: rules.dnsam(rho),
+        lambda rho: rules.awp(rho),
+        lambda rho: rules.gam(rho),
+        lambda rho: rules.gam(0.1, rho),
+    ],
+)
+def test_a_tree_of_radii_is_compared_with_params_at_init(rule):
+    params = {"a": jnp.ones((2, 2))}
+    wrong = oa.as_link(rule({"b": 0.1}))
+    with pytest.raises(
+        ValueError, match=r"radii have \['b'\] and params \['a'\]; pass"
+    ):
+        wrong.init(params)
+    oa.as_link(rule({"a": lambda step: 0.1})).init(params)

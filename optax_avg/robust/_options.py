@@ -70,9 +70,11 @@ _OPTIONS = {
   to="varying")``, or ``jax.grad`` sums them over the devices.""",
     ),
 }
-_OF_ROWS = """ValueError: In ``update``, if the gradients are the same on all devices of
-  ``axis_name``, or if they do not have the shapes of ``params`` with an axis of
-  elements."""
+_OF_ROWS = """ValueError: In ``update``, if ``axis_name`` is not mapped, or if the
+  gradients are the same on all devices of ``axis_name``. The types of ``shard_map``
+  say so with ``check_vma=True``; under ``pmap`` and ``vmap`` it cannot be known. Also
+  if ``update`` is called with ``params`` and the gradients do not have their shapes
+  with an axis of elements; without ``params`` shapes are not checked."""
 
 
 def with_scope(

@@ -171,8 +171,8 @@ def trimmed_mean(trim: int, **options: Unpack[RowOptions]) -> aggregating.Aggreg
       An aggregator with the state :class:`AggregationState`.
 
     Raises:
-      ValueError: If ``trim`` is negative, or if there are fewer than ``2 * trim + 1``
-        elements.
+      ValueError: If ``trim`` is negative. In ``update``, if there are fewer than
+        ``2 * trim + 1`` elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -369,7 +369,8 @@ def krum(
       An aggregator with the state :class:`AggregationState`.
 
     Raises:
-      ValueError: If an argument is out of range, or if there are too few elements.
+      ValueError: If an argument is out of range. In ``update``, if there are too few
+        elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -421,8 +422,8 @@ def flag_aggregator(
       An aggregator with the state :class:`AggregationState`.
 
     Raises:
-      ValueError: If an argument is out of range, or if there are fewer than ``rank``
-        elements.
+      ValueError: If an argument is out of range. In ``update``, if there are fewer than
+        ``rank`` elements.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa

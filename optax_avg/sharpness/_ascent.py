@@ -98,12 +98,17 @@ def is_inside(where: _leaves.Where | None, params: optax.Params) -> Any:
 UNPERTURBED = "is true of no leaf, so that nothing would be perturbed"
 
 
-def check_some(where: _leaves.Where | None, otherwise: str) -> InitMemory:
+def check_some(
+    where: _leaves.Where | None, otherwise: str, *radii: Radius
+) -> InitMemory:
     """An ``init_memory`` without memory that raises if no leaf is selected.
+
+    It also raises if a tree of radii does not fit the parameters.
 
     Args:
       where: The selection.
       otherwise: The message if it selects no leaf.
+      *radii: Radii of the rule.
 
     Returns:
       A function of the parameters that returns ``()``.
@@ -111,6 +116,8 @@ def check_some(where: _leaves.Where | None, otherwise: str) -> InitMemory:
 
     def init_memory(params: optax.Params) -> Memory:
         _leaves.refuse_none_selected(params, where, otherwise)
+        for radius in radii:
+            spread(jax.tree.map(lambda _: 0.0, radius), params)
         return ()
 
     return init_memory
@@ -132,8 +139,9 @@ def spread(radius: Any, params: optax.Params) -> Any:
         )
     except (ValueError, TypeError) as error:
         raise ValueError(
-            "a tree of radii must be like params or a prefix of them; pass a number, a "
-            f"schedule, or such a tree. {error}"
+            f"the radii have {_leaves.shown(radius)} and params "
+            f"{_leaves.shown(params)}; pass a number, a schedule, or a tree of these "
+            "like params or a prefix of them."
         ) from error
 
 

@@ -17,6 +17,7 @@ from optax_avg.sharpness._ascent import (
     ascent,
     check_one_radius,
     check_radius,
+    check_some,
     radius_at,
 )
 from optax_avg.sharpness._rule import Combine, Memory, SharpnessRule
@@ -583,7 +584,8 @@ def gam(
             minus = _linear((1, g0), (abs(1 - beta), g2))
         return _linear((1, plus), (-gamma, _numerics.project_out(minus, plus)))
 
-    return SharpnessRule(4, probe, _combining(combine), num_ascents=3)
+    check = check_some(None, "", rho, rho_prime)
+    return SharpnessRule(4, probe, _combining(combine), check, num_ascents=3)
 
 
 def gam_hvp(rho: optax.ScalarOrSchedule = 0.2, alpha: float = 1.0) -> SharpnessRule:

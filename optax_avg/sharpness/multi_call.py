@@ -91,8 +91,8 @@ def multi_call(
       A transformation with the state :class:`MultiCallState`.
 
     Raises:
-      ValueError: If the rule needs a Hessian-vector product, a leaf is complex, or
-        ``update`` gets no params or something other than gradients.
+      ValueError: In ``init``, if the rule needs a Hessian-vector product or a leaf is
+        complex. In ``update``, if it gets no params or something other than gradients.
       TypeError: If ``rule`` is no rule or ``optimizer`` no transformation.
 
     Example:

@@ -100,7 +100,7 @@ def sam(
     offset = lambda params, g0, state: ascent(
         params, g0, radius_at(rho, state), where=where, metric=metric, scope=scope
     )
-    return _descending(offset, check_some(where, f"where {UNPERTURBED}"))
+    return _descending(offset, check_some(where, f"where {UNPERTURBED}", rho))
 
 
 def usam(rho: Radius = 0.05, *, where: _leaves.Where | None = None) -> SharpnessRule:
@@ -175,7 +175,7 @@ def dnsam(
             lambda g, r: r / n * g, params, inside(where, params, g0), radii
         )
 
-    return _descending(offset, check_some(where, f"where {UNPERTURBED}"))
+    return _descending(offset, check_some(where, f"where {UNPERTURBED}", rho))
 
 
 def asam(
@@ -228,7 +228,8 @@ def asam(
             grads,
         )
 
-    check = check_some(where, "where is true of no leaf, so that this would be sam")
+    unscaled = "where is true of no leaf, so that this would be sam"
+    check = check_some(where, unscaled, rho)
     return sam(rho, metric=metric)._replace(init_memory=check)
 
 
@@ -405,7 +406,7 @@ def sam_on(
             "no leaf belongs to a normalisation by its name; pass "
             "where=lambda path, leaf: ..., true of the leaves to perturb"
         )
-    check = check_some(where, otherwise)
+    check = check_some(where, otherwise, rho)
     return sam(rho, where=where, metric=metric)._replace(init_memory=check)
 
 
@@ -464,7 +465,7 @@ def awp(rho: Radius = 0.01) -> SharpnessRule:
         return ascent(params, g0, radii, where=_is_matrix, scope="leaf")
 
     otherwise = "no leaf has two dimensions, so that nothing would be perturbed"
-    return _descending(offset, check_some(_is_matrix, otherwise))
+    return _descending(offset, check_some(_is_matrix, otherwise, rho))
 
 
 def _is_matrix(path: Any, leaf: Any) -> bool:
