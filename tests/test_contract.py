@@ -58,6 +58,14 @@ a_few = with_slow(lambda name: name not in A_FEW)
 # Five gradients a step, and solvers in it: seconds where others take a tenth of one.
 SLOW_STEPS = AGGREGATORS.keys() - {"centered_clip"}
 every_average = pytest.mark.parametrize("case", AVERAGES.values(), ids=AVERAGES.keys())
+REJECTING = {
+    name: case._replace(kwargs={**case.kwargs, "nonfinite": "reject"})
+    for name, case in AVERAGES.items()
+    if "nonfinite" in inspect.signature(case.factory).parameters
+}
+every_rejecting = pytest.mark.parametrize(
+    "case", REJECTING.values(), ids=REJECTING.keys()
+)
 SECOND = (
     "ema_params",
     "window_average",
@@ -387,6 +395,35 @@ def test_apply_if_finite_rolls_back(case):
 
 
 @every_average
+def test_only_elements_that_are_not_finite_are_left_out(case):
+    """The others are averaged as if nothing had happened."""
+    tx, clean = case.make(), case.make()
+    params, state = run(tx, params_of(jnp.float32), 4)
+    other, update = state, jax.jit(tx.update)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf, jnp.nan):
+        before = read(state, params)
+        updates = grads_of(params)
+        hurt = updates | {"b": updates["b"].at[2].set(bad)}
+        _, state = update(hurt, state, params)
+        _, other = jax.jit(clean.update)(updates, other, params)
+        for name, average in read(state, params).items():
+            assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(average))
+            wanted = read(other, params)[name]
+            sound = jnp.arange(8) != 2
+            found = average | {"b": jnp.where(sound, average["b"], wanted["b"])}
+            chex.assert_trees_all_equal(found, wanted)
+            if is_running(case):
+                assert average["b"][2] == before[name]["b"][2]
+    assert int(state.rejected) == 0
+
+
+def is_running(case):
+    """Whether an element that is left out keeps its average: not so in a window."""
+    kept = case.make().init(params_of(jnp.float32)).averages.values()
+    return not any(isinstance(x, WindowMemory) for x in kept)
+
+
+@every_rejecting
 def test_non_finite_iterate_is_left_out_whole(case):
     tx, params = case.make(), params_of(jnp.float32)
     params, state = run(tx, params, 4)
@@ -599,7 +636,22 @@ def test_shard_map_of_data_parallel_steps(case, check_vma):
     )
 
 
+COLLECTIVE = r"\b(all-\w+|reduce-scatter|collective-permute)(-start)?\("
+
+
 @every_average
+def test_averages_of_sharded_params_talk_to_no_other_device(case):
+    """Also where an iterate is not finite: every element is judged alone."""
+    place = NamedSharding(jax.make_mesh((8,), ("d",)), P("d"))
+    params = jax.device_put({"w": jnp.ones((8, 3)), "b": jnp.ones(16)}, place)
+    tx = optax.chain(optax.adamw(0.1), case.make())
+    state = jax.jit(tx.init)(params)
+    update = lambda params, state: tx.update(params, state, params)
+    text = jax.jit(update).lower(params, state).compile().as_text()
+    assert not re.findall(COLLECTIVE, text)
+
+
+@every_rejecting
 def test_shard_map_of_sharded_params_agrees_on_finiteness(case):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = case.make()
