@@ -295,8 +295,8 @@ FAULTS = {
     ),
     "an average keeps the NaN that it starts from": Fault(
         "optax_avg/averages/_rounding.py",
-        "(first & ~jnp.isfinite(a))",
-        "(first & ~jnp.isfinite(w))",
+        "broken = ~jnp.isfinite(a)",
+        "broken = ~jnp.isfinite(w)",
         f"{AVERAGING} -k not_finite_is_the_first",
     ),
     "the clock stands still at the largest integer": Fault(
