@@ -45,6 +45,7 @@ def variants() -> dict[str, optax.GradientTransformationExtraArgs | None]:
         "hand-written": None,
         "carried along, untouched": None,
         "ema_params": oa.ema_params(DECAY),
+        "ema_params, nonfinite=reject": oa.ema_params(DECAY, nonfinite="reject"),
         "ema_params, nonfinite=keep": oa.ema_params(DECAY, nonfinite="keep"),
         "ema_params, every=10": oa.ema_params(DECAY, every=BLOCK),
         "three horizons": oa.average(horizons),

@@ -101,6 +101,36 @@ FAULTS = {
         "count",
         f"{AVERAGING} -k normalised_sum",
     ),
+    "elements that are not finite are averaged by default": Fault(
+        "optax_avg/averages/_rule.py",
+        '~is_base if nonfinite == "skip" else False',
+        "False",
+        f"{CONTRACT} -k only_elements",
+    ),
+    "the iterate from which an average starts leaves elements out": Fault(
+        "optax_avg/averages/_rule.py",
+        '~is_base if nonfinite == "skip" else False',
+        '~(step < 0) if nonfinite == "skip" else False',
+        f"{AVERAGING} -k start_that_is_not_finite",
+    ),
+    "a broken element of an average stays broken": Fault(
+        "optax_avg/averages/_rounding.py",
+        "return ((w >= 1) | broken) & ~stays, stays",
+        "return (w >= 1) & ~stays, stays",
+        f"{AVERAGING} -k heals",
+    ),
+    "a NaN gets into a window": Fault(
+        "optax_avg/averages/memories.py",
+        "jnp.where(jnp.isfinite(leaf) | ~turn.skip, leaf, old)",
+        "leaf",
+        f"{CONTRACT} -k 'only_elements and window'",
+    ),
+    "the correction takes a NaN": Fault(
+        "optax_avg/averages/memories.py",
+        "return jnp.where(skip & ~jnp.isfinite(x), old, new)",
+        "return new",
+        f"{CONTRACT} -k 'only_elements and bema'",
+    ),
     "non-finite iterates pass": Fault(
         "optax_avg/_numerics.py",
         "lax.optimization_barrier(s) == 0 for",
@@ -265,8 +295,8 @@ FAULTS = {
     ),
     "an average keeps the NaN that it starts from": Fault(
         "optax_avg/averages/_rounding.py",
-        "(first & ~jnp.isfinite(a))",
-        "(first & ~jnp.isfinite(w))",
+        "broken = ~jnp.isfinite(a)",
+        "broken = ~jnp.isfinite(w)",
         f"{AVERAGING} -k not_finite_is_the_first",
     ),
     "the clock stands still at the largest integer": Fault(

@@ -337,7 +337,7 @@ def test_complex_leaves():
 
 @pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
 def test_counters_of_absorbed_and_rejected(bad):
-    tx = oa.ema_params(0.9, every=2)
+    tx = oa.ema_params(0.9, every=2, nonfinite="reject")
     x = {"a": jnp.ones(2), "b": jnp.ones((2, 2))}
     state = tx.init(x)
     zero = jax.tree.map(jnp.zeros_like, x)
@@ -346,6 +346,34 @@ def test_counters_of_absorbed_and_rejected(bad):
         _, state = jax.jit(tx.update)(updates, state, x)
     assert (int(state.step), int(state.absorbed), int(state.rejected)) == (6, 2, 1)
     assert all(bool(jnp.isfinite(v).all()) for v in jax.tree.leaves(state.averages))
+
+
+BIASED = {
+    "ema": lambda **kwargs: oa.ema_params(0.5, debias=False, **kwargs),
+    "compensated": lambda **kwargs: oa.ema_params(
+        0.5, debias=False, rounding="compensated", **kwargs
+    ),
+    "bits": lambda **kwargs: oa.ema_params(
+        0.5, debias=False, accumulator_dtype=jnp.bfloat16, **kwargs
+    ),
+    "half_life": lambda **kwargs: oa.average(oa.weights.half_life(1.0), **kwargs),
+    "bema": lambda **kwargs: oa.bema(1.0, 0.0, 0.0, 0.5, **kwargs),
+}
+
+
+@pytest.mark.parametrize("make", BIASED.values(), ids=BIASED.keys())
+def test_a_broken_element_heals_with_the_next_finite_iterate(make):
+    """As after a restart from a checkpoint that holds a NaN."""
+    tx = make()
+    state = feed(tx, [jnp.ones(2), jnp.full(2, 2.0)])
+    names = ("average", "corrected", "ema", "base", "compensation")
+    hurt = lambda path, x: (
+        x.at[0].set(jnp.nan) if x.ndim and str(path[-1])[1:] in names else x
+    )
+    state = jax.tree.map_with_path(hurt, state)
+    assert jnp.isnan(oa.averaged_params(state, jnp.ones(2))[0])
+    _, state = jax.jit(tx.update)(jnp.full(2, 3.0), state, jnp.zeros(2))
+    assert oa.averaged_params(state, jnp.ones(2))[0] == 3.0
 
 
 def test_non_finite_iterates_can_be_let_through():
@@ -665,25 +693,16 @@ def test_parameters_of_8_bits(case, dtype):
 
 @pytest.mark.parametrize("dtype", [jnp.float8_e4m3fn, jnp.float8_e5m2])
 def test_non_finite_parameters_of_8_bits(dtype):
-    tx, x = oa.polyak_average(), jnp.ones(3, dtype)
+    x = jnp.ones(3, dtype)
+    tx = oa.polyak_average(nonfinite="reject")
     _, state = jax.jit(tx.update)(x.at[1].set(jnp.nan), tx.init(x), x)
     assert (int(state.absorbed), int(state.rejected)) == (0, 1)
+    tx = oa.polyak_average()
+    _, state = jax.jit(tx.update)(x.at[1].set(jnp.nan), tx.init(x), x)
+    assert oa.averaged_params(state, x).astype(jnp.float32).tolist() == [2, 1, 2]
 
 
-BIASED = {
-    "ema": lambda **kwargs: oa.ema_params(0.5, debias=False, **kwargs),
-    "compensated": lambda **kwargs: oa.ema_params(
-        0.5, debias=False, rounding="compensated", **kwargs
-    ),
-    "bits": lambda **kwargs: oa.ema_params(
-        0.5, debias=False, accumulator_dtype=jnp.bfloat16, **kwargs
-    ),
-    "half_life": lambda **kwargs: oa.average(oa.weights.half_life(1.0), **kwargs),
-    "bema": lambda **kwargs: oa.bema(1.0, 0.0, 0.0, 0.5, **kwargs),
-}
-
-
-@pytest.mark.parametrize("nonfinite", ["reject", "keep"])
+@pytest.mark.parametrize("nonfinite", ["skip", "reject", "keep"])
 @pytest.mark.parametrize("start", [0, 3])
 @pytest.mark.parametrize("make", BIASED.values(), ids=BIASED.keys())
 def test_a_start_that_is_not_finite_is_the_first_iterate(make, start, nonfinite):
@@ -830,6 +849,6 @@ def test_bf16_decay_from_inject_hyperparams_is_what_it_was_cast_to():
 def test_finiteness_of_small_and_large_leaves(shape, bad):
     # Large matrices are checked by another route than small leaves.
     x = jnp.ones(shape).at[(-1,) * len(shape)].set(bad)
-    tx = oa.polyak_average()
+    tx = oa.polyak_average(nonfinite="reject")
     _, state = jax.jit(tx.update)(jnp.zeros_like(x), tx.init(x), x)
     assert int(state.rejected) == int(not np.isfinite(np.float32(bad)))

@@ -58,6 +58,14 @@ a_few = with_slow(lambda name: name not in A_FEW)
 # Five gradients a step, and solvers in it: seconds where others take a tenth of one.
 SLOW_STEPS = AGGREGATORS.keys() - {"centered_clip"}
 every_average = pytest.mark.parametrize("case", AVERAGES.values(), ids=AVERAGES.keys())
+REJECTING = {
+    name: case._replace(kwargs={**case.kwargs, "nonfinite": "reject"})
+    for name, case in AVERAGES.items()
+    if "nonfinite" in inspect.signature(case.factory).parameters
+}
+every_rejecting = pytest.mark.parametrize(
+    "case", REJECTING.values(), ids=REJECTING.keys()
+)
 SECOND = (
     "ema_params",
     "window_average",
@@ -148,16 +156,18 @@ def test_every_public_transformation_has_a_case():
 def test_jit_equals_eager(case):
     dtype = jnp.bfloat16  # where XLA is free to keep more digits under jit
     tx, params = chain(case), params_of(dtype)
-    eager_params, eager_state = params, tx.init(params)
+    before = params, tx.init(params)
     for i in range(3):
-        eager_params, eager_state = step(tx, eager_params, eager_state, i)
-    jit_params, jit_state = run(tx, params, 3)
-    check_close(
-        observe(jit_state, jit_params),
-        observe(eager_state, eager_params),
-        **tolerance(dtype),
-    )
-    chex.assert_trees_all_equal_dtypes(jit_state, eager_state)
+        jit_params, jit_state = jitted(tx)(*before, i)
+        if i != 1:  # every eager ``lax.cond`` is compiled anew
+            eager_params, eager_state = step(tx, *before, i)
+            check_close(
+                observe(jit_state, jit_params),
+                observe(eager_state, eager_params),
+                **tolerance(dtype),
+            )
+            chex.assert_trees_all_equal_dtypes(jit_state, eager_state)
+        before = jit_params, jit_state
 
 
 @each_kind
@@ -245,21 +255,17 @@ def test_nothing_absorbed_reads_params_exactly(case):
 @each_kind
 def test_extra_args_are_accepted(case):
     tx, params = chain(case), params_of(jnp.float32)
-    grads = grads_of(params)
-    state = tx.init(params)
-    update = functools.partial(tx.update, grad_fn=grads_of)
-    plain = jax.jit(update)(grads, state, params)
-    extra = jax.jit(lambda *args: update(*args, value=1.0, unheard_of="x"))(
-        grads, state, params
+    accepting = optax.GradientTransformationExtraArgs(
+        tx.init, functools.partial(tx.update, value=1.0, unheard_of="x")
     )
-    chex.assert_trees_all_equal(plain, extra)
+    chex.assert_trees_all_equal(run(tx, params, 1), run(accepting, params, 1))
 
 
 @every_case
 def test_missing_params_are_named(case):
     tx, params = case.make(), params_of(jnp.float32)
     if not case.needs_params:
-        updates, _ = tx.update(grads_of(params), tx.init(params))
+        updates, _ = jax.eval_shape(lambda: tx.update(params, tx.init(params)))
         assert jax.tree.structure(updates) == jax.tree.structure(params)
         return
     with pytest.raises(ValueError, match=r"needs the parameters; call tx.update"):
@@ -300,7 +306,7 @@ def test_vmap_equals_a_loop(case):
     stacked = jax.tree.map(lambda x: jnp.stack([x, 2 * x, 3 * x]), params)
     state = jax.vmap(tx.init)(stacked)
     one = functools.partial(step, tx)
-    alone, together = jax.jit(one), jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
+    alone, together = jitted(tx), jax.jit(jax.vmap(one, in_axes=(0, 0, None)))
     for i in range(5):
         # Each step starts from one point: these gradients let roundings grow.
         rows = [jax.tree.map(lambda x, k=k: x[k], (stacked, state)) for k in range(3)]
@@ -363,9 +369,8 @@ def test_multi_steps_moves_once_per_real_step(case):
     advance = jax.jit(functools.partial(step, outer))
     for i in range(12):
         accumulated, state = advance(accumulated, state, i // 3)
-    advance = jax.jit(functools.partial(step, tx))
     for i in range(4):
-        params, plain = advance(params, plain, i)
+        params, plain = jitted(tx)(params, plain, i)
     assert steps_of(case, state) == steps_of(case, plain) > 0
     check_close(
         observe(state, accumulated), observe(plain, params), rtol=1e-5, atol=1e-6
@@ -387,6 +392,35 @@ def test_apply_if_finite_rolls_back(case):
 
 
 @every_average
+def test_only_elements_that_are_not_finite_are_left_out(case):
+    """The others are averaged as if nothing had happened."""
+    tx, clean = case.make(), case.make()
+    params, state = run(tx, params_of(jnp.float32), 4)
+    other, update = state, jax.jit(tx.update)
+    for bad in (jnp.nan, jnp.inf, -jnp.inf, jnp.nan):
+        before = read(state, params)
+        updates = grads_of(params)
+        hurt = updates | {"b": updates["b"].at[2].set(bad)}
+        _, state = update(hurt, state, params)
+        _, other = jax.jit(clean.update)(updates, other, params)
+        for name, average in read(state, params).items():
+            assert all(bool(jnp.isfinite(x).all()) for x in jax.tree.leaves(average))
+            wanted = read(other, params)[name]
+            sound = jnp.arange(8) != 2
+            found = average | {"b": jnp.where(sound, average["b"], wanted["b"])}
+            chex.assert_trees_all_equal(found, wanted)
+            if is_running(case):
+                assert average["b"][2] == before[name]["b"][2]
+    assert int(state.rejected) == 0
+
+
+def is_running(case):
+    """Whether an element that is left out keeps its average: not so in a window."""
+    kept = case.make().init(params_of(jnp.float32)).averages.values()
+    return not any(isinstance(x, WindowMemory) for x in kept)
+
+
+@every_rejecting
 def test_non_finite_iterate_is_left_out_whole(case):
     tx, params = case.make(), params_of(jnp.float32)
     params, state = run(tx, params, 4)
@@ -568,7 +602,7 @@ def test_jitted_init_keeps_sharding(case, kind, request):
 def test_shard_map_of_data_parallel_steps(case, check_vma):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = chain(case)
-    params = jax.device_put(params_of(jnp.float32), NamedSharding(mesh, P()))
+    params = params_of(jnp.float32)
 
     def local(params, state, shift):
         def grad_fn(params):
@@ -586,20 +620,37 @@ def test_shard_map_of_data_parallel_steps(case, check_vma):
             check_vma=check_vma,
         )
     )
-    state = tx.init(params)
-    new_params = params
-    shift = jnp.zeros(8)
-    for _ in range(4):
+    new_params, state = jax.tree.map(
+        lambda x: jax.device_put(
+            x, NamedSharding(mesh, P(), memory_kind=x.sharding.memory_kind)
+        ),
+        (params, tx.init(params)),
+    )
+    for i in range(4):
+        shift = jax.device_put(jnp.full(8, float(i)), NamedSharding(mesh, P("d")))
         new_params, state = advance(new_params, state, shift)
-    wanted_params, wanted = params, tx.init(params)
-    for _ in range(4):
-        wanted_params, wanted = jitted(tx)(wanted_params, wanted, 0.0)
+    wanted_params, wanted = run(tx, params, 4)
     check_close(
         observe(state, new_params), observe(wanted, wanted_params), rtol=1e-4, atol=1e-6
     )
 
 
+COLLECTIVE = r"\b(all-\w+|reduce-scatter|collective-permute)(-start)?\("
+
+
 @every_average
+def test_averages_of_sharded_params_talk_to_no_other_device(case):
+    """Also where an iterate is not finite: every element is judged alone."""
+    place = NamedSharding(jax.make_mesh((8,), ("d",)), P("d"))
+    params = jax.device_put({"w": jnp.ones((8, 3)), "b": jnp.ones(16)}, place)
+    tx = optax.chain(optax.adamw(0.1), case.make())
+    state = jax.jit(tx.init)(params)
+    update = lambda params, state: tx.update(params, state, params)
+    text = jax.jit(update).lower(params, state).compile().as_text()
+    assert not re.findall(COLLECTIVE, text)
+
+
+@every_rejecting
 def test_shard_map_of_sharded_params_agrees_on_finiteness(case):
     mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
     tx = case.make()
@@ -633,8 +684,7 @@ def test_shard_map_of_sharded_params_agrees_on_finiteness(case):
 @a_few
 def test_pmap(case):
     tx, params = chain(case), params_of(jnp.float32)
-    replicated = jax.tree.map(lambda x: jnp.stack([x] * 8), params)
-    state = jax.pmap(tx.init)(replicated)
+    replicated, state = jax.pmap(lambda _: (params, tx.init(params)))(jnp.arange(8))
     advance = jax.pmap(functools.partial(step, tx), in_axes=(0, 0, None))
     for i in range(3):
         replicated, state = advance(replicated, state, i)

@@ -46,7 +46,19 @@ def descend_by_reference(step_of, ascent=0):
     return x, results
 
 
-def by_wrapper(rule, loss, params, steps=STEPS, ascent=None):
+def problem(seed=0):
+    """One loss per seed and precision, by which ``wrapped_step`` is cached."""
+    return problem_in(jnp.result_type(float), seed)
+
+
+@functools.cache
+def problem_in(precision, seed):
+    return loss_of(*ref.problem(seed))
+
+
+@functools.cache
+def wrapped_step(rule, loss, ascent):
+    """A step of the wrapper, compiled once for all tests of one rule."""
     ascent_fn = None if ascent is None else jax.value_and_grad(ascent)
     sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule, ascent_fn=ascent_fn)
 
@@ -56,6 +68,11 @@ def by_wrapper(rule, loss, params, steps=STEPS, ascent=None):
         updates, opt_state = SGD.update(grads, opt_state, params)
         return value, grads, optax.apply_updates(params, updates), state, opt_state
 
+    return sharp, advance
+
+
+def by_wrapper(rule, loss, params, steps=STEPS, ascent=None):
+    sharp, advance = wrapped_step(rule, loss, ascent)
     state, opt_state, results = sharp.init(params), SGD.init(params), []
     for _ in range(steps):
         value, grads, params, state, opt_state = advance(params, state, opt_state)
@@ -98,7 +115,7 @@ def by_calls(rule, loss, params, steps=STEPS):
 def test_reference(name, x64):
     rule, reference = RULES[name]
     wanted, results = descend_by_reference(reference)
-    params, found = by_wrapper(rule, loss_of(*ref.problem()), tree_of(start()))
+    params, found = by_wrapper(rule, problem(), tree_of(start()))
     for (_, grads), result in zip(found, results, strict=True):
         np.testing.assert_allclose(flat(grads), result, rtol=1e-10, atol=1e-12)
     np.testing.assert_allclose(flat(params), wanted, rtol=1e-10, atol=1e-12)
@@ -127,7 +144,7 @@ TWO_AT_LEAST = [name for name, rule in ALL.items() if rule.num_evals > 1]
 def test_ascent_on_another_loss(name, x64):
     """Offsets are made of the ascent's gradients alone, results of the loss's."""
     rule, reference = RULES[name]
-    loss, ascent = loss_of(*ref.problem()), loss_of(*ref.problem(OTHER))
+    loss, ascent = problem(), problem(OTHER)
     wanted, results = descend_by_reference(reference, OTHER)
     x = tree_of(start())
     params, found = by_wrapper(rule, loss, x, ascent=ascent)
@@ -139,7 +156,7 @@ def test_ascent_on_another_loss(name, x64):
 @pytest.mark.parametrize("k", [1, 2])
 @pytest.mark.parametrize("name", TWO_AT_LEAST)
 def test_value_is_that_of_the_ascent_at_every_step(name, k):
-    loss, ascent = loss_of(*ref.problem()), loss_of(*ref.problem(OTHER))
+    loss, ascent = problem(), problem(OTHER)
     value_and_grad = jax.value_and_grad(ascent)
     sharp = oa.sharpness_aware(
         jax.value_and_grad(loss), rules.every_k(ALL[name], k), ascent_fn=value_and_grad
@@ -171,7 +188,7 @@ def test_ascent_of_hessian_product_rules(x64):
 
 @every_rule
 def test_three_forms_agree(name, x64):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     wrapped, _ = by_wrapper(ALL[name], loss, params)
     linked = by_link(ALL[name], loss, params)
     np.testing.assert_allclose(flat(linked), flat(wrapped), rtol=1e-12)
@@ -185,7 +202,7 @@ def test_three_forms_agree(name, x64):
 
 @every_rule
 def test_value_is_that_of_the_clean_parameters(name):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     _, results = by_wrapper(ALL[name], loss, params, steps=1)
     np.testing.assert_allclose(results[0][0], loss(params), rtol=1e-6)
 
@@ -218,7 +235,7 @@ ZERO_RADIUS_TO_ROUNDING = {
 
 @pytest.mark.parametrize("name", [*ZERO_RADIUS, *ZERO_RADIUS_TO_ROUNDING])
 def test_zero_radius_is_the_plain_gradient(name):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     value_and_grad = jax.jit(jax.value_and_grad(loss))
     _, wanted = value_and_grad(params)
     rule = (ZERO_RADIUS | ZERO_RADIUS_TO_ROUNDING)[name]
@@ -230,6 +247,7 @@ def test_zero_radius_is_the_plain_gradient(name):
         np.testing.assert_allclose(flat(grads), flat(wanted), rtol=1e-6)
 
 
+SAM = rules.sam(0.25)
 EQUAL_SAM = {
     "gsam": rules.gsam(0.25, 0.0),
     "gnp": rules.gnp(0.25, 1.0),
@@ -249,14 +267,14 @@ EQUAL_SAM = {
 
 @pytest.mark.parametrize("name", EQUAL_SAM)
 def test_special_cases_are_sam(name, x64):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
-    wanted, _ = by_wrapper(rules.sam(0.25), loss, params)
+    loss, params = problem(), tree_of(start())
+    wanted, _ = by_wrapper(SAM, loss, params)
     found, _ = by_wrapper(EQUAL_SAM[name], loss, params)
     np.testing.assert_allclose(flat(found), flat(wanted), rtol=1e-13)
 
 
 def test_forward_regularisation_with_gamma_rho_is_usam(x64):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     wanted, _ = by_wrapper(rules.usam(0.25), loss, params)
     rule = rules.gradient_regularisation(0.25, 0.25)
     found, _ = by_wrapper(rule, loss, params)
@@ -264,7 +282,7 @@ def test_forward_regularisation_with_gamma_rho_is_usam(x64):
 
 
 def test_sam_commutes_with_scaling_the_loss_and_usam_does_not(x64):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     scaled = lambda params: 8 * loss(params)
     gradient = lambda rule, loss: flat(by_wrapper(rule, loss, params, 1)[1][0][1])
     sam, usam = rules.sam(0.25), rules.usam(0.25)
@@ -289,7 +307,7 @@ def test_usam_is_stable_if_the_theorem_says_so(sign, x64):
 
 def test_asam_is_invariant_to_rescaling_of_weights(x64):
     """With ``x -> A x`` and the same loss the gradient is divided by ``A``."""
-    loss, x = loss_of(*ref.problem()), start()
+    loss, x = problem(), start()
     a = np.exp(np.random.default_rng(2).normal(size=ref.SIZE))
     rescaled = lambda params: loss(jax.tree.map(jnp.divide, params, tree_of(a)))
     rule = rules.asam(0.5, eta=0.0)
@@ -299,7 +317,7 @@ def test_asam_is_invariant_to_rescaling_of_weights(x64):
 
 
 def test_optax_contrib_sam_in_opaque_mode():
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     ascend = optax.chain(optax.contrib.normalize(), optax.sgd(0.25))
     theirs = optax.contrib.sam(SGD, ascend, opaque_mode=True)
     state, other = theirs.init(params), params
@@ -313,7 +331,7 @@ def test_optax_contrib_sam_in_opaque_mode():
 
 
 def test_decoupled_wsam_is_wsam_under_plain_sgd():
-    loss = loss_of(*ref.problem())
+    loss = problem()
     grad_fn, x = jax.grad(loss), tree_of(start().astype(np.float32))
     coupled = optax.chain(oa.wsam(0.25, 0.75), optax.sgd(0.125))
     decoupled = oa.decoupled_wsam(optax.sgd(0.125), 0.125, 0.25, 0.75)
@@ -427,7 +445,7 @@ ONE_RADIUS = {
 
 @pytest.mark.parametrize("name", RADIUS_TREES)
 def test_a_tree_of_equal_radii_is_one_radius(name, x64):
-    loss, params = loss_of(*ref.problem()), tree_of(start())
+    loss, params = problem(), tree_of(start())
     make = RADIUS_TREES[name]
     wanted, _ = by_wrapper(make(0.25), loss, params, 3)
     tree = {"bias": 0.25, "norm": lambda step: 0.25, "weight": 0.25}
@@ -536,7 +554,7 @@ def test_radii_in_trees_are_checked():
 )
 def test_keys_of_esam(make):
     """Copied into the state, which may be donated; injected or not."""
-    loss, params = loss_of(*ref.problem()), tree_of(start().astype(np.float32))
+    loss, params = problem(), tree_of(start().astype(np.float32))
     grad_fn, key = jax.grad(loss), make()
     wanted = oa.esam(0.25, 0.5, 3)
     wanted = wanted.update(params, wanted.init(params), params, grad_fn=grad_fn)[0]

@@ -11,7 +11,7 @@ import pytest
 import reference_sharpness as ref
 from cases import SIBLINGS
 from jax import shard_map
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from sharpness_cases import ALL, PRODUCTS, flat, loss_of, tree_of
 from test_sharpness import start
@@ -99,7 +99,9 @@ def test_rules_in_shard_map(name, check_vma):
                 check_vma=check_vma,
             )
         )
-        state = sharp.init(params)
+        # Where the results of a step lie, or the second would be compiled anew.
+        everywhere = NamedSharding(mesh, P())
+        state = jax.device_put(sharp.init(params), everywhere)
         for _ in range(2):
             _, grads, state = step(params, state, X, Y)
         return grads, state

@@ -23,7 +23,7 @@ class CommonOptions(TypedDict, total=False):
 
     name: str
     where: Where | None
-    nonfinite: Literal["reject", "keep"]
+    nonfinite: Literal["skip", "reject", "keep"]
     memory_kind: Literal["device", "pinned_host"] | None
 
 
@@ -83,10 +83,12 @@ _OPTIONS = {
   parameters. ``init`` raises a ValueError if no leaf is selected.""",
     ),
     "nonfinite": Option(
-        "reject",
-        """``"reject"``, the default, leaves out an iterate, whole, if any
-  element of it is NaN or infinite. ``"keep"`` does not check: a NaN
-  then stays in the average.""",
+        "skip",
+        """What to do with NaN and infinities. ``"skip"``, the default, leaves
+  out these elements: the average stays as it is there, and absorbs the others.
+  ``"reject"`` leaves out the whole iterate and counts it in ``rejected``, which
+  takes one more pass over the parameters. ``"keep"`` does not check: a NaN then
+  stays in the average.""",
     ),
     "memory_kind": Option(
         None,

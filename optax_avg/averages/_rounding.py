@@ -2,12 +2,15 @@
 
     a <- a + w (x - a)
 
-On the first iterate (``first``), which meets what the average starts from, an element
-that is not finite is replaced by the iterate's.
+Two things are decided element by element, in the same pass. Where ``skip`` is set, an
+element of the iterate that is not finite is left out: the average stays as it is. An
+element of the average that is not finite is replaced by the iterate's: always where
+``skip`` is set, otherwise by the first iterate (``first``), which meets what the
+average starts from.
 """
 
 import zlib
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -16,16 +19,25 @@ from jax.typing import DTypeLike
 
 from optax_avg import _numerics
 
+# Whether elements that are not finite are left out; False if they never are.
+Skip = jax.Array | Literal[False]
+
 
 def nearest(
-    w: jax.Array, x: optax.Params, a: optax.Params, first: jax.Array
+    w: jax.Array, x: optax.Params, a: optax.Params, first: jax.Array, skip: Skip
 ) -> optax.Params:
     """The step, rounded to nearest."""
-    return jax.tree.map(lambda a, x: _lerp(w, x, a, first).astype(a.dtype), a, x)
+    return jax.tree.map(lambda a, x: _lerp(w, x, a, first, skip).astype(a.dtype), a, x)
 
 
 def stochastic(
-    w: jax.Array, x: Any, a: Any, first: jax.Array, name: str, step: jax.Array
+    w: jax.Array,
+    x: Any,
+    a: Any,
+    first: jax.Array,
+    skip: Skip,
+    name: str,
+    step: jax.Array,
 ) -> Any:
     """The step, rounded up or down at random so that the mean is exact.
 
@@ -36,13 +48,13 @@ def stochastic(
     def one(path, a, x):
         seed = zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
         own_key = jax.random.fold_in(key, seed)
-        return _round_at_random(_lerp(w, x, a, first), a.dtype, own_key)
+        return _round_at_random(_lerp(w, x, a, first, skip), a.dtype, own_key)
 
     return jax.tree.map_with_path(one, a, x)
 
 
 def compensated(
-    w: jax.Array, x: Any, a: Any, c: Any, first: jax.Array
+    w: jax.Array, x: Any, a: Any, c: Any, first: jax.Array, skip: Skip
 ) -> tuple[Any, Any]:
     """The step on the unevaluated sum ``a + c``, ``c`` holding what rounding took.
 
@@ -52,10 +64,11 @@ def compensated(
     def one(a, c, x):
         wide, x = _wide(a, x)
         # Where x replaces a + c, the same lines start from 0 + x.
-        replaced = _is_replaced(w, a, first)
+        replaced, stays = _decided(w, x, a, first, skip)
         a_wide = jnp.where(replaced, 0, a.astype(wide))
         y = c.astype(wide)
-        y = jnp.where(replaced, x, y + w * ((x - a_wide) - y))
+        moved = jnp.where(replaced, x, y + w * ((x - a_wide) - y))
+        y = jnp.where(stays, y, moved)
         new = (a_wide + y).astype(a.dtype)
         return new, (y - (new.astype(wide) - a_wide)).astype(c.dtype)
 
@@ -72,17 +85,25 @@ def compensated(
     )
 
 
-def _lerp(w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array) -> jax.Array:
+def _lerp(
+    w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: Skip
+) -> jax.Array:
     wide, x = _wide(a, x)
     # a + (x - a) is not x in floating point, and keeps a NaN of a.
-    replaced = _is_replaced(w, a, first)
+    replaced, stays = _decided(w, x, a, first, skip)
     a = a.astype(wide)
-    return jnp.where(replaced, x, a + w * (x - a))
+    return jnp.where(stays, a, jnp.where(replaced, x, a + w * (x - a)))
 
 
-def _is_replaced(w: jax.Array, a: jax.Array, first: jax.Array) -> jax.Array:
-    """Where the result is the iterate itself."""
-    return (w >= 1) | (first & ~jnp.isfinite(a))
+def _decided(
+    w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: Skip
+) -> tuple[jax.Array, jax.Array | bool]:
+    """Where the result is the iterate itself, and where it is the old average."""
+    broken = ~jnp.isfinite(a)
+    if skip is False:
+        return (w >= 1) | (first & broken), False
+    stays = skip & ~jnp.isfinite(x)
+    return ((w >= 1) | broken) & ~stays, stays
 
 
 def _wide(a: jax.Array, x: jax.Array) -> tuple[Any, jax.Array]:

@@ -28,7 +28,8 @@ class AverageState(NamedTuple):
       step: Optimizer steps seen, int32. Before it overflows it goes back by ``every``.
       absorbed: Number of iterates absorbed, int32. Before it overflows it goes back by
         the period of the memories.
-      rejected: Number of iterates left out because an element was not finite, int32.
+      rejected: Number of iterates left out whole because an element was not finite,
+        int32; 0 unless ``nonfinite="reject"``.
       start: Optimizer steps that were left out at the beginning, int32.
       every: Optimizer steps between absorbed iterates, int32.
       averages: What each memory keeps, by the name of the average.
@@ -62,7 +63,7 @@ def averaging(
     accumulator_dtype: Any = None,
     rounding: Any = None,
     where: _leaves.Where | None = None,
-    nonfinite: Literal["reject", "keep"] = "reject",
+    nonfinite: Literal["skip", "reject", "keep"] = "skip",
     memory_kind: str | None = None,
 ) -> optax.GradientTransformationExtraArgs:
     """Makes the transformation of all averages.
@@ -106,7 +107,7 @@ def averaging(
     every, start = every_and_start(every, start)
     periods = (memory.period for memory in memories.values())
     period = functools.reduce(_numerics.common_multiple, periods, 1)
-    _checks.one_of("nonfinite", nonfinite, ("reject", "keep"))
+    _checks.one_of("nonfinite", nonfinite, ("skip", "reject", "keep"))
     _checks.one_of("memory_kind", memory_kind, (None, "device", "pinned_host"))
 
     def put(state, space):
@@ -144,7 +145,8 @@ def averaging(
 
         def take(state):
             t = jnp.asarray(optax.safe_increment(state.absorbed), jnp.float32)
-            turn = Turn(state.absorbed, t, every, is_base, state.step, "")
+            skip = ~is_base if nonfinite == "skip" else False
+            turn = Turn(state.absorbed, t, every, is_base, state.step, "", skip)
             averages = {
                 key: memory.absorb(state.averages[key], x, turn._replace(name=key))
                 for key, memory in memories.items()

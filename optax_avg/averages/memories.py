@@ -71,6 +71,8 @@ class Turn(NamedTuple):
         it, finite or not, and does not count it.
       step: Optimizer steps seen, int32.
       name: Name of the average.
+      skip: Whether elements that are not finite are left out: where ``x`` is NaN or
+        infinite, what is kept stays as it is. The Python value False if they never are.
     """
 
     absorbed: jax.Array
@@ -79,6 +81,7 @@ class Turn(NamedTuple):
     is_base: jax.Array
     step: jax.Array
     name: str
+    skip: _rounding.Skip
 
 
 class Memory(NamedTuple):
@@ -222,12 +225,14 @@ def running(
         average, compensation = kept.average, kept.compensation
         if compensated:
             average, compensation = _rounding.compensated(
-                w, x, average, compensation, first
+                w, x, average, compensation, first, turn.skip
             )
         elif rounding == "stochastic":
-            average = _rounding.stochastic(w, x, average, first, turn.name, turn.step)
+            average = _rounding.stochastic(
+                w, x, average, first, turn.skip, turn.name, turn.step
+            )
         else:
-            average = _rounding.nearest(w, x, average, first)
+            average = _rounding.nearest(w, x, average, first, turn.skip)
         if kept.mass:
             keep = lambda old, new: jnp.where(turn.is_base, old, new)
             mass = jax.tree.map(keep, kept.mass, mass)
@@ -272,10 +277,17 @@ def window(k: int) -> Memory:
     def absorb(kept: WindowMemory, x: Params, turn: Turn) -> WindowMemory:
         # The first iterate overwrites the row of the base.
         row = turn.absorbed % k
+
+        def write(ring, leaf):
+            if turn.skip is not False:
+                old = lax.dynamic_index_in_dim(ring, row, 0, keepdims=False)
+                leaf = jnp.where(jnp.isfinite(leaf) | ~turn.skip, leaf, old)
+            return lax.dynamic_update_index_in_dim(ring, leaf, row, 0)
+
         # By leaves: boxes of a ring have one axis more than those of the iterate.
         rings, structure = jax.tree.flatten(kept.ring)
         written = [
-            lax.dynamic_update_index_in_dim(ring, leaf, row, 0)
+            write(ring, leaf)
             for ring, leaf in zip(rings, jax.tree.leaves(x), strict=True)
         ]
         return WindowMemory(structure.unflatten(written))
@@ -333,18 +345,29 @@ def corrected(
         first = turn.number == 1
         s = rho + gamma * turn.number
         b, a = jnp.where(turn.is_base, 1, s**-kappa), s**-eta
-        is_new = lambda x0: turn.is_base | (first & ~jnp.isfinite(x0))
-        renew = lambda x0, x: jnp.where(is_new(x0), x.astype(x0.dtype), x0)
+        skip = turn.skip
+
+        def renew(x0, x):
+            broken = ~jnp.isfinite(x0)
+            heals = first & broken if skip is False else broken & jnp.isfinite(x)
+            return jnp.where(turn.is_base | heals, x.astype(x0.dtype), x0)
+
         base = jax.tree.map(renew, kept.base, x)
         if at_random:
-            ema = _rounding.stochastic(b, x, kept.ema, first, turn.name, turn.step)
+            ema = _rounding.stochastic(
+                b, x, kept.ema, first, skip, turn.name, turn.step
+            )
         else:
-            ema = _rounding.nearest(b, x, kept.ema, first)
+            ema = _rounding.nearest(b, x, kept.ema, first, skip)
 
-        def correct(ema, x, x0):
-            return (ema + a * (_numerics.widen(x) - x0)).astype(x0.dtype)
+        def correct(old, ema, x, x0):
+            new = (ema + a * (_numerics.widen(x) - x0)).astype(x0.dtype)
+            if skip is False:
+                return new
+            return jnp.where(skip & ~jnp.isfinite(x), old, new)
 
-        return CorrectedMemory(jax.tree.map(correct, ema, x, base), ema, base)
+        newest = jax.tree.map(correct, kept.corrected, ema, x, base)
+        return CorrectedMemory(newest, ema, base)
 
     return Memory(init, absorb)
 
