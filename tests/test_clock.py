@@ -246,7 +246,7 @@ def test_a_state_saved_twice_is_one_run(store_of):
 
 @pytest.mark.parametrize("every", [1, 5])
 def test_iterates_that_were_left_out_do_not_count(every, store_of):
-    options = {"every": every}
+    options = {"every": every, "nonfinite": "reject"}
     tx = optax.chain(
         oa.polyak_average(**options),
         oa.average(lambda t: 1 / t, name="late", start=100, **options),
@@ -269,7 +269,7 @@ def test_iterates_that_were_left_out_do_not_count(every, store_of):
 )
 def test_many_iterates_that_were_left_out_are_no_new_run(every, saved, bad, store_of):
     """Without them a state counts hardly more steps than before, or fewer."""
-    tx = oa.polyak_average(every=every)
+    tx = oa.polyak_average(every=every, nonfinite="reject")
     store, save = store_of(weights=POLYAK)
     keep = lambda state, step: save(state, step) if step in saved else None
     trained(tx, saved[-1], bad=bad, save=keep)
@@ -287,7 +287,8 @@ def test_many_iterates_that_were_left_out_are_no_new_run(every, saved, bad, stor
 
 
 def test_averages_that_left_out_other_iterates_are_named(store_of):
-    tx = optax.chain(oa.polyak_average(), oa.swa(0, 10))
+    strict = {"nonfinite": "reject"}
+    tx = optax.chain(oa.polyak_average(**strict), oa.swa(0, 10, **strict))
     store, save = store_of(weights=POLYAK | {"swa": oa.weights.uniform()})
     trained(tx, 200, bad={55, 60}, save=save, stride=40)
     with pytest.warns(UserWarning, match=r"\['swa'\] do not count the same"):

@@ -238,7 +238,9 @@ class SnapshotStore:
 
         Averages are combined on one clock, that of optimizer steps. It counts the steps
         of the oldest state in the newest snapshot, without those whose iterates were
-        rejected because they were not finite. The result is an average of the steps
+        left out whole (``nonfinite="reject"``). Single elements that were left out
+        (``nonfinite="skip"``) count as if the average had stood in their place. The
+        result is an average of the steps
         ``start + every i``, ``i = 1, 2, ...``, on this clock: ``start`` is the earliest
         start of the averages, and ``every`` is the largest stride whose steps contain
         the iterates of all: 2 if one average took every 4th and another every 6th step.
