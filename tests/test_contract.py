@@ -641,7 +641,8 @@ COLLECTIVE = r"\b(all-\w+|reduce-scatter|collective-permute)(-start)?\("
 @every_average
 def test_averages_of_sharded_params_talk_to_no_other_device(case):
     """Also where an iterate is not finite: every element is judged alone."""
-    place = NamedSharding(jax.make_mesh((8,), ("d",)), P("d"))
+    mesh = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, P("d"))
     params = jax.device_put({"w": jnp.ones((8, 3)), "b": jnp.ones(16)}, place)
     tx = optax.chain(optax.adamw(0.1), case.make())
     state = jax.jit(tx.init)(params)
