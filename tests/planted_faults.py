@@ -1366,9 +1366,15 @@ FAULTS = {
     ),
     "a large Orbax chunk is decoded as a whole": Fault(
         "optax_avg/_checkpoints/_orbax_reads.py",
-        "pieces = _streamed(store, whole) if size > most else None",
-        "pieces = None",
+        "yield from streamed or _pieces(store, whole, most)",
+        "yield from _pieces(store, whole, most)",
         f"{CLI_ORBAX} -k decoded_as_a_stream",
+    ),
+    "pieces of two checkpoints make one array": Fault(
+        "optax_avg/_checkpoints/_orbax_reads.py",
+        "if found.stamp.generation != now.stamp.generation:",
+        "if False:",
+        f"{CLI_ORBAX} -k replaced_while",
     ),
     "a frame that ends early is taken": Fault(
         "optax_avg/_checkpoints/_orbax_reads.py",

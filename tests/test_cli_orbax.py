@@ -307,6 +307,47 @@ def test_a_stream_that_was_damaged_is_an_error(kind, hurt):
         copied(store, file, 700, not_as_a_whole)
 
 
+@pytest.mark.parametrize("kind", ["zstd", "shards"])
+def test_a_chunk_that_is_replaced_while_it_is_read(kind):
+    """Frames of random numbers have the same places and lengths everywhere."""
+    rng = np.random.default_rng(0)
+    x, store = stored(kind, (400, 300), (400, 300))
+    draw = lambda: rng.integers(-(2**31), 2**31, x.shape, np.int32)
+    store.write(draw()).result()
+    append = _orbax_reads._append
+
+    def replacing(file, piece):
+        append(file, piece)
+        store.write(draw()).result()
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as file:
+        patch.setattr(_orbax_reads, "_append", replacing)
+        with pytest.raises(ValueError, match="here: an array was replaced while"):
+            copied(store, file, 2**16)
+
+
+def test_a_disk_that_is_full_is_not_the_fault_of_the_checkpoint():
+    _, store = stored("zstd", (40, 30), (40, 30))
+
+    def full(file, piece):
+        raise OSError(28, "No space left on device")
+
+    with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryFile() as file:
+        patch.setattr(_orbax_reads, "_append", full)
+        with pytest.raises(OSError, match="No space left"):
+            copied(store, file, 700)
+
+
+def test_a_damaged_index_of_a_shard_is_named_by_tensorstore():
+    _, store = stored("shards", (40, 30), (40, 30))
+    value = store.kvstore["c/0/0"]
+    store.kvstore["c/0/0"] = value[:-20] + b"\xff" * 16 + value[-4:]
+    with tempfile.TemporaryFile() as file:
+        with pytest.raises(ValueError, match="here") as error:
+            copied(store, file, 700)
+        assert "incompatible function arguments" not in str(error.value)
+
+
 @pytest.mark.parametrize("method", ["soup", "task-arithmetic", "slerp", "karcher"])
 def test_however_it_is_saved_the_same_comes_out(method, tmp_path, run, monkeypatch):
     monkeypatch.chdir(tmp_path)

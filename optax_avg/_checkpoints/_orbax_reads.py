@@ -120,10 +120,8 @@ def _copied(path: str, name: str, store: Store, file: BinaryIO) -> Parts:
         store = _opened(path, name, cached)
     groups = list(_grid(shape, group))
     for whole in groups:
-        with named(path):
-            pieces = _streamed(store, whole) if size > most else None
-            for piece in pieces or _pieces(store, whole, most):
-                _append(file, piece)
+        for piece in _read(path, store, whole, most):
+            _append(file, piece)  # its errors are not those of the checkpoint
     begins = itertools.accumulate([math.prod(_extent(x)) for x in groups], initial=0)
     places = list(zip(groups, begins, strict=False))
 
@@ -132,6 +130,13 @@ def _copied(path: str, name: str, store: Store, file: BinaryIO) -> Parts:
         return _joined(found, dtype)
 
     return read
+
+
+def _read(path: str, store: Store, whole: Box, most: int) -> Iterator[np.ndarray]:
+    """Yields what is in a group of chunks, a part at a time."""
+    with named(path):
+        streamed = _streamed(store, whole) if math.prod(_extent(whole)) > most else None
+        yield from streamed or _pieces(store, whole, most)
 
 
 def _pieces(store: Store, whole: Box, most: int) -> Iterator[np.ndarray]:
@@ -154,12 +159,25 @@ def _streamed(store: Store, whole: Box) -> Iterator[np.ndarray] | None:
     key = frames.separator.join(["c", *index] if frames.sharded else index)
 
     read = lambda begin, end: store.kvstore.read(key, byte_range=slice(begin, end))
+    now = read(0, 0).result()
     # TensorStore knows whether a chunk that is not there was lost.
-    if read(0, 0).result().state == "missing":
+    if now.state == "missing":
         return None
-    stored = lambda begin, end: read(begin, end).result().value
+
+    def stored(begin: int, end: int | None) -> bytes:
+        found = read(begin, end).result()
+        if found.stamp.generation != now.stamp.generation:
+            raise ValueError("an array was replaced while it was read.")
+        return found.value
+
+    begin, end = 0, None
+    if frames.sharded:  # an index of one place and number of bytes ends with a checksum
+        begin, length = np.frombuffer(stored(-20, None), "<u8", 2).tolist()
+        end = begin + length
+        if end >= 2**62:  # damaged, or the mark of a missing chunk
+            return None
     count = math.prod(frames.chunk) * store.dtype.numpy_dtype.itemsize
-    return _decoded(stored, frames.sharded, count)
+    return _decoded(stored, begin, end, count)
 
 
 def _zarr2_frames(metadata: Metadata) -> _Frames | None:
@@ -188,13 +206,11 @@ def _zarr3_frames(metadata: Metadata) -> _Frames | None:
     return _Frames(tuple(chunk), "/", True)
 
 
-def _decoded(stored: Stored, sharded: bool, count: int) -> Iterator[np.ndarray]:
+def _decoded(
+    stored: Stored, begin: int, end: int | None, count: int
+) -> Iterator[np.ndarray]:
     """Yields the ``count`` bytes of a frame of Zstandard, a part at a time."""
     zstandard = imported("zstandard", "large Orbax arrays need zstandard", "posthoc")
-    begin, end = 0, None
-    if sharded:  # an index of one place and number of bytes ends with a checksum
-        begin, length = np.frombuffer(stored(-20, None), "<u8", 2).tolist()
-        end = begin + length
 
     def compressed(size: int) -> bytes:
         nonlocal begin
