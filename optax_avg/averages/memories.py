@@ -248,8 +248,8 @@ def window(k: int) -> Memory:
 
     ``avg_t = 1/min(t,k) sum_{i=max(1,t-k+1)}^t x_i``. The iterates lie in a ring
     buffer, ``k`` times the parameters, and the mean is taken when it is read. An update
-    costs one write, and nothing drifts. Where an element of an iterate is left out, that
-    of the iterate ``k`` before stays in its place.
+    costs one write, and nothing drifts. Where an element of an iterate is left out,
+    that of the iterate ``k`` before stays in its place.
 
     Args:
       k: Number of iterates in the window; at least 1.
