@@ -307,7 +307,7 @@ def clip_by_ema_norm(
         ema = decay * gamma + (1 - decay) * n
         followed = jnp.where(step < warmup_steps, smallest, ema)
         followed = jnp.where(known, followed, n)
-        telling = (n > 0) & ((step >= warmup_steps) | (total < SPIKE * lambda_abs))
+        telling = (n > 0) & ((step >= warmup_steps) | (total / SPIKE < lambda_abs))
         return high, jnp.where(telling, followed, gamma)
 
     return _clip(limit, jnp.zeros, scope="leaf")
