@@ -79,8 +79,8 @@ FAULTS = {
     ),
     "arguments of the mix are swapped": Fault(
         "optax_avg/averages/_rounding.py",
-        "a + w * (x - a))",
-        "x + w * (a - x))",
+        "a_wide + w * (x - a_wide))",
+        "x + w * (a_wide - x))",
         f"{AVERAGING} -k polynomial_average",
     ),
     "the debiased weight starts one late": Fault(
@@ -115,9 +115,15 @@ FAULTS = {
     ),
     "a broken element of an average stays broken": Fault(
         "optax_avg/averages/_rounding.py",
-        "return ((w >= 1) | broken) & ~stays, stays",
-        "return (w >= 1) & ~stays, stays",
+        "(broken if skip is not False else first & broken)",
+        "(first & broken)",
         f"{AVERAGING} -k heals",
+    ),
+    "an iterate that is left out counts as zero": Fault(
+        "optax_avg/averages/_rounding.py",
+        "x = jnp.where(_left_out(x, skip), a_wide, x)",
+        "x = jnp.where(_left_out(x, skip), 0, x)",
+        f"{CONTRACT} -k elements_that_are_not_finite_are_left_out",
     ),
     "a NaN gets into a window": Fault(
         "optax_avg/averages/memories.py",

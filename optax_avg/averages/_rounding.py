@@ -64,7 +64,8 @@ def compensated(
     def one(a, c, x):
         wide, x = _wide(a, x)
         # Where x replaces a + c, the same lines start from 0 + x.
-        replaced, stays = _decided(w, x, a, first, skip)
+        stays = _left_out(x, skip)
+        replaced = _replaced(w, a, first, skip) & jnp.logical_not(stays)
         a_wide = jnp.where(replaced, 0, a.astype(wide))
         y = c.astype(wide)
         moved = jnp.where(replaced, x, y + w * ((x - a_wide) - y))
@@ -89,21 +90,21 @@ def _lerp(
     w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: Skip
 ) -> jax.Array:
     wide, x = _wide(a, x)
+    a_wide = a.astype(wide)
+    x = jnp.where(_left_out(x, skip), a_wide, x)  # a + w (a - a) is a
     # a + (x - a) is not x in floating point, and keeps a NaN of a.
-    replaced, stays = _decided(w, x, a, first, skip)
-    a = a.astype(wide)
-    return jnp.where(stays, a, jnp.where(replaced, x, a + w * (x - a)))
+    return jnp.where(_replaced(w, a, first, skip), x, a_wide + w * (x - a_wide))
 
 
-def _decided(
-    w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: Skip
-) -> tuple[jax.Array, jax.Array | bool]:
-    """Where the result is the iterate itself, and where it is the old average."""
+def _left_out(x: jax.Array, skip: Skip) -> jax.Array | Literal[False]:
+    """Where the average stays as it is."""
+    return False if skip is False else ~(jnp.isfinite(x) | ~skip)
+
+
+def _replaced(w: jax.Array, a: jax.Array, first: jax.Array, skip: Skip) -> jax.Array:
+    """Where the result is the iterate itself, if it is not left out."""
     broken = ~jnp.isfinite(a)
-    if skip is False:
-        return (w >= 1) | (first & broken), False
-    stays = skip & ~jnp.isfinite(x)
-    return ((w >= 1) | broken) & ~stays, stays
+    return (w >= 1) | (broken if skip is not False else first & broken)
 
 
 def _wide(a: jax.Array, x: jax.Array) -> tuple[Any, jax.Array]:
