@@ -18,6 +18,9 @@ from jax import lax
 from optax_avg import _checks, _leaves, _mixups, _numerics, _sight, weights
 from optax_avg.averages.memories import Memory, Turn, running
 
+# One average, or several by name.
+Weights = weights.Weight | Memory | Mapping[str, weights.Weight | Memory]
+
 UNAVERAGED = "where is true of no leaf, so that nothing would be averaged"
 
 
@@ -53,9 +56,32 @@ def every_and_start(every: Any, start: Any) -> tuple[Any, Any]:
     return every, _checks.check_integer("start", 0 if start is None else start, 0)
 
 
+def _named_memories(
+    caller: str, weight: Weights, name: str, accumulator_dtype: Any, rounding: Any
+) -> dict[str, Memory]:
+    """The memory of every average, by name."""
+    by_name = weight if isinstance(weight, Mapping) else {name: weight}
+    for value in by_name.values():
+        _mixups.refuse_transformation(caller, value)
+    if not by_name:
+        raise ValueError(f"{caller} needs a weight; write average(weights.ema(0.999)).")
+    options = {"accumulator_dtype": accumulator_dtype, "rounding": rounding}
+    is_given = any(value is not None for value in options.values())
+    if is_given and all(isinstance(x, Memory) for x in by_name.values()):
+        raise ValueError(
+            "accumulator_dtype and rounding are for averages that are given by a "
+            "weight; pass them to the memory, as in memories.running(weight, "
+            "accumulator_dtype=jnp.bfloat16)."
+        )
+    return {
+        str(key): value if isinstance(value, Memory) else running(value, **options)
+        for key, value in by_name.items()
+    }
+
+
 def averaging(
     caller: str,
-    weight: weights.Weight | Memory | Mapping[str, weights.Weight | Memory],
+    weight: Weights,
     *,
     every: Any = None,
     start: Any = None,
@@ -87,23 +113,7 @@ def averaging(
       ValueError: If an argument is out of range.
       TypeError: If a weight is a transformation.
     """
-    by_name = weight if isinstance(weight, Mapping) else {name: weight}
-    for value in by_name.values():
-        _mixups.refuse_transformation(caller, value)
-    if not by_name:
-        raise ValueError(f"{caller} needs a weight; write average(weights.ema(0.999)).")
-    options = {"accumulator_dtype": accumulator_dtype, "rounding": rounding}
-    is_given = any(value is not None for value in options.values())
-    if is_given and all(isinstance(x, Memory) for x in by_name.values()):
-        raise ValueError(
-            "accumulator_dtype and rounding are for averages that are given by a "
-            "weight; pass them to the memory, as in memories.running(weight, "
-            "accumulator_dtype=jnp.bfloat16)."
-        )
-    memories = {
-        str(key): value if isinstance(value, Memory) else running(value, **options)
-        for key, value in by_name.items()
-    }
+    memories = _named_memories(caller, weight, name, accumulator_dtype, rounding)
     every, start = every_and_start(every, start)
     periods = (memory.period for memory in memories.values())
     period = functools.reduce(_numerics.common_multiple, periods, 1)
