@@ -352,7 +352,7 @@ def test_inject_hyperparams(case):
     injected = optax.inject_hyperparams(case.factory, static_args=case.static)
     tx = beside(case._replace(factory=injected), SGD)
     with_injection = run(tx, params, 5)
-    plain = run(beside(case, SGD), params, 5)
+    plain = run(chain(case), params, 5)
     check_close(observe(*with_injection[::-1]), observe(*plain[::-1]), rtol=1e-5)
     if case.place == "first":
         inner, wanted = with_injection[1][0].inner_state, plain[1][0]
