@@ -38,7 +38,7 @@ class AccumulatorOptions(CommonOptions, total=False):
     """Options of averages that are kept in an accumulator."""
 
     accumulator_dtype: jax.typing.DTypeLike | None
-    rounding: Literal["stochastic", "compensated"] | None
+    rounding: Literal["dithered", "stochastic", "compensated"] | None
 
 
 class AverageOptions(MemoryOptions, AccumulatorOptions, total=False):
