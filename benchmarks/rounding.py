@@ -63,7 +63,7 @@ STREAMS: dict[str, Stream] = {
 
 def scale_of(dtype: DTypeLike) -> int:
     """A scale that spares numbers of 8 bits from becoming subnormal."""
-    return 32 if jnp.finfo(dtype).bits < 16 else 1
+    return 16 if jnp.finfo(dtype).bits < 16 else 1
 
 
 def errors(stream: Stream, decay: float, steps: int) -> dict[str, Any]:

@@ -66,15 +66,20 @@ _OPTIONS = {
         None,
         """Dtype in which averages that are given by a weight are stored, a float of
   16 bits or more. The default is float32, or the dtype of the leaf if that is wider.
+  float16 is more accurate than bfloat16 for parameters between 6e-5 and 65504.
   The average of a complex leaf is complex64 or wider.""",
     ),
     "rounding": Option(
         None,
         """How the average is rounded to ``accumulator_dtype``. ``None`` rounds
-  to nearest, or stochastically if the dtype is narrower than float32, where
-  rounding to nearest would stop a slow average. ``"stochastic"`` is unbiased; its
-  random bits depend on the step, the name and the leaf. ``"compensated"`` keeps
-  the rounding error in a second tree and adds it back.""",
+  to nearest, or ``"dithered"`` if the dtype is narrower than float32, where rounding
+  to nearest would stop a slow average. ``"dithered"`` rounds up or down as a fixed
+  sequence says, whose errors cancel over time; in bfloat16 the average is then wrong
+  by about 0.5 % of the parameters, whatever the horizon, in float16 by about 0.1 %.
+  ``"stochastic"`` rounds at random, with errors two to four times as large, and takes
+  longer; every step is unbiased and no two share their random bits. ``"compensated"``
+  keeps the rounding error in a second tree and adds it back, which in bfloat16 takes
+  as much memory as float32.""",
     ),
     "where": Option(
         None,
