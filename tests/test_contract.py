@@ -120,7 +120,7 @@ def tolerance(dtype):
 
 
 def rounding_of(case):
-    """Relative tolerance; the bits that round narrow accumulators depend on the leaf."""
+    """Relative tolerance; what rounds narrow accumulators depends on the leaf."""
     narrow = ("ema_params_bf16", "ema_params_fp16", "ema_params_stochastic")
     return 2e-2 if case in [CASES[name] for name in narrow] else 1e-6
 

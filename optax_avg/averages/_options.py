@@ -74,12 +74,12 @@ _OPTIONS = {
         """How the average is rounded to ``accumulator_dtype``. ``None`` rounds
   to nearest, or ``"dithered"`` if the dtype is narrower than float32, where rounding
   to nearest would stop a slow average. ``"dithered"`` rounds up or down as a fixed
-  sequence says, whose errors cancel over time; in bfloat16 the average is then wrong
-  by about 0.5 % of the parameters, whatever the horizon, in float16 by about 0.1 %.
-  ``"stochastic"`` rounds at random, with errors two to four times as large, and takes
-  longer; every step is unbiased and no two share their random bits. ``"compensated"``
-  keeps the rounding error in a second tree and adds it back, which in bfloat16 takes
-  as much memory as float32.""",
+  sequence says, whose errors cancel over time: in bfloat16 the average is wrong by
+  0.2 to 1 % of the parameters, in float16 by 0.03 to 0.4 %. ``"stochastic"`` rounds
+  at random, with errors up to four times as large, and takes longer.
+  ``"compensated"`` keeps the rounding error in a second tree and adds it back, which
+  in bfloat16 takes as much memory as float32. The docs have a table of errors
+  (``docs/results.md``).""",
     ),
     "where": Option(
         None,
