@@ -20,6 +20,8 @@ This is van der Corput's sequence with the order of its points, but for runs, sh
 (Owen, "Randomly Permuted (t,m,s)-Nets and (t,s)-Sequences", 1995).
 """
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -71,7 +73,7 @@ def raise_and_cut(x: jax.Array, dtype: DTypeLike, u: jax.Array) -> jax.Array:
     cut = wide.nmant - narrow.nmant  # bits
     below_cut = u >> (32 - cut) if cut <= 32 else u.astype(whole) << (cut - 32)
     same_exponents = wide.nexp == narrow.nexp
-    lift = np.zeros([], x.dtype) if same_exponents else _lift(x, narrow)
+    lift = np.zeros([], x.dtype) if same_exponents else _lift(x, narrow.smallest_normal)
     bits = lax.bitcast_convert_type(x + lift, whole)
     fits = jnp.abs(x) < np.asarray(narrow.max, x.dtype)
     kept = jnp.where(fits, bits + below_cut.astype(whole), bits) >> cut
@@ -80,9 +82,9 @@ def raise_and_cut(x: jax.Array, dtype: DTypeLike, u: jax.Array) -> jax.Array:
     return (lax.bitcast_convert_type(kept << cut, x.dtype) - lift).astype(dtype)
 
 
-def _lift(x: jax.Array, narrow: jnp.finfo) -> jax.Array:
+def _lift(x: jax.Array, smallest_normal: Any) -> jax.Array:
     """What takes subnormal numbers to where normal ones have the same spacing."""
-    smallest = np.asarray(narrow.smallest_normal, x.dtype)
+    smallest = np.asarray(smallest_normal, x.dtype)
     return jnp.where(jnp.abs(x) < smallest, jnp.copysign(smallest, x), 0)
 
 
