@@ -53,6 +53,14 @@ def variants() -> dict[str, optax.GradientTransformationExtraArgs | None]:
         "ema_params, nonfinite=reject": oa.ema_params(DECAY, nonfinite="reject"),
         "ema_params, nonfinite=keep": oa.ema_params(DECAY, nonfinite="keep"),
         "ema_params, every=10": oa.ema_params(DECAY, every=BLOCK),
+        "bfloat16, dithered": oa.ema_params(DECAY, accumulator_dtype=jnp.bfloat16),
+        "bfloat16, stochastic": oa.ema_params(
+            DECAY, accumulator_dtype=jnp.bfloat16, rounding="stochastic"
+        ),
+        "bfloat16, compensated": oa.ema_params(
+            DECAY, accumulator_dtype=jnp.bfloat16, rounding="compensated"
+        ),
+        "float16, dithered": oa.ema_params(DECAY, accumulator_dtype=jnp.float16),
         "three horizons": oa.average(horizons),
         "three horizons, nonfinite=keep": oa.average(horizons, nonfinite="keep"),
         "window_average(6, every=10)": oa.window_average(6, every=BLOCK),

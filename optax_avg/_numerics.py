@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jax import core, lax
 from jax.typing import ArrayLike, DTypeLike
@@ -310,10 +311,10 @@ def ranked_after(leaves: list[jax.Array], below: int | jax.Array) -> list[jax.Ar
     left = below - sum([jnp.sum(leaf < threshold) for leaf in leaves], 0)
     marks = []
     for leaf, tied in zip(leaves, ties, strict=True):
-        place = _place(leaf.shape)
-        before = lambda i, tied=tied, place=place: jnp.sum(tied & (place < i))
+        places = place(leaf.shape)
+        before = lambda i, tied=tied, places=places: jnp.sum(tied & (places < i))
         first = _largest(lambda i, n=left, f=before: f(i) <= n, jnp.int32, [leaf])
-        marks.append((leaf > threshold) | (tied & (place >= first)))
+        marks.append((leaf > threshold) | (tied & (places >= first)))
         left = jnp.maximum(left - jnp.sum(tied), 0)
     return marks
 
@@ -330,13 +331,19 @@ def _largest(holds: Callable[[Any], Any], integer: Any, like: Any) -> jax.Array:
     return lax.fori_loop(0, bits, lower_bit, _mesh.vary(jnp.zeros([], integer), axes))
 
 
-def _place(shape: tuple[int, ...]) -> jax.Array:
-    """The place of every element in its leaf, in row-major order."""
-    place, stride = jnp.zeros(shape, jnp.int32), 1
+def place(shape: tuple[int, ...], dtype: DTypeLike = jnp.int32) -> jax.Array:
+    """The place of every element in its leaf, in row-major order.
+
+    Args:
+      shape: Shape of the leaf.
+      dtype: An integer dtype, in which the place is taken modulo its range.
+    """
+    found, stride = jnp.zeros(shape, dtype), 1
     for axis in reversed(range(len(shape))):
-        place += stride * lax.broadcasted_iota(jnp.int32, shape, axis)
+        step = np.asarray(stride).astype(dtype)
+        found += step * lax.broadcasted_iota(dtype, shape, axis)
         stride *= shape[axis]
-    return place
+    return found
 
 
 def dot(a: optax.Params, b: optax.Params) -> jax.Array:

@@ -50,6 +50,16 @@ AVERAGES = {
         {"decay": 0.9, "accumulator_dtype": jnp.bfloat16},
         ("accumulator_dtype",),
     ),
+    "ema_params_stochastic": Case(
+        oa.ema_params,
+        {"decay": 0.9, "accumulator_dtype": jnp.bfloat16, "rounding": "stochastic"},
+        ("accumulator_dtype",),
+    ),
+    "ema_params_fp16": Case(
+        oa.ema_params,
+        {"decay": 0.9, "accumulator_dtype": jnp.float16},
+        ("accumulator_dtype",),
+    ),
     "ema_params_compensated": Case(
         oa.ema_params,
         {"decay": 0.9, "accumulator_dtype": jnp.bfloat16, "rounding": "compensated"},

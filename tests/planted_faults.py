@@ -34,6 +34,7 @@ class Fault(NamedTuple):
 
 CONTRACT = "tests/test_contract.py"
 AVERAGING = "tests/test_averaging.py"
+ROUNDING = "tests/test_rounding.py"
 WEIGHTS = "tests/test_weights.py"
 READOUT = "tests/test_readout.py"
 WRITE_BACK = "tests/test_write_back.py"
@@ -170,6 +171,66 @@ FAULTS = {
         "x + u.astype(jnp.float32)\n",
         f"{AVERAGING} -k training_holds",
     ),
+    "dithered rounding cuts what was not raised": Fault(
+        "optax_avg/averages/_dither.py",
+        "bits + below_cut.astype(whole), bits)",
+        "bits, bits)",
+        f"{ROUNDING} -k 'raised or mean_over'",
+    ),
+    "dither carries the largest numbers to infinity": Fault(
+        "optax_avg/averages/_dither.py",
+        "jnp.where(fits, bits + below_cut.astype(whole), bits)",
+        "(bits + below_cut.astype(whole))",
+        f"{ROUNDING} -k ends_of_the_range",
+    ),
+    "subnormal numbers are dithered like normal ones": Fault(
+        "optax_avg/averages/_dither.py",
+        "jnp.copysign(smallest, x), 0)",
+        "jnp.zeros_like(x), 0)",
+        f"{ROUNDING} -k 'raised or small'",
+    ),
+    "the dither comes round with a period": Fault(
+        "optax_avg/averages/_dither.py",
+        "g = _hash((from_j >> 1) ^ _hash(j ^ np.uint32(seed)))",
+        "g = jnp.zeros_like(j)",
+        f"{ROUNDING} -k 'digits or orders or period'",
+    ),
+    "the dither's order within a run depends on the run's own digits": Fault(
+        "optax_avg/averages/_dither.py",
+        "_hash((from_j >> 1) ^",
+        "_hash(from_j ^",
+        f"{ROUNDING} -k every_run",
+    ),
+    "all elements have one dither": Fault(
+        "optax_avg/averages/_dither.py",
+        "return _hash(_numerics.place(shape, jnp.uint32) ^ np.uint32(seed))",
+        "return jnp.full(shape, seed, jnp.uint32)",
+        f"{ROUNDING} -k 'elements'",
+    ),
+    "all leaves have one dither": Fault(
+        "optax_avg/averages/_rounding.py",
+        "digits_of_place(a.shape, _seed(name, path))",
+        "digits_of_place(a.shape, _seed(name))",
+        f"{ROUNDING} -k independent",
+    ),
+    "all averages have one dither": Fault(
+        "optax_avg/averages/_rounding.py",
+        'f"{name}{jax.tree_util.keystr(path)}".encode()',
+        "jax.tree_util.keystr(path).encode()",
+        f"{ROUNDING} -k independent",
+    ),
+    "the dither stands still": Fault(
+        "optax_avg/averages/_rounding.py",
+        "_dither.digits_of_time(absorbed, _seed(name))",
+        "_dither.digits_of_time(0 * absorbed, _seed(name))",
+        f"{ROUNDING} -k walk",
+    ),
+    "narrow accumulators round at random by default": Fault(
+        "optax_avg/averages/memories.py",
+        'return "dithered" if rounding is None',
+        'return "stochastic" if rounding is None',
+        f"{ROUNDING} -k default",
+    ),
     "stochastic rounding rounds down": Fault(
         "optax_avg/averages/_rounding.py",
         "p.dtype) < p, far, near)",
@@ -250,8 +311,8 @@ FAULTS = {
     ),
     "bema is rounded to nearest": Fault(
         "optax_avg/averages/memories.py",
-        "        if at_random:",
-        "        if not at_random:",
+        "        if narrow:",
+        "        if not narrow:",
         f"{AVERAGING} -k 'bema_moves'",
     ),
     "write-back before there is an average": Fault(
@@ -491,7 +552,7 @@ FAULTS = {
     ),
     "equal entries are all kept": Fault(
         "optax_avg/_numerics.py",
-        "(tied & (place >= first))",
+        "(tied & (places >= first))",
         "tied",
         f"{SHARPNESS} -k ties",
     ),

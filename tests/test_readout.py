@@ -163,7 +163,7 @@ STACKED = {
     "window": lambda: oa.window_average(2),
     "bema": lambda: oa.bema(),
     "masked": lambda: oa.window_average(3, where=lambda path, leaf: leaf.ndim > 1),
-    "stochastic": lambda: oa.ema_params(0.5, accumulator_dtype=jnp.bfloat16),
+    "dithered": lambda: oa.ema_params(0.5, accumulator_dtype=jnp.bfloat16),
     "compensated": lambda: oa.ema_params(
         0.5, accumulator_dtype=jnp.bfloat16, rounding="compensated"
     ),

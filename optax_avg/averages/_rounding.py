@@ -1,4 +1,4 @@
-"""One step of a running average on a tree, in three roundings.
+"""One step of a running average on a tree, in four roundings.
 
     a <- a + w (x - a)
 
@@ -15,9 +15,11 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 from jax.typing import DTypeLike
 
 from optax_avg import _numerics
+from optax_avg.averages import _dither
 
 # Whether elements that are not finite are left out; False if they never are.
 Skip = jax.Array | Literal[False]
@@ -46,9 +48,32 @@ def stochastic(
     key = jax.random.fold_in(jax.random.key(0), step)
 
     def one(path, a, x):
-        seed = zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
-        own_key = jax.random.fold_in(key, seed)
+        own_key = jax.random.fold_in(key, _seed(name, path))
         return _round_at_random(_lerp(w, x, a, first, skip), a.dtype, own_key)
+
+    return jax.tree.map_with_path(one, a, x)
+
+
+def dithered(
+    w: jax.Array,
+    x: Any,
+    a: Any,
+    first: jax.Array,
+    skip: Skip,
+    name: str,
+    absorbed: jax.Array,
+) -> Any:
+    """The step, rounded up or down as the sequence of :mod:`_dither` says.
+
+    The sequence is a function of ``absorbed``, the average's name, the leaf's path and
+    the element's place in the leaf.
+    """
+    # Without the barrier XLA computes these digits anew for every element.
+    time = lax.optimization_barrier(_dither.digits_of_time(absorbed, _seed(name)))
+
+    def one(path, a, x):
+        place = _dither.digits_of_place(a.shape, _seed(name, path))
+        return _dither.raise_and_cut(_lerp(w, x, a, first, skip), a.dtype, time ^ place)
 
     return jax.tree.map_with_path(one, a, x)
 
@@ -84,6 +109,11 @@ def compensated(
         structure.unflatten([a for a, _ in pairs]),
         structure.unflatten([c for _, c in pairs]),
     )
+
+
+def _seed(name: str, path: Any = ()) -> int:
+    """A number below 2^32 for a leaf of an average."""
+    return zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
 
 
 def _lerp(

@@ -368,7 +368,7 @@ def bema(
       gamma: Factor of the number of absorbed iterates, positive.
       accumulator_dtype: Dtype of the three trees in the state, a float of 16 bits or
         more. The default is float32, or the dtype of the leaf if that is wider. The
-        EMA of a narrower one is rounded stochastically.
+        EMA of a narrower one is rounded with dither.
       **options: Options of every average, see :class:`optax_avg.AverageOptions`.
 
     Returns:
