@@ -384,6 +384,4 @@ def project_out(v: Any, w: Any) -> Any:
 
     both = safe(square) & safe(jnp.abs(product))
     along, n = lax.cond(both, quick, scaled)
-    return jax.tree.map(
-        lambda v, u: (v - along * u).astype(v.dtype), v, _divided(w, n)
-    )
+    return jax.tree.map(lambda v, u: (v - along * u).astype(v.dtype), v, _divided(w, n))
