@@ -434,9 +434,9 @@ FAULTS = {
     ),
     "every step takes all gradients": Fault(
         "optax_avg/sharpness/_rule.py",
-        "return lax.cond(rule.due(state), full, skip, operand)",
+        "return lax.cond(due, full, skip, operand)",
         "return jax.tree.map("
-        "lambda a, b: jnp.where(rule.due(state), a, b), full(operand), skip(operand))",
+        "lambda a, b: jnp.where(due, a, b), full(operand), skip(operand))",
         f"{FORMS} -k evaluations_per_step",
     ),
     "the clean copy is not kept": Fault(
