@@ -16,7 +16,7 @@ import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -81,6 +81,13 @@ MODELS = {
 }
 
 
+class Chosen(NamedTuple):
+    """Steps of which one is chosen, outside of ``jit``, by the state."""
+
+    choose: Callable[[Any], Callable[..., Any]]
+    steps: tuple[Callable[..., Any], ...]
+
+
 def variants(loss: Callable[..., Any]) -> dict[str, tuple[Any, Callable[..., Any]]]:
     """By name, the initial state and one step of each variant."""
     value_and_grad, base = jax.value_and_grad(loss), optax.sgd(0.01, momentum=0.9)
@@ -101,6 +108,24 @@ def variants(loss: Callable[..., Any]) -> dict[str, tuple[Any, Callable[..., Any
             return params, (rule_state, opt_state)
 
         return lambda params: (sharp.init(params), base.init(params)), step
+
+    def two_programs(rule):
+        sharp = oa.sharpness_aware(value_and_grad, rule)
+
+        def taken(due):
+            def step(params, state, batch):
+                _, grads, rule_state = sharp.given(due)(params, state[0], batch)
+                params, opt_state = finish(grads, state[1], params)
+                return params, (rule_state, opt_state)
+
+            return step
+
+        def choose(state):
+            return taken_if[bool(sharp.due(state[0]))]
+
+        taken_if = {due: taken(due) for due in (True, False)}
+        init = lambda params: (sharp.init(params), base.init(params))
+        return init, Chosen(choose, tuple(taken_if.values()))
 
     def called(rule):
         tx = oa.multi_call(rule, base)
@@ -132,6 +157,7 @@ def variants(loss: Callable[..., Any]) -> dict[str, tuple[Any, Callable[..., Any
         "optax.contrib.sam": chained(optax.contrib.sam(base, ascend, opaque_mode=True)),
         "SAM, link": chained(optax.chain(oa.sam(RHO), base)),
         **{name: wrapped(rule) for name, rule in rules.items()},
+        "LookSAM, k=5, two programs": two_programs(oa.rules.look_sam(RHO, 5)),
         "LookSAM, k=5, multi-call": called(oa.rules.look_sam(RHO, 5)),
         "MESA": mesa(loss, base),
     }
@@ -172,6 +198,15 @@ def make_loss(graphdef: Any) -> Any:
     return named
 
 
+def running(step: Any, programs: dict[Any, Any]) -> Callable[..., Any]:
+    """What runs a step: its one program, or the one that the state chooses."""
+    if not isinstance(step, Chosen):
+        return programs[step]
+    return lambda params, state, batch: programs[step.choose(state)](
+        params, state, batch
+    )
+
+
 def measure(model: Any, shape: tuple[int, ...], turns: int) -> dict[str, Any]:
     """Times, temporary memory and compile times of every variant on one model."""
     graphdef, params = nnx.split(model(rngs=nnx.Rngs(0)))
@@ -191,12 +226,18 @@ def measure(model: Any, shape: tuple[int, ...], turns: int) -> dict[str, Any]:
         for _ in range(3):
             jax.clear_caches()
             began = time.perf_counter()
-            jitted = jax.jit(step, donate_argnums=(0, 1))
-            compiled[name] = jitted.lower(*states[name], batch).compile()
+            programs = {
+                one: jax.jit(one, donate_argnums=(0, 1))
+                .lower(*states[name], batch)
+                .compile()
+                for one in (step.steps if isinstance(step, Chosen) else [step])
+            }
             seconds.append(time.perf_counter() - began)
+        compiled[name] = running(step, programs)
+        memory = [p.memory_analysis().temp_size_in_bytes for p in programs.values()]
         report[name] = {
             "compile_s": statistics.median(seconds),
-            "temporary_bytes": compiled[name].memory_analysis().temp_size_in_bytes,
+            "temporary_bytes": max(memory),
         }
     turns_of: dict[str, list[float]] = {name: [] for name in links}
     order, shuffle = list(compiled), random.Random(0).shuffle

@@ -366,13 +366,29 @@ def add(a: Any, b: Any) -> Any:
 
 def unit(tree: Any) -> Any:
     """``v/|v|`` over all leaves, 0 at 0."""
-    n = norm(tree)
+    return _divided(tree, norm(tree))
+
+
+def _divided(tree: Any, n: jax.Array) -> Any:
+    """``v/n`` in the dtypes of ``v``; ``v`` at ``n = 0``."""
     # Among float64 leaves the norm is wider than a narrow leaf.
     return jax.tree.map(lambda v: (v / jnp.where(n > 0, n, 1)).astype(v.dtype), tree)
 
 
 def project_out(v: Any, w: Any) -> Any:
     """The part of ``v`` orthogonal to ``w``, ``v - (v.w/|w|^2) w``; ``v`` if w is 0."""
-    u = unit(w)
-    along = dot(v, u)
-    return jax.tree.map(lambda v, u: (v - along * u).astype(v.dtype), v, u)
+    square, product = dot(w, w), dot(v, w)  # over devices these are one sum
+    info = jnp.finfo(square.dtype)
+    safe = lambda x: (x > info.tiny / info.eps) & (x < info.max)
+
+    def quick():
+        n = jnp.sqrt(square)
+        return product / n, n
+
+    def scaled():
+        n = norm(w)
+        return dot(v, _divided(w, n)), n
+
+    both = safe(square) & safe(jnp.abs(product))
+    along, n = lax.cond(both, quick, scaled)
+    return jax.tree.map(lambda v, u: (v - along * u).astype(v.dtype), v, _divided(w, n))

@@ -61,6 +61,7 @@ OPTAX = "tests/test_optax_contract.py"
 CLI_FILES = "tests/test_cli_files.py"
 CLI_MERGE = "tests/test_cli_merge.py"
 CLI_ORBAX = "tests/test_cli_orbax.py"
+COLLECTIVES = "tests/test_collectives.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -503,9 +504,9 @@ FAULTS = {
     ),
     "every step takes all gradients": Fault(
         "optax_avg/sharpness/_rule.py",
-        "return lax.cond(rule.due(state), full, skip, operand)",
+        "return lax.cond(due, full, skip, operand)",
         "return jax.tree.map("
-        "lambda a, b: jnp.where(rule.due(state), a, b), full(operand), skip(operand))",
+        "lambda a, b: jnp.where(due, a, b), full(operand), skip(operand))",
         f"{FORMS} -k evaluations_per_step",
     ),
     "the clean copy is not kept": Fault(
@@ -1595,6 +1596,42 @@ FAULTS = {
         "state = state._replace(step=step)\n",
         "",
         f"{WRITE_BACK} -k goes_on",
+    ),
+    "a projection takes its two sums one after the other": Fault(
+        "optax_avg/_numerics.py",
+        "lax.cond(both, quick, scaled)",
+        "scaled()",
+        f"{COLLECTIVES} -k perp_grad",
+    ),
+    "a projection trusts a product that underflows": Fault(
+        "optax_avg/_numerics.py",
+        "both = safe(square) & safe(jnp.abs(product))",
+        "both = safe(square)",
+        f"{SURGERY} -k any_size",
+    ),
+    "a clip counts elements in integers beside its sizes": Fault(
+        "optax_avg/robust/distances.py",
+        "dtype=d.dtype",
+        "dtype=jnp.int32",
+        f"{COLLECTIVES} -k 'cclip or coordinate_quantile'",
+    ),
+    "a sum of a block waits for what counts": Fault(
+        "optax_avg/robust/tail_index.py",
+        "_numerics.norms([list(x.values()), list(total.values())])",
+        "jnp.stack([n := _numerics.norm(x), _numerics.norm([n, total])])",
+        f"{COLLECTIVES} -k tail_index",
+    ),
+    "differences that do not count enter a block": Fault(
+        "optax_avg/robust/tail_index.py",
+        "jnp.where(counts, total[i], sums[i])",
+        "total[i]",
+        f"{TAIL_INDEX} -k stream",
+    ),
+    "a program for steps that are not due takes all gradients": Fault(
+        "optax_avg/sharpness/_rule.py",
+        "full(operand) if due else skip(operand)",
+        "full(operand)",
+        f"{FORMS} -k 'known or chosen'",
     ),
 }
 

@@ -498,3 +498,43 @@ def test_links_document_themselves(name):
 def test_a_docstring_without_a_section_keeps_the_others():
     doc = links._with_sections("Head.\n\nArgs:\n  x: Number.\n", {"Returns": "  Y."})
     assert doc == "Head.\n\nArgs:\n  x: Number.\n"
+
+
+@pytest.mark.parametrize("name", ["look_sam", "every_k", "sam", "momentum_sam"])
+@pytest.mark.parametrize("with_ascent", [False, True])
+def test_programs_chosen_outside_of_jit_equal_the_one_with_cond(name, with_ascent):
+    rule = ALL[name]
+    if with_ascent and rule.num_evals < 2:
+        with_ascent = False
+    value_and_grad = jax.value_and_grad(loss, has_aux=False)
+    ascent_fn = jax.value_and_grad(lambda *args: 2 * loss(*args))
+    sharp = oa.sharpness_aware(
+        value_and_grad, rule, ascent_fn=ascent_fn if with_ascent else None
+    )
+    w, state = jnp.asarray(W), sharp.init(jnp.asarray(W))
+    steps = {due: jax.jit(sharp.given(due)) for due in (True, False)}
+    one = jax.jit(sharp)
+    for i in range(5):
+        due = bool(sharp.due(state))
+        assert due == (i % 3 == 0 if name in ("look_sam", "every_k") else True)
+        wanted = one(w, state, X, Y)
+        found = steps[due](w, state, X, Y)
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-6), found, wanted
+        )
+        w, state = w - 0.1 * found[1], found[2]
+
+
+def test_a_program_for_steps_that_are_known_holds_no_other_gradient():
+    calls = []
+
+    def value_and_grad(*args):
+        calls.append(0)
+        return jax.value_and_grad(loss)(*args)
+
+    sharp = oa.sharpness_aware(value_and_grad, rules.look_sam(0.25, 3))
+    state = sharp.init(W)
+    for due, wanted in ((True, 2), (False, 1)):
+        calls.clear()
+        jax.make_jaxpr(sharp.given(due))(W, state, X, Y)
+        assert len(calls) == wanted

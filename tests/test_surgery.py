@@ -39,6 +39,28 @@ def objectives(seed, n=3, d=5):
     return np.float32(rng.normal(size=(n, d)) + 0.3 * rng.normal(size=d)).astype(float)
 
 
+@pytest.mark.parametrize("size_of_w", [1e-30, 1e-14, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("size_of_v", [1e-30, 1.0, 1e30])
+def test_project_out_equals_the_definition_at_any_size(size_of_v, size_of_w):
+    """Also where only the product of both leaves the range of float32."""
+    a, b = np.random.default_rng(0).normal(size=(2, 30)).astype(np.float32)
+    v, w = np.float32(size_of_v) * (a + b), np.float32(size_of_w) * b
+    trees = ({"a": x[:10], "b": x[10:]} for x in (v, w))
+    found = jax.jit(surgery.project_out)(*trees)
+    u, wide = w / np.linalg.norm(np.float64(w)), np.float64(v)
+    wanted = wide - (wide @ u) * u
+    np.testing.assert_allclose(
+        np.concatenate([found["a"], found["b"]]), wanted, atol=2e-6 * size_of_v
+    )
+
+
+@pytest.mark.parametrize("place", range(4))
+def test_project_out_does_not_hide_nan(place):
+    bad = jnp.ones(4).at[place].set(jnp.nan)
+    for v, w in ((bad, jnp.ones(4)), (jnp.ones(4), bad)):
+        assert jnp.isnan(surgery.project_out(v, w)[place])
+
+
 @every_rule
 @hypothesis.given(seed=st.integers(0, 1000))
 def test_equals_the_definition(name, seed):

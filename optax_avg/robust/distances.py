@@ -312,10 +312,11 @@ def _interval(delta: Leaves, low: Number, high: Number) -> Step:
     count = sum(d.size for d in delta)
     if not count:
         return Step(delta, jnp.ones([]), jnp.zeros([]))
-    within = sum(jnp.sum((low <= d) & (d <= high)) for d in delta)
+    # Floats, like the sizes: over devices both are one sum.
+    beyond = sum(jnp.sum(~((low <= d) & (d <= high)), dtype=d.dtype) for d in delta)
     size = sum(jnp.sum(jnp.abs(d) / count) for d in delta)
     clipped = [jnp.clip(d, low, high) for d in delta]
-    return Step(clipped, jnp.asarray(within / count), jnp.asarray(size))
+    return Step(clipped, jnp.asarray(1 - beyond / count), jnp.asarray(size))
 
 
 def _linf(delta: Leaves, tau: Number) -> Step:

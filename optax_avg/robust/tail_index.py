@@ -206,19 +206,21 @@ def track_tail_index(
         floats = positions_in_both(leaves, old)
         finite = _numerics.all_finite([leaves[i] for i in floats])
         x = {i: _numerics.wide(leaves[i]) - old[i] for i in floats}
-        size = _numerics.norm(x).astype(jnp.float32)
+        total = {i: sums[i] + x[i] for i in floats}
+        # Both at once, whether they count or not: over devices they are one sum.
+        both = _numerics.norms([list(x.values()), list(total.values())])
+        size, length = both.astype(jnp.float32)
         counts = finite & (state.tail_step % 2 == 1) & (size > 0) & jnp.isfinite(size)
         # Beyond the largest integer blocks and pairs go on as they were.
         samples = jnp.where(
             counts, _numerics.advance_clock(state.samples, block), state.samples
         )
-        total = {i: jnp.where(counts, sums[i] + x[i], sums[i]) for i in floats}
-        length = _numerics.norm(total).astype(jnp.float32)
         full = counts & (samples % block == 0)
         told = full & (length > 0) & jnp.isfinite(length)
         blocks = _numerics.count_if(told, state.blocks)
         for i in floats:
             old[i] = jnp.where(finite, leaves[i], old[i]).astype(old[i].dtype)
+            total[i] = jnp.where(counts, total[i], sums[i])
             sums[i] = jnp.where(full, 0, total[i]).astype(sums[i].dtype)
         rest, rest_block = state.remainders
         log, rest = _mean_of_logs(state.mean_log, rest, samples, size, counts)

@@ -43,7 +43,7 @@ Direction = Callable[[int, optax.Params, Grads, RuleState], optax.Updates | None
 Combine = Callable[[optax.Params, Grads, RuleState], tuple[optax.Updates, Memory]]
 Skip = Callable[[optax.Params, optax.Updates, RuleState], tuple[optax.Updates, Memory]]
 InitMemory = Callable[[optax.Params], Memory]
-Due = Callable[[RuleState], jax.Array]
+Due = Callable[[RuleState], jax.Array | bool]
 
 
 class SharpnessRule(NamedTuple):
@@ -67,7 +67,7 @@ class SharpnessRule(NamedTuple):
         contains ``g0``, so it is None. Only an ``ascent_fn`` makes a difference:
         each index costs a gradient of the loss beside that of the ascent.
       due: ``state -> bool``, whether this step takes all evaluations. None means every
-        step does.
+        step does. An array is a choice at run time, a Python bool one for all steps.
       skip: ``(params, g_0, state) -> (gradient, memory)``, the result of a step that
         is not due. None means the plain gradient.
       period: Number of steps after which ``due`` repeats itself.
@@ -175,9 +175,15 @@ def when_due(
     operand: Operand,
 ) -> Result:
     """``full(operand)`` if all evaluations are due, ``skip(operand)`` if not."""
-    if rule.due is None:
-        return full(operand)
-    return lax.cond(rule.due(state), full, skip, operand)
+    due = is_due(rule, state)
+    if isinstance(due, bool):
+        return full(operand) if due else skip(operand)
+    return lax.cond(due, full, skip, operand)
+
+
+def is_due(rule: SharpnessRule, state: RuleState) -> jax.Array | bool:
+    """Whether this step takes all evaluations; a Python bool where all steps agree."""
+    return True if rule.due is None else rule.due(state)
 
 
 def finish(

@@ -389,8 +389,9 @@ def every_k(rule: SharpnessRule, k: int) -> SharpnessRule:
 
     The first step follows the rule. On the other steps the further evaluations are
     skipped by ``lax.cond``. XLA's CPU backend runs gradients of convolutions inside of
-    ``lax.cond`` an order of magnitude slower; there use :func:`optax_avg.multi_call`,
-    which takes every gradient outside of it.
+    ``lax.cond`` an order of magnitude slower. There choose between two programs, as the
+    second example of :func:`optax_avg.sharpness_aware` does, or use
+    :func:`optax_avg.multi_call`, which takes every gradient outside of it.
 
     Args:
       rule: A rule of two evaluations or more.

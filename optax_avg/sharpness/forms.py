@@ -29,6 +29,7 @@ from optax_avg.sharpness._rule import (
     finish_plain,
     in_result,
     init_state,
+    is_due,
     refuse_masked,
     when_due,
     widened,
@@ -44,9 +45,18 @@ _Evaluation = Callable[[optax.Params], tuple[Out, optax.Updates]]
 
 
 class SharpnessAware(Protocol):
-    """What :func:`sharpness_aware` returns: a function with an attribute ``init``."""
+    """What :func:`sharpness_aware` returns: a function with three attributes.
+
+    Attributes:
+      init: ``params -> state``, the state before the first step.
+      due: ``state -> bool``, whether the next step takes all evaluations of the rule.
+      given: ``due -> function``, the same function for steps of which it is known
+        whether they are due: without ``lax.cond``, for a program of its own.
+    """
 
     init: Callable[[optax.Params], RuleState]
+    due: Callable[[RuleState], jax.Array | bool]
+    given: Callable[[bool], "SharpnessAware"]
 
     def __call__(
         self, params: optax.Params, state: RuleState, *args: Any, **kwargs: Any
@@ -95,7 +105,8 @@ def sharpness_aware(
       A function with an attribute ``init``: ``state = sharp.init(params)``; ``out,
       grads, state = sharp(params, state, *args, **kwargs)``. ``out`` is the value, or
       ``(value, aux)`` with ``has_aux``. ``grads`` has the structure and dtypes of the
-      gradients of ``value_and_grad_fn``.
+      gradients of ``value_and_grad_fn``. The attributes ``due`` and ``given`` choose
+      between two programs outside of ``jit``, see the second example.
 
     Raises:
       ValueError: If ``perturbation`` names no axis, or ``ascent_fn`` is given to a rule
@@ -112,6 +123,20 @@ def sharpness_aware(
       >>> value, grad, state = sharp(x, sharp.init(x))
       >>> float(value), float(grad)
       (2.0, 2.5)
+
+      Two programs for a rule that is not always due. On CPU, gradients of convolutions
+      are slow in one program with ``lax.cond``. ``bool`` waits for the step before; a
+      loop that counts its steps may choose by its own count.
+
+      >>> rule = oa.rules.look_sam(0.5, k=3)
+      >>> sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+      >>> steps = {due: jax.jit(sharp.given(due)) for due in (True, False)}
+      >>> state, taken = sharp.init(x), []
+      >>> for _ in range(4):
+      ...     taken.append(bool(sharp.due(state)))
+      ...     value, grad, state = steps[taken[-1]](x, state)
+      >>> taken
+      [True, False, False, True]
 
     References:
       Foret et al., "Sharpness-Aware Minimization for Efficiently Improving
@@ -157,8 +182,21 @@ def sharpness_aware(
         value = _mean(value, axes)
         return ((value, aux) if has_aux else value), gradient, state
 
+    def given(due):
+        known = rule._replace(due=lambda state: bool(due))
+        return sharpness_aware(
+            value_and_grad_fn,
+            known,
+            has_aux=has_aux,
+            ascent_fn=ascent_fn,
+            axis_name=axis_name,
+            perturbation=perturbation,
+        )
+
     named: Any = sharp
     named.init = lambda params: init_state(rule, params)
+    named.due = lambda state: is_due(rule, state)
+    named.given = given
     return named
 
 
