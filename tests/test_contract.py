@@ -51,7 +51,7 @@ each_kind = with_slow(lambda name: name in SIBLINGS)
 A_FEW = {
     *("average_several", "ema_params", "ema_params_compensated", "window_average"),
     *("bema", "write_back", "lookahead", "sam", "gam", "look_sam", "vasso"),
-    *("multi_call", "decoupled_wsam", "vclip", "clip_by_percentile", "bloop"),
+    *("multi_call", "decoupled_wsam", "primal_average", "vclip", "clip_by_percentile", "bloop"),
     *("centered_clip", "pcgrad"),
 }
 a_few = with_slow(lambda name: name not in A_FEW)

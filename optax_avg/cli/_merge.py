@@ -66,7 +66,9 @@ def soup(
 def cooldown(
     models: Annotated[
         list[str],
-        typer.Argument(help="Checkpoints of one training, evenly spaced, oldest first."),
+        typer.Argument(
+            help="Checkpoints of one training, evenly spaced, oldest first."
+        ),
     ],
     output: Output,
     common: Common,

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_avg import _numerics
+from optax_avg import _checks, _numerics
 from optax_avg.merging._slices import unit_of
 from optax_avg.merging.trees import (
     Rule,
@@ -222,14 +222,7 @@ def greedy_soup(models: Sequence[optax.Params], score: Score) -> Soup:
     check_alike(models)
 
     def finite(params: optax.Params) -> float:
-        given = score(params)
-        if jnp.ndim(given):
-            raise ValueError(
-                "score must return one number for a model, larger is better. It "
-                f"returned an array of shape {jnp.shape(given)}; take its mean."
-            )
-        found = float(given)
-        return found if math.isfinite(found) else -math.inf
+        return _checks.rank(_checks.one_score(score(params)))
 
     scores = [finite(model) for model in models]
     order = sorted(range(len(models)), key=lambda i: -scores[i])
