@@ -169,7 +169,7 @@ CALLS = {
 CALLS["primal_average"] = Case(
     oa.primal_average,
     {
-        "optimizer": optax.sgd(0.1, momentum=0.9),
+        "optimizer": optax.sgd(0.1),
         "weight": oa.weights.mass(lambda t: t),
         "beta": 0.9,
     },
@@ -178,7 +178,7 @@ CALLS["primal_average"] = Case(
 )
 CALLS["primal_average_at_z"] = CALLS["primal_average"]._replace(
     kwargs={
-        "optimizer": optax.chain(optax.add_decayed_weights(0.1), optax.sgd(0.1)),
+        "optimizer": optax.sgd(0.1),
         "weight": oa.weights.ema(0.9, debias=False),
         "beta": optax.linear_schedule(0.5, 0.9, 4),
         "decay_at": "z",

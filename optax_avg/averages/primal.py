@@ -209,7 +209,9 @@ def primal_average(
         leaves, structure = jax.tree.flatten(params)
         parts = [structure.flatten_up_to(x) for x in (made[0], kept.offset, kept.rest)]
         rows = [one(*row) for row in zip(leaves, *parts, strict=True)]
-        steps, offset, rest = (structure.unflatten(x) for x in zip(*rows, strict=True))
+        steps, offset, rest = (
+            structure.unflatten([row[i] for row in rows]) for i in range(3)
+        )
         kept = PrimalMemory(offset, rest, b, mass if kept.mass else ())
         average = average._replace(
             step=_numerics.advance_clock(average.step),
