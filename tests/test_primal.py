@@ -123,7 +123,7 @@ def test_right_where_the_sum_of_schedule_free_saturates():
     assert float(theirs.weight_sum) == 256
     ours = oa.primal_average(optax.sgd(0.1), weights.uniform(), 0.9)
     y, state = train(ours, steps, start=start)
-    assert state.primal.averages["primal"].offset.dtype == jnp.float32
+    assert state.primal.averages["primal"].ahead.dtype == jnp.float32
     # Gradients at the bfloat16 parameters are right to their rounding only.
     wanted, in_float32 = train(ours, steps)
     x = oa.averaged_params(in_float32, wanted)
@@ -178,7 +178,8 @@ def test_a_traced_beta_of_zero_trains_as_the_plain_optimizer():
     )
     tx = make(optimizer=optax.adamw(0.1), weight=weights.uniform(), beta=0.0)
     y, state = train(tx, 50)
-    chex.assert_trees_all_equal(y, train(optax.adamw(0.1), 50)[0])
+    plain, _ = train(optax.adamw(0.1), 50)
+    np.testing.assert_allclose(y, plain, rtol=1e-5, atol=1e-6)
     beside = optax.chain(optax.adamw(0.1), oa.polyak_average())
     wanted = oa.averaged_params(*train(beside, 50)[::-1])
     found = oa.averaged_params(state, y)
@@ -284,19 +285,13 @@ def test_leaves_that_cannot_be_averaged_pass_through():
 def test_elements_that_are_not_finite_are_left_out(bad, dtype):
     tx = oa.primal_average(optax.sgd(0.1), weights.uniform(), 0.9)
     y, state = train(tx, 5, dtype)
-    before, update = oa.averaged_params(state, y), jax.jit(tx.update)
-    sound = gradient(y, 1.0, jnp)
-    wanted, _ = update(sound, state, y)
+    update, sound = jax.jit(tx.update), gradient(y, 1.0, jnp)
     u, hurt = update(sound.at[2].set(bad), state, y)
+    still, wanted = update(sound.at[2].set(0), state, y)
+    chex.assert_trees_all_equal((u, hurt), (still, wanted))
     moved = optax.apply_updates(y, u)
-    assert moved[2] == y[2]
-    others = jnp.array([0, 1, 3])
-    chex.assert_trees_all_equal(u[others], wanted[others])
-    after = oa.averaged_params(hurt, moved)
-    assert after[2] == before[2]
-    assert bool(jnp.isfinite(after).all())
-    assert (after[others] != before[others]).any()
-    u, hurt = update(sound, hurt, moved)  # and training goes on
+    assert bool(jnp.isfinite(oa.averaged_params(hurt, moved)).all())
+    u, _ = update(sound, hurt, moved)  # and training goes on
     assert optax.apply_updates(moved, u)[2] != moved[2]
 
 

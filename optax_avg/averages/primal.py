@@ -3,11 +3,15 @@
     z <- z + optimizer(gradient at y),   x <- x + w(t) (z - x),
     y = beta x + (1 - beta) z
 
-The loop trains at ``y``, and ``x`` is the average. What is kept is ``d = z - x``: with
-it ``x = y - (1 - beta) d`` and ``z = y + beta d`` follow from ``y``, well conditioned
-for every ``beta``, and a step needs neither:
+The loop trains at ``y``, and ``x`` is the average. What is kept is ``m``, how far the
+newest ``z`` was ahead of ``x`` before ``x`` moved. With ``d = z - x = (1 - w) m`` both
+follow from ``y``, well conditioned for every ``beta``: ``x = y - (1 - beta) d`` and
+``z = y + beta d``. A step needs neither:
 
-    y' - y = (1 - beta) u + beta w (d + u),   d' = (1 - w) (d + u)
+    m' = d + u,   y' = y + (1 - beta) u + beta w' m'
+
+``u`` is taken as ``m' - d``, so that the optimizer's update is used once and nothing
+has to be stored between the two lines.
 """
 
 from typing import Any, Literal, NamedTuple
@@ -27,8 +31,9 @@ class PrimalMemory(NamedTuple):
     """What :func:`primal_average` keeps beside the parameters ``y``.
 
     Attributes:
-      offset: ``d = z - x``, the fast parameters minus the average, in float32 or wider;
-        ``MaskedNode`` at leaves that are not averaged.
+      ahead: ``m``, the fast parameters minus the average before it moved, in float32
+        or wider; ``MaskedNode`` at leaves that are not averaged.
+      left: ``1 - w`` of the newest step, float32.
       rest: What rounding took from ``y``, float32, where the parameters are narrower;
         ``MaskedNode`` elsewhere.
       beta: ``beta`` of the newest step, float32.
@@ -36,7 +41,8 @@ class PrimalMemory(NamedTuple):
         :class:`optax_avg.memories.RunningMemory`; empty for other weights.
     """
 
-    offset: Any
+    ahead: Any
+    left: jax.Array
     rest: Any
     beta: jax.Array
     mass: Any
@@ -44,9 +50,8 @@ class PrimalMemory(NamedTuple):
     def read(self, absorbed: jax.Array) -> Any:
         """Returns ``x - y``, which has to be added to the parameters."""
         del absorbed
-        return jax.tree.map(
-            lambda d, r: _plus(r, (self.beta - 1) * d), self.offset, self.rest
-        )
+        factor = (self.beta - 1) * self.left
+        return jax.tree.map(lambda m, r: _plus(r, factor * m), self.ahead, self.rest)
 
     def profile(self, stacked: int = 0) -> None:
         """Returns None: it averages ``z``, which the parameters never are."""
@@ -106,10 +111,10 @@ def primal_average(
       where: Leaves to average, as in :class:`optax_avg.AverageOptions`. The others are
         trained by the optimizer alone.
       nonfinite: ``"skip"`` leaves out the elements of an update that are not finite:
-        ``x``, ``y`` and ``z`` stay as they are there. The optimizer's own moments stay
-        broken; ``optax.apply_if_finite`` around all restores them. ``"keep"`` does not
-        check. With ``beta = 0`` the parameters take such an element, and the average
-        leaves it out, as in :func:`optax_avg.average`.
+        ``z`` stays as it is there. The optimizer's own moments stay broken;
+        ``optax.apply_if_finite`` around all restores them. ``"keep"`` does not check.
+        With ``beta = 0`` the parameters take such an element, and the average leaves
+        it out, as in :func:`optax_avg.average`.
 
     Returns:
       A transformation with the state :class:`PrimalState`, for the end of a chain; only
@@ -158,7 +163,8 @@ def primal_average(
         zero = lambda: jnp.zeros([], jnp.int32)
         total = lambda: jnp.zeros([], jnp.float32)
         kept = PrimalMemory(
-            offset=jax.tree.map(_numerics.zeros_like, chosen),
+            ahead=jax.tree.map(_numerics.zeros_like, chosen),
+            left=total(),
             rest=jax.tree.map(_rest_of, chosen),
             beta=jnp.array(beta_at(zero()), copy=True),
             mass=(total(), total()) if isinstance(w_of, weights.Mass) else (),
@@ -180,39 +186,37 @@ def primal_average(
         t = jnp.asarray(optax.safe_increment(average.absorbed), jnp.float32)
         zero = jnp.zeros([], jnp.float32)
         w, mass = weights.advance(w_of, t, 1, kept.mass or (zero, zero))
-        b, before = beta_at(average.step), kept.beta
-        # Without the barrier XLA computes w anew for every element.
-        w, b = lax.optimization_barrier((w, b))
-        shift = None if isinstance(beta, float) else before - b
+        # Without the barrier XLA computes these anew for every element.
+        b = beta_at(average.step)
+        b, bw, left = lax.optimization_barrier((b, b * w, 1 - w))
+        shift = None if isinstance(beta, float) else (kept.beta - b) * kept.left
 
-        def one(y, u, d, r):
-            if u is None or _leaves.is_masked(d):
-                return u, d, r
-            u_wide = _numerics.wide(u).astype(d.dtype)
-            moved = d + u_wide
-            step = (1 - b) * u_wide + b * w * moved
-            if shift is not None:  # where beta changes, so does the place of y
-                step = step + shift * d
-            d_new = (1 - w) * moved
+        def one(y, u, m, r):
+            if u is None or _leaves.is_masked(m):
+                return u, m, r
+            wide = _numerics.wide(u).astype(m.dtype)
             if nonfinite == "skip":
-                sound = jnp.isfinite(step) & jnp.isfinite(d_new)
-                step, d_new = jnp.where(sound, step, 0), jnp.where(sound, d_new, d)
+                wide = jnp.where(jnp.isfinite(wide), wide, 0)
+            d = kept.left * m
+            new = (d + wide).astype(m.dtype)
+            step = (1 - b) * (new - d) + bw * new
+            if shift is not None:  # where beta changes, so does the place of y
+                step = step + shift * m
             if _leaves.is_masked(r):
-                return step.astype(u.dtype), d_new.astype(d.dtype), r
+                return step.astype(u.dtype), new, r
             whole = r + step
             out = whole.astype(u.dtype)
             at = _numerics.widen(y) - _numerics.widen(_leaves.new_iterate(y, out))
-            left = at + whole  # a NaN in y must not outlive it
-            left = jnp.where(jnp.isfinite(left), left, 0)
-            return out, d_new.astype(d.dtype), left.astype(r.dtype)
+            lost = at + whole  # a NaN in y must not outlive it
+            return out, new, jnp.where(jnp.isfinite(lost), lost, 0).astype(r.dtype)
 
         leaves, structure = jax.tree.flatten(params)
-        parts = [structure.flatten_up_to(x) for x in (made[0], kept.offset, kept.rest)]
+        parts = [structure.flatten_up_to(x) for x in (made[0], kept.ahead, kept.rest)]
         rows = [one(*row) for row in zip(leaves, *parts, strict=True)]
-        steps, offset, rest = (
+        steps, ahead, rest = (
             structure.unflatten([row[i] for row in rows]) for i in range(3)
         )
-        kept = PrimalMemory(offset, rest, b, mass if kept.mass else ())
+        kept = PrimalMemory(ahead, left, rest, b, mass if kept.mass else ())
         average = average._replace(
             step=_numerics.advance_clock(average.step),
             absorbed=_numerics.advance_clock(average.absorbed),
@@ -238,10 +242,11 @@ def _plus(rest: Any, x: jax.Array) -> jax.Array:
 
 def _fast(params: Any, kept: PrimalMemory) -> Any:
     """``z = y + beta d`` in the dtype of the parameters."""
+    factor = kept.beta * kept.left
 
-    def one(y, d, r):
-        if _leaves.is_masked(d):
+    def one(y, m, r):
+        if _leaves.is_masked(m):
             return y
-        return (_numerics.widen(y) + _plus(r, kept.beta * d)).astype(y.dtype)
+        return (_numerics.widen(y) + _plus(r, factor * m)).astype(y.dtype)
 
-    return jax.tree.map(one, params, kept.offset, kept.rest)
+    return jax.tree.map(one, params, kept.ahead, kept.rest)
