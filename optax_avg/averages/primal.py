@@ -206,9 +206,10 @@ def primal_average(
                 return step.astype(u.dtype), new, r
             whole = r + step
             out = whole.astype(u.dtype)
-            at = _numerics.widen(y) - _numerics.widen(_leaves.new_iterate(y, out))
-            lost = at + whole  # a NaN in y must not outlive it
-            return out, new, jnp.where(jnp.isfinite(lost), lost, 0).astype(r.dtype)
+            held: Any = _leaves.new_iterate(y, out)
+            lost = (_numerics.widen(y) - _numerics.widen(held)) + whole
+            lost = jnp.where(jnp.isfinite(lost), lost, 0)  # a NaN in y may be mended
+            return out, new, lost.astype(r.dtype)
 
         leaves, structure = jax.tree.flatten(params)
         parts = [structure.flatten_up_to(x) for x in (made[0], kept.ahead, kept.rest)]
