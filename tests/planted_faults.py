@@ -1530,6 +1530,12 @@ FAULTS = {
         "",
         f"{WRITE_BACK} -k goes_on",
     ),
+    "the gap of a primal average rounds to one side": Fault(
+        "optax_avg/averages/primal.py",
+        "return m - kept.weight * m",
+        "return (1 - kept.weight) * m",
+        f"{PRIMAL} -k hundred_thousand",
+    ),
     "a primal step forgets the weight": Fault(
         "optax_avg/averages/primal.py",
         "(new - d) + bw * new",
@@ -1550,8 +1556,8 @@ FAULTS = {
     ),
     "a primal average is read as z": Fault(
         "optax_avg/averages/primal.py",
-        "factor = (self.beta - 1) * self.left",
-        "factor = self.beta * self.left",
+        "(self.beta - 1) * _gap",
+        "self.beta * _gap",
         f"{PRIMAL} -k equations",
     ),
     "a primal average takes NaN": Fault(
@@ -1562,8 +1568,8 @@ FAULTS = {
     ),
     "y stays where beta changes": Fault(
         "optax_avg/averages/primal.py",
-        "(kept.beta - b) * kept.left",
-        "0 * kept.left",
+        "else kept.beta - b",
+        "else 0 * b",
         f"{PRIMAL} -k changes",
     ),
     "beta zero is no special case": Fault(

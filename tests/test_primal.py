@@ -136,6 +136,43 @@ def exact_average(state, y):
     return np.asarray(y, np.float64) + np.asarray(kept.read(1), np.float64)
 
 
+def scanned(tx, updates, start):
+    """Many steps of given updates."""
+
+    def body(carry, u):
+        u, state = tx.update(u, carry[1], carry[0])
+        return (optax.apply_updates(carry[0], u), state), None
+
+    return jax.jit(lambda c: jax.lax.scan(body, c, updates)[0])((start, tx.init(start)))
+
+
+@pytest.mark.parametrize(
+    ("weight", "w", "beta"),
+    [
+        (weights.uniform(), lambda t: 1 / t, 0.9),
+        (weights.ema(0.9999, debias=False), lambda t: 1e-4, 0.9),
+        (weights.ema(0.9967, debias=False), lambda t: 0.0033, 0.9968),
+    ],
+)
+def test_a_hundred_thousand_steps_do_not_drift(weight, w, beta):
+    """Rounding adds up as in a sum of as many updates, with no preferred side."""
+    steps = 100_000
+    updates = 1e-3 * np.random.default_rng(0).normal(size=(steps, 8))
+    updates = updates.astype(np.float32)
+    z = x = np.ones(8)
+    for t, u in enumerate(updates.astype(np.float64), start=1):
+        z = z + u
+        x = x + w(t) * (z - x)
+    tx = oa.primal_average(optax.identity(), weight, beta)
+    y, state = scanned(tx, jnp.asarray(updates), jnp.ones(8))
+    summed = scanned(optax.identity(), jnp.asarray(updates), jnp.ones(8))[0]
+    plain = np.abs(np.asarray(summed, float) - z).max()
+    bound = 3 * max(plain, 1e-5)
+    assert np.abs(np.asarray(y, float) - (beta * x + (1 - beta) * z)).max() < bound
+    found = np.asarray(oa.averaged_params(state, y), float)
+    assert np.abs(found - x).max() < bound
+
+
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
 @pytest.mark.parametrize("beta", [0.5, 0.9, 1.0])
 def test_narrow_parameters_are_exact(dtype, beta):

@@ -33,7 +33,7 @@ class PrimalMemory(NamedTuple):
     Attributes:
       ahead: ``m``, the fast parameters minus the average before it moved, in float32
         or wider; ``MaskedNode`` at leaves that are not averaged.
-      left: ``1 - w`` of the newest step, float32.
+      weight: ``w`` of the newest step, float32.
       rest: What rounding took from ``y``, float32, where the parameters are narrower;
         ``MaskedNode`` elsewhere.
       beta: ``beta`` of the newest step, float32.
@@ -42,7 +42,7 @@ class PrimalMemory(NamedTuple):
     """
 
     ahead: Any
-    left: jax.Array
+    weight: jax.Array
     rest: Any
     beta: jax.Array
     mass: Any
@@ -50,8 +50,11 @@ class PrimalMemory(NamedTuple):
     def read(self, absorbed: jax.Array) -> Any:
         """Returns ``x - y``, which has to be added to the parameters."""
         del absorbed
-        factor = (self.beta - 1) * self.left
-        return jax.tree.map(lambda m, r: _plus(r, factor * m), self.ahead, self.rest)
+        return jax.tree.map(
+            lambda m, r: _plus(r, (self.beta - 1) * _gap(self, m)),
+            self.ahead,
+            self.rest,
+        )
 
     def profile(self, stacked: int = 0) -> None:
         """Returns None: it averages ``z``, which the parameters never are."""
@@ -164,7 +167,7 @@ def primal_average(
         total = lambda: jnp.zeros([], jnp.float32)
         kept = PrimalMemory(
             ahead=jax.tree.map(_numerics.zeros_like, chosen),
-            left=total(),
+            weight=total(),
             rest=jax.tree.map(_rest_of, chosen),
             beta=jnp.array(beta_at(zero()), copy=True),
             mass=(total(), total()) if isinstance(w_of, weights.Mass) else (),
@@ -188,8 +191,9 @@ def primal_average(
         w, mass = weights.advance(w_of, t, 1, kept.mass or (zero, zero))
         # Without the barrier XLA computes these anew for every element.
         b = beta_at(average.step)
-        b, bw, left = lax.optimization_barrier((b, b * w, 1 - w))
-        shift = None if isinstance(beta, float) else (kept.beta - b) * kept.left
+        b, w = lax.optimization_barrier((b, w))
+        bw = b * w
+        shift = None if isinstance(beta, float) else kept.beta - b
 
         def one(y, u, m, r):
             if u is None or _leaves.is_masked(m):
@@ -197,11 +201,11 @@ def primal_average(
             wide = _numerics.wide(u).astype(m.dtype)
             if nonfinite == "skip":
                 wide = jnp.where(jnp.isfinite(wide), wide, 0)
-            d = kept.left * m
+            d = _gap(kept, m)
             new = (d + wide).astype(m.dtype)
             step = (1 - b) * (new - d) + bw * new
             if shift is not None:  # where beta changes, so does the place of y
-                step = step + shift * m
+                step = step + shift * d
             if _leaves.is_masked(r):
                 return step.astype(u.dtype), new, r
             whole = r + step
@@ -217,7 +221,7 @@ def primal_average(
         steps, ahead, rest = (
             structure.unflatten([row[i] for row in rows]) for i in range(3)
         )
-        kept = PrimalMemory(ahead, left, rest, b, mass if kept.mass else ())
+        kept = PrimalMemory(ahead, w, rest, b, mass if kept.mass else ())
         average = average._replace(
             step=_numerics.advance_clock(average.step),
             absorbed=_numerics.advance_clock(average.absorbed),
@@ -237,17 +241,22 @@ def _rest_of(x: jax.Array) -> Any:
     return optax.MaskedNode() if wide == x.dtype else _numerics.zeros_like(x)
 
 
+def _gap(kept: PrimalMemory, m: jax.Array) -> jax.Array:
+    """``d = z - x = (1 - w) m``; ``1 - w`` itself would round to one side."""
+    return m - kept.weight * m
+
+
 def _plus(rest: Any, x: jax.Array) -> jax.Array:
     return x if _leaves.is_masked(rest) else rest + x
 
 
 def _fast(params: Any, kept: PrimalMemory) -> Any:
     """``z = y + beta d`` in the dtype of the parameters."""
-    factor = kept.beta * kept.left
 
     def one(y, m, r):
         if _leaves.is_masked(m):
             return y
-        return (_numerics.widen(y) + _plus(r, factor * m)).astype(y.dtype)
+        ahead = kept.beta * _gap(kept, m)
+        return (_numerics.widen(y) + _plus(r, ahead)).astype(y.dtype)
 
     return jax.tree.map(one, params, kept.ahead, kept.rest)
