@@ -124,6 +124,7 @@ def kept(tmp_path_factory):
     store = SnapshotStore(tmp_path_factory.mktemp("kept"))
     save = lambda step, *rest: step % 5 == 0 and store.save(rest[0], step, rest[1])
     trace, _, _ = run(oa.average(AVERAGES), noise(200), save)
+    store.wait()  # the command does not
     yield store, trace
     store.close()
 
