@@ -4,11 +4,15 @@ Links of an Optax chain
     averages        average, ema_params, polyak_average, swa, tail_average, power_ema,
                     lr_weighted_average, window_average, bema
     write-back      write_back, switch_ema, lookahead
+    around an optimizer     primal_average (Schedule-Free, GPA), PrimalState
     their state     AverageState
     their options   AverageOptions
 
 Reading and moving averages
     averaged_params, average_names, migrate_state
+    best_average                the best of the live parameters and their averages
+    summarize_averages          their widths and mean ages
+    AverageSummary, BestAverage
 
 Checking the order of a chain, once before training
     check_chain
@@ -71,6 +75,13 @@ from optax_avg.averages.links import (
     window_average,
 )
 from optax_avg.averages.migration import migrate_state
+from optax_avg.averages.overview import (
+    AverageSummary,
+    BestAverage,
+    best_average,
+    summarize_averages,
+)
+from optax_avg.averages.primal import PrimalState, primal_average
 from optax_avg.averages.readout import average_names, averaged_params
 from optax_avg.averages.write_back import lookahead, switch_ema, write_back
 from optax_avg.chain_check import check_chain
@@ -151,11 +162,14 @@ __all__ = [
     "AggregationState",
     "AverageOptions",
     "AverageState",
+    "AverageSummary",
+    "BestAverage",
     "BloopState",
     "ClipState",
     "DecoupledState",
     "LocationState",
     "MultiCallState",
+    "PrimalState",
     "RuleState",
     "SharpnessAware",
     "SharpnessRule",
@@ -168,6 +182,7 @@ __all__ = [
     "average_names",
     "averaged_params",
     "bema",
+    "best_average",
     "bloop",
     "cagrad",
     "cclip",
@@ -215,6 +230,7 @@ __all__ = [
     "polyak_average",
     "posthoc",
     "power_ema",
+    "primal_average",
     "rules",
     "sam",
     "sam_on",
@@ -223,6 +239,7 @@ __all__ = [
     "schedules",
     "sharpness_aware",
     "sparse_sam",
+    "summarize_averages",
     "surgery",
     "swa",
     "switch_ema",

@@ -1,5 +1,6 @@
 """Checks of arguments, with errors that say what to write instead."""
 
+import math
 import operator
 from collections.abc import Sequence
 from typing import Any
@@ -150,3 +151,22 @@ def one_of(name: str, value: object, choices: Sequence[str | None]) -> None:
         raise ValueError(
             f"{name} must be {', '.join(others)} or {last}, got {value!r}."
         )
+
+
+def one_score(given: Any) -> float:
+    """What a function that scores parameters returned, as a float.
+
+    Raises:
+      ValueError: If it is an array of several numbers.
+    """
+    if jnp.ndim(given):
+        raise ValueError(
+            "score must return one number for a model, larger is better. It returned "
+            f"an array of shape {jnp.shape(given)}; take its mean."
+        )
+    return float(given)
+
+
+def rank(score: float) -> float:
+    """A score, of which one that is not finite is the worst."""
+    return score if math.isfinite(score) else -math.inf

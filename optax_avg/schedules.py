@@ -25,6 +25,7 @@ from optax_avg import _checks
 __all__ = [
     "follow_learning_rate",
     "from_gradient_norms",
+    "horizon_free",
     "linear_to_zero",
     "swa_constant",
     "swa_cyclic",
@@ -230,6 +231,57 @@ def warmup_stable_decay(
     # The decay is at the peak until its clock starts: no phase of its own for S.
     phases = [optax.linear_schedule(init, peak, W), lambda count: decay(count - S)]
     return _schedule(optax.join_schedules(phases, [W]))
+
+
+def horizon_free(
+    peak_value: ArrayLike,
+    alpha: ArrayLike,
+    *,
+    power: ArrayLike = 0.5,
+    warmup_steps: int = 0,
+) -> optax.Schedule:
+    """Polynomial decay that needs no horizon, for a training that may end any time.
+
+    ``rate = peak_value (alpha/(t + alpha))^power``, ``t = count - W``, after
+    ``peak_value count/W`` while ``count < W``
+
+    The rate stays near the peak for ``alpha`` steps, and falls as ``t^-power`` after
+    that. It never reaches zero: an average whose width is a fraction of the training so
+    far takes out the noise that is left, such as
+    ``oa.average(oa.weights.half_life(fraction=0.1))`` or ``oa.power_ema(0.1)``.
+
+    Args:
+      peak_value: Rate at the end of the warm-up.
+      alpha: Steps after which the rate is ``2^-power`` of the peak; positive.
+      power: Exponent, at least 0; 0 is a constant rate.
+      warmup_steps: ``W``; 0 starts at the peak.
+
+    Returns:
+      A schedule.
+
+    Raises:
+      ValueError: If an argument is out of range.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> rate = oa.schedules.horizon_free(1.0, 10, warmup_steps=2)
+      >>> rate(jnp.array([0, 1, 2, 32, 992])).tolist()
+      [0.0, 0.5, 1.0, 0.5, 0.10000000149011612]
+
+    References:
+      Meterez et al., "Anytime Pretraining: Horizon-Free Learning-Rate Schedules with
+      Weight Averaging", 2026, 2602.03702.
+    """
+    peak = _checks.finite("peak_value", peak_value)
+    alpha = _checks.finite("alpha", alpha, open_low=True)
+    power = _checks.finite("power", power)
+    W = _steps("warmup_steps", warmup_steps)
+
+    def decay(count):
+        return peak * (alpha / (jnp.maximum(count, 0) + alpha)) ** power
+
+    warmup = optax.linear_schedule(0.0, peak, W)
+    return _schedule(optax.join_schedules([warmup, decay], [W]))
 
 
 def linear_to_zero(

@@ -15,7 +15,7 @@ import functools
 import inspect
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -26,11 +26,14 @@ from jax.typing import ArrayLike, DTypeLike
 from optax_avg import _checks, _numerics
 
 __all__ = [
+    "CooldownName",
+    "CooldownShape",
     "Mass",
     "Profile",
     "ScalarOrSchedule",
     "Weight",
     "advance",
+    "cooldown",
     "decay_from_half_life",
     "ema",
     "gamma_from_half_life",
@@ -57,6 +60,14 @@ __all__ = [
 
 # A number, or a schedule of the optimizer steps since the average began.
 ScalarOrSchedule = ArrayLike | optax.Schedule
+# How a cooldown falls: a name, or a function from the share of it that has passed.
+CooldownName = Literal["linear", "sqrt", "cosine"]
+CooldownShape = CooldownName | Callable[[float], ArrayLike]
+_FALLS: dict[CooldownName, Callable[[float], float]] = {
+    "linear": lambda s: 1 - s,
+    "sqrt": lambda s: 1 - math.sqrt(s),
+    "cosine": lambda s: (1 + math.cos(math.pi * s)) / 2,
+}
 # A conversion makes a float of a float and an array of an array.
 Number = Any
 # The number of an iterate, or a stride in optimizer steps: traced, or plain numbers.
@@ -616,12 +627,57 @@ def profile(weight: Weight, steps: int, *, every: int = 1) -> Profile:
       >>> round(p.relative_width, 3), round(p.mean_age)
       (0.1, 111)
     """
-    found = on_iterates(sequence(weight, steps, every=every))
-    steps = found.size - 1
-    t, p, initial = np.arange(1, steps + 1), found[1:], float(found[0])
-    mean = float(np.sum(p * t))
-    width = math.sqrt(max(float(np.sum(p * (t - mean) ** 2)) + initial * mean**2, 0.0))
-    return Profile(p, initial, steps - mean, width / steps)
+    return _described(on_iterates(sequence(weight, steps, every=every)))
+
+
+def cooldown(shape: CooldownShape, steps: int) -> Profile:
+    """The average of iterates that a cooldown of the learning rate would have reached.
+
+    ``x_n + sum_i w_i u_i = sum_j c_j x_{n+j}`` for the updates ``u_i = x_{n+i} -
+    x_{n+i-1}`` of a run at a constant rate, with ``c_0 = 1 - w_1``,
+    ``c_j = w_j - w_{j+1}`` and ``c_k = w_k``. The factors are ``w_i = f((i-1)/k)``,
+    ``i = 1 ... k``, those of the rate in
+    :func:`optax_avg.schedules.warmup_stable_decay`: the first update counts in full. So
+    the linear cooldown is the uniform mean of the last ``k`` iterates
+    (:func:`optax_avg.window_average`). The average stands for a cooldown as far as
+    the updates would have kept their directions.
+
+    Args:
+      shape: ``f``. ``"linear"`` is ``1 - s``, ``"sqrt"`` is ``1 - sqrt(s)``,
+        ``"cosine"`` is ``(1 + cos(pi s))/2``; or a function of the share ``s`` in
+        [0, 1) that has passed, which falls from at most 1 to at least 0.
+      steps: ``k``, number of updates in the cooldown; at least 1.
+
+    Returns:
+      A :class:`Profile`: ``c_1 ... c_k`` are its ``weights``, and ``c_0``, the weight
+      on the parameters where the cooldown begins, is its ``initial``.
+
+    Raises:
+      ValueError: If ``shape`` is unknown or not such a function, or ``steps < 1``.
+
+    Example:
+      >>> import optax_avg as oa
+      >>> oa.weights.cooldown("linear", 4).weights.tolist()
+      [0.25, 0.25, 0.25, 0.25]
+      >>> oa.weights.cooldown("sqrt", 4).weights.round(3).tolist()
+      [0.5, 0.207, 0.159, 0.134]
+
+    References:
+      Tian et al., "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for
+      LLM Pre-training", 2025, 2507.17634.
+    """
+    k = _checks.static_integer("steps", steps, 1)
+    if not callable(shape):
+        _checks.one_of("shape", shape, [*_FALLS])
+    f = shape if callable(shape) else _FALLS[shape]
+    w = np.array([1.0, *(float(np.asarray(f(i / k))) for i in range(k)), 0.0])
+    c = w[:-1] - w[1:]
+    if not np.all(c >= -1e-6):  # a float32 function may rise by its rounding
+        raise ValueError(
+            "the shape of a cooldown must fall from at most 1 to at least 0, as "
+            f"lambda s: 1 - s does; got {w[1:-1]}."
+        )
+    return _described(c)
 
 
 def on_iterates(w: np.ndarray) -> np.ndarray:
@@ -810,6 +866,15 @@ def gamma_from_half_life(h: ArrayLike, steps: ArrayLike) -> Number:
     """
     f = _each_within("h / steps", h / steps, 0, 0.5, open_low=True)
     return -_LN2 / _log(1 - f) - 1
+
+
+def _described(found: np.ndarray) -> Profile:
+    """Weights on the initial parameters and on the iterates, as a profile."""
+    steps = found.size - 1
+    t, p, initial = np.arange(1, steps + 1), found[1:], float(found[0])
+    mean = float(np.sum(p * t))
+    width = math.sqrt(max(float(np.sum(p * (t - mean) ** 2)) + initial * mean**2, 0.0))
+    return Profile(p, initial, steps - mean, width / steps)
 
 
 def _refuse_uncalled(weight: Callable[..., ArrayLike]) -> None:

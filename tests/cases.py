@@ -176,6 +176,25 @@ CALLS = {
         counter="rule_step",
     ),
 }
+CALLS["primal_average"] = Case(
+    oa.primal_average,
+    {
+        "optimizer": optax.sgd(0.1),
+        "weight": oa.weights.mass(lambda t: t),
+        "beta": 0.9,
+    },
+    ("optimizer", "weight"),
+    place="alone",
+)
+CALLS["primal_average_at_z"] = CALLS["primal_average"]._replace(
+    kwargs={
+        "optimizer": optax.sgd(0.1),
+        "weight": oa.weights.ema(0.9, debias=False),
+        "beta": optax.linear_schedule(0.5, 0.9, 4),
+        "decay_at": "z",
+    },
+    static=("optimizer", "weight", "beta"),
+)
 CLIPS = {
     "clip_by_zscore": Case(oa.clip_by_zscore, {"warmup_steps": 2}, ("warmup_steps",)),
     "clip_by_percentile": Case(oa.clip_by_percentile, {"window": 3}, ("window",)),
@@ -298,7 +317,7 @@ SIBLINGS = {
     *("cclip", "clipped_ema", "clip_by_coordinate_quantile"),
     *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),
     *("trimmed_mean", "median_of_means", "krum", "flag", "cagrad", "upgrad"),
-    *("mgda", "pcgrad"),
+    *("mgda", "pcgrad", "primal_average_at_z"),
 }
 
 

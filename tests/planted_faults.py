@@ -62,6 +62,10 @@ CLI_FILES = "tests/test_cli_files.py"
 CLI_MERGE = "tests/test_cli_merge.py"
 CLI_ORBAX = "tests/test_cli_orbax.py"
 COLLECTIVES = "tests/test_collectives.py"
+COOLDOWN = "tests/test_cooldown.py"
+OVERVIEW = "tests/test_overview.py"
+PRIMAL = "tests/test_primal.py"
+SCHEDULES = "tests/test_schedules.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -1632,6 +1636,114 @@ FAULTS = {
         "full(operand) if due else skip(operand)",
         "full(operand)",
         f"{FORMS} -k 'known or chosen'",
+    ),
+    "the gap of a primal average rounds to one side": Fault(
+        "optax_avg/averages/primal.py",
+        "return m - kept.weight * m",
+        "return (1 - kept.weight) * m",
+        f"{PRIMAL} -k hundred_thousand",
+    ),
+    "a primal step forgets the weight": Fault(
+        "optax_avg/averages/primal.py",
+        "(new - d) + bw * new",
+        "(new - d) + b * new",
+        f"{PRIMAL} -k equations",
+    ),
+    "decay looks at the other parameters": Fault(
+        "optax_avg/averages/primal.py",
+        'seen = params if decay_at == "y"',
+        'seen = params if decay_at == "z"',
+        f"{PRIMAL} -k equations",
+    ),
+    "a primal average loses what rounding took": Fault(
+        "optax_avg/averages/primal.py",
+        "whole = r + step",
+        "whole = step",
+        f"{PRIMAL} -k narrow_parameters",
+    ),
+    "a primal average is read as z": Fault(
+        "optax_avg/averages/primal.py",
+        "(self.beta - 1) * _gap",
+        "self.beta * _gap",
+        f"{PRIMAL} -k equations",
+    ),
+    "a primal average takes NaN": Fault(
+        "optax_avg/averages/primal.py",
+        'if nonfinite == "skip":',
+        'if nonfinite == "never":',
+        f"{PRIMAL} -k left_out",
+    ),
+    "y stays where beta changes": Fault(
+        "optax_avg/averages/primal.py",
+        "else kept.beta - b",
+        "else 0 * b",
+        f"{PRIMAL} -k changes",
+    ),
+    "beta zero is no special case": Fault(
+        "optax_avg/averages/primal.py",
+        "if isinstance(beta, float) and beta == 0:",
+        "if isinstance(beta, float) and beta < 0:",
+        f"{PRIMAL} -k bit_for_bit",
+    ),
+    "a primal average is read without the parameters": Fault(
+        "optax_avg/averages/readout.py",
+        "if from_params:",
+        "if from_params is None:",
+        f"{PRIMAL} -k equations",
+    ),
+    "a cooldown skips its first update": Fault(
+        "optax_avg/weights.py",
+        "float(np.asarray(f(i / k))) for i in range(k)",
+        "float(np.asarray(f((i + 1) / k))) for i in range(k)",
+        f"{COOLDOWN} -k linear_one",
+    ),
+    "a rising shape is no error": Fault(
+        "optax_avg/weights.py",
+        "if not np.all(c >= -1e-6):",
+        "if not np.all(c >= -9e9):",
+        f"{COOLDOWN} -k does_not_fall",
+    ),
+    "a cooldown counts iterates": Fault(
+        "optax_avg/posthoc/_target.py",
+        "k = -(-steps // every)",
+        "k = steps",
+        f"{COOLDOWN} -k stride",
+    ),
+    "parameters saved now and then are iterates among others": Fault(
+        "optax_avg/posthoc/_timeline.py",
+        "if len(steps) == 1 or not all(single):",
+        "if len(steps) >= 1 or not all(single):",
+        f"{COOLDOWN} -k now_and_then",
+    ),
+    "checkpoints cool down backwards": Fault(
+        "optax_avg/merging/soups.py",
+        "found.weights[:n])",
+        "found.weights[:n][::-1])",
+        f"{COOLDOWN} -k merged_checkpoints",
+    ),
+    "any order of checkpoints will do": Fault(
+        "optax_avg/cli/_merge_options.py",
+        "if numbers != sorted(numbers):",
+        "if len(numbers) < 0:",
+        f"{COOLDOWN} -k order_of_a_shell",
+    ),
+    "the horizon-free rate starts late": Fault(
+        "optax_avg/schedules.py",
+        "(jnp.maximum(count, 0) + alpha)",
+        "(jnp.maximum(count, 0) + 1 + alpha)",
+        f"{SCHEDULES} -k horizon_free_by_hand",
+    ),
+    "a NaN score is never beaten": Fault(
+        "optax_avg/averages/overview.py",
+        "if _checks.rank(found) > _checks.rank(best.score):",
+        "if found > best.score:",
+        f"{OVERVIEW} -k not_finite",
+    ),
+    "a window is as wide as it will be": Fault(
+        "optax_avg/averages/overview.py",
+        'k = min(profile["window"], n)',
+        'k = profile["window"]',
+        f"{OVERVIEW} -k widths_and_ages",
     ),
 }
 

@@ -76,6 +76,10 @@ METHODS = {
         "--density 0.5 --seed 7 --base b",
         lambda xs, hs, b, h: merging.ties(merging.dare(xs, b, 0.5, 7), b, 1.0),
     ),
+    "cooldown": (
+        "--shape cosine",
+        lambda xs, hs, b, h: merging.cooldown(xs, "cosine"),
+    ),
     "slerp": ("--t 0.3", lambda xs, hs, b, h: merging.slerp(xs[0], xs[1], 0.3)),
     "karcher": ("", lambda xs, hs, b, h: merging.karcher(xs, W)),
     "variance-corrected": (

@@ -67,6 +67,12 @@ def wsd_reference(peak, W, S, D, init, end, cooldown, count):
     return end + f * (peak - end)
 
 
+def horizon_free_reference(peak, alpha, power, W, count):
+    if count < W:
+        return peak * count / W
+    return peak * (alpha / (count - W + alpha)) ** power
+
+
 def linear_reference(peak, T, W, count):
     s = count + 1
     if s >= T:
@@ -272,6 +278,27 @@ class TestLinearToZero:
         assert got[49] == 0.0
 
 
+class TestHorizonFree:
+    @hypothesis.given(rates, st.floats(0.5, 1e4), st.floats(0.0, 2.0), short)
+    def test_reference(self, peak, alpha, power, W):
+        rate = schedules.horizon_free(peak, alpha, power=power, warmup_steps=W)
+        want = [horizon_free_reference(peak, alpha, power, W, n) for n in COUNTS]
+        np.testing.assert_allclose(values(rate), want, **TOLERANCE)
+
+    def test_it_falls_as_the_square_root_for_ever(self):
+        rate = schedules.horizon_free(1.0, 100.0)
+        far = np.asarray(rate(np.array([10**6, 4 * 10**6, INT32_MAX])), float)
+        assert far[0] == pytest.approx(1e-2, rel=1e-3)
+        assert far[0] / far[1] == pytest.approx(2, rel=1e-3)
+        assert far[2] == pytest.approx((100 / 2**31) ** 0.5, rel=1e-3)
+
+
+def test_horizon_free_by_hand():
+    got = values(schedules.horizon_free(2.0, 3, warmup_steps=2))
+    np.testing.assert_allclose(got[[0, 1, 2, 11, 26]], [0, 1, 2, 1, 2 / 3], 1e-6)
+    assert (values(schedules.horizon_free(0.5, 7, power=0)) == 0.5).all()
+
+
 norm_lists = st.lists(st.floats(1e-3, 1e3), min_size=2, max_size=60)
 
 
@@ -424,6 +451,7 @@ EXAMPLES = {
     "wsd_sqrt": lambda v: schedules.warmup_stable_decay(
         v, 10, 20, 30, cooldown="1-sqrt", end_value=0.01
     ),
+    "horizon_free": lambda v: schedules.horizon_free(v, 20, warmup_steps=9),
     "linear_to_zero": lambda v: schedules.linear_to_zero(v, 90, 9),
     "from_gradient_norms": lambda v: from_norms(np.linspace(1, 3, 70), v, steps=90),
     "follow_learning_rate": lambda v: schedules.follow_learning_rate(
@@ -478,6 +506,9 @@ class TestAsOptaxSchedules:
         assert np.isfinite(far).all()
         if name == "swa_cyclic":
             assert ((far >= 0.01) & (far <= 0.5)).all()
+        elif name == "horizon_free":
+            assert (np.diff(far) <= 0).all()
+            assert (far > 0).all()
         else:
             np.testing.assert_array_equal(far, np.asarray(rate(N - 1)))
 
@@ -558,6 +589,11 @@ def test_ends_are_exact_under_jit(make, end):
             lambda: schedules.warmup_stable_decay(1.0, 1, 1, 1, cooldown="sqrt"),
             "'linear' or '1-sqrt', got 'sqrt'",
         ),
+        (lambda: schedules.horizon_free(-1.0, 5), "peak_value"),
+        (lambda: schedules.horizon_free(1.0, 0.0), "alpha"),
+        (lambda: schedules.horizon_free(1.0, math.inf), "alpha"),
+        (lambda: schedules.horizon_free(1.0, 5, power=-0.5), "power"),
+        (lambda: schedules.horizon_free(1.0, 5, warmup_steps=0.5), "warmup_steps"),
         (lambda: schedules.linear_to_zero(math.inf, 5), "peak_value"),
         (lambda: schedules.linear_to_zero(1.0, 0), "steps must be an integer >= 1"),
         (lambda: schedules.linear_to_zero(1.0, 5, 5), "pass steps > 5"),

@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from optax_avg import _leaves
+from optax_avg import _leaves, _numerics
 from optax_avg.averages._rule import AverageState
+from optax_avg.averages.primal import PrimalMemory
 
 __all__ = ["average_names", "averaged_params"]
 
@@ -59,6 +60,8 @@ def averaged_params(
 
 def average_names(state: optax.OptState) -> list[str]:
     """Names of the averages in an optimizer state, sorted.
+
+    :func:`optax_avg.summarize_averages` says as well how far they look back.
 
     Args:
       state: An optimizer state, or an object with an ``opt_state``.
@@ -116,6 +119,7 @@ def read_leaves(
         if name not in node.averages:
             continue
         begun = jax.tree.leaves(node.absorbed)[0] > 0
+        from_params = isinstance(node.averages[name], PrimalMemory)
         aligned = _leaves.align(read_average(node, name), params)
         for i, (value, (path, leaf)) in enumerate(zip(aligned, paths, strict=True)):
             if value is None:
@@ -125,6 +129,8 @@ def read_leaves(
                     f"two averages named {name!r} hold params"
                     f"{jax.tree_util.keystr(path)}; give one of them another name=."
                 )
+            if from_params:
+                value = _numerics.widen(jnp.asarray(leaf)) + value
             found[i] = _over(begun, value), value.astype(jnp.result_type(leaf))
     return found
 

@@ -3,7 +3,7 @@
 import math
 import os
 from collections.abc import Iterable
-from typing import Annotated
+from typing import Annotated, get_args
 
 import jax.numpy as jnp
 import numpy as np
@@ -12,12 +12,14 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Column, Table
 
-from optax_avg import posthoc
+from optax_avg import posthoc, weights
 from optax_avg._checkpoints.leaves import Leaf
 from optax_avg._checkpoints.opening import open_checkpoint
 from optax_avg._checkpoints.orbax import is_remote
 from optax_avg._checkpoints.sources import Checkpoint
 from optax_avg.cli._output import Only, Output, check, write, writes
+
+SHAPES: tuple[weights.CooldownName, ...] = get_args(weights.CooldownName)
 
 
 @writes
@@ -33,6 +35,13 @@ def reconstruct(
     window: Annotated[
         int | None,
         typer.Option(help="Number of latest optimizer steps for a uniform mean."),
+    ] = None,
+    cooldown: Annotated[
+        str | None,
+        typer.Option(
+            help="Shape of a cooldown (linear, sqrt or cosine) and its length in "
+            "optimizer steps, such as sqrt:2000."
+        ),
     ] = None,
     step: Annotated[
         int | None,
@@ -57,15 +66,24 @@ def reconstruct(
 
     Damaged snapshots are skipped with a warning that names them. A second warning
     states the error if the snapshots can give the average only with an error of more
-    than 5 %. The half-life is that of a debiased EMA.
+    than 5 %. The half-life is that of a debiased EMA. A cooldown is what a cooldown of
+    the learning rate would have led to. Of plain parameters (--name parameters) that
+    were saved every so many steps, all targets are made as if there were no others.
     """
     kind = _dtype(dtype)
-    targets = {"sigma-rel": sigma_rel, "half-life": half_life, "window": window}
+    targets = {
+        "sigma-rel": sigma_rel,
+        "half-life": half_life,
+        "window": window,
+        "cooldown": cooldown,
+    }
     given = {name: x for name, x in targets.items() if x is not None}
     if len(given) != 1:
         raise typer.BadParameter(
-            f"pass one of --sigma-rel, --half-life and --window, got {len(given)}."
+            "pass one of --sigma-rel, --half-life, --window and --cooldown, got "
+            f"{len(given)}."
         )
+    cooled = None if cooldown is None else _cooldown(cooldown)
     check(output, [store])
     _check_directory(store)
 
@@ -87,6 +105,7 @@ def reconstruct(
             sigma_rel=sigma_rel,
             half_life=half_life,
             window=window,
+            cooldown=cooled,
             step=step,
             names=name or None,
             normalize=normalize,
@@ -95,6 +114,18 @@ def reconstruct(
         if posthoc.SnapshotStore(store).steps():
             raise
         raise ValueError(f"{store} holds no snapshots; {_wanted(store)}") from None
+
+
+def _cooldown(given: str) -> tuple[weights.CooldownShape, int]:
+    """The shape and the number of steps that an option gives, as in ``sqrt:2000``."""
+    shape, _, steps = given.partition(":")
+    for known in SHAPES:
+        if shape == known and steps.isdecimal():
+            return known, int(steps)
+    raise typer.BadParameter(
+        f"--cooldown {given} is not a shape ({', '.join(SHAPES)}) and a number of "
+        "steps; write --cooldown sqrt:2000."
+    )
 
 
 def _check_directory(store: str) -> None:

@@ -16,6 +16,7 @@ from optax_avg.cli._merge_options import (
     Weights,
     between,
     check_count,
+    check_order,
     finite,
     merge_models,
     merges,
@@ -24,6 +25,7 @@ from optax_avg.cli._merge_options import (
 )
 from optax_avg.cli._output import Output, example
 from optax_avg.merging import curvature, soups, spheres, task_vectors
+from optax_avg.weights import CooldownName
 
 merge = typer.Typer(
     help="Merge finished models of the same leaves into one. A model is an Orbax "
@@ -53,6 +55,38 @@ def soup(
     """Take the weighted mean of the models, by default the uniform one."""
     n = len(models)
     rule = soups.weighted_rule(n, numbers(weights, n, extrapolate))
+    merge_models(by_rule(rule), models, output, common)
+    note_of_one(models)
+
+
+@merge.command(
+    epilog=example("merge cooldown step_1000 step_2000 step_3000 --out cooled"),
+)
+@merges
+def cooldown(
+    models: Annotated[
+        list[str],
+        typer.Argument(
+            help="Checkpoints of one training, evenly spaced, oldest first."
+        ),
+    ],
+    output: Output,
+    common: Common,
+    shape: Annotated[
+        CooldownName,
+        typer.Option(
+            help="How the learning rate falls: linear (the uniform mean), sqrt or "
+            "cosine."
+        ),
+    ] = "sqrt",
+) -> None:
+    """Take the mean that a cooldown of the learning rate would have led to.
+
+    The checkpoints come from a training at a constant rate. The cooldown begins one
+    interval before the first and ends at the last.
+    """
+    check_order(models)
+    rule = soups.cooldown_rule(len(models), shape)
     merge_models(by_rule(rule), models, output, common)
     note_of_one(models)
 

@@ -3,6 +3,8 @@
 import inspect
 import math
 import os
+import re
+import warnings
 from collections.abc import Callable
 from typing import Annotated, NamedTuple
 
@@ -169,4 +171,19 @@ def check_count(name: str, given: list[str], n: int) -> None:
     if len(given) != n:
         raise typer.BadParameter(
             f"{n} models need as many {name}, got {len(given)}; repeat {name}."
+        )
+
+
+def check_order(models: list[str]) -> None:
+    """Warns if the numbers in the names of checkpoints do not ascend.
+
+    A shell puts step_1000 before step_200.
+    """
+    numbers = [[int(x) for x in re.findall(r"\d+", path)] for path in models]
+    if numbers != sorted(numbers):
+        warnings.warn(
+            "the numbers in the names of the checkpoints do not ascend, and the oldest "
+            f"must come first; they are taken in this order: {', '.join(models)}.",
+            UserWarning,
+            stacklevel=2,
         )

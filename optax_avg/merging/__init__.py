@@ -12,6 +12,7 @@ from optax_avg.merging.basin import permute
 from optax_avg.merging.curvature import fisher, gradient_matching, squared_gradients
 from optax_avg.merging.soups import (
     Soup,
+    cooldown,
     dawin,
     diwa,
     greedy_soup,
@@ -25,6 +26,7 @@ from optax_avg.merging.task_vectors import dare, model_stock, task_arithmetic, t
 
 __all__ = [
     "Soup",
+    "cooldown",
     "dare",
     "dawin",
     "diwa",

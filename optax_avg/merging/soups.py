@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 from jax.typing import ArrayLike
 
-from optax_avg import _numerics
+from optax_avg import _checks, _numerics
 from optax_avg.merging._slices import unit_of
 from optax_avg.merging.trees import (
     Rule,
@@ -25,10 +25,14 @@ from optax_avg.merging.trees import (
     total,
     weighted_sum,
 )
+from optax_avg.weights import CooldownShape
+from optax_avg.weights import cooldown as profile_of
 
 __all__ = [
     "Score",
     "Soup",
+    "cooldown",
+    "cooldown_rule",
     "dawin",
     "diwa",
     "greedy_soup",
@@ -94,6 +98,54 @@ def weighted_rule(n: int, weights: Weights | None) -> Rule:
     """The weighted mean of one leaf of ``n`` models, with equal weights for None."""
     w = checked_weights(n, weights)
     return Rule(lambda _, xs: weighted_sum(w, xs))
+
+
+def cooldown(
+    checkpoints: Sequence[optax.Params], shape: CooldownShape = "sqrt"
+) -> optax.Params:
+    """What a cooldown of the learning rate would have led to, ``sum_j c_j x_j``.
+
+    ``c_j = f((j-1)/n) - f(j/n)`` and ``c_n = f((n-1)/n)``, as in
+    :func:`optax_avg.weights.cooldown`: the checkpoints ``x_1 ... x_n`` come from a
+    training at a constant rate. The cooldown begins one interval before ``x_1`` and
+    ends at ``x_n``.
+
+    Args:
+      checkpoints: Trees of one structure, at equal intervals, the oldest first.
+      shape: ``f``: ``"linear"``, ``"sqrt"``, ``"cosine"``, or a function that falls
+        from ``f(0) = 1``.
+
+    Returns:
+      A tree like the first.
+
+    Raises:
+      ValueError: If the checkpoints differ in structure or shapes, or ``shape`` is
+        unknown or does not begin at 1.
+
+    Example:
+      >>> import jax.numpy as jnp, optax_avg as oa
+      >>> trained = [jnp.array(x) for x in (1.0, 2.0, 3.0, 4.0)]
+      >>> oa.merging.cooldown(trained, "linear").item()
+      2.5
+      >>> round(oa.merging.cooldown(trained, "sqrt").item(), 3)
+      1.927
+
+    References:
+      Tian et al., "WSM: Decay-Free Learning Rate Schedule via Checkpoint Merging for
+      LLM Pre-training", 2025, 2507.17634.
+    """
+    return merged(cooldown_rule(len(checkpoints), shape), checkpoints)
+
+
+def cooldown_rule(n: int, shape: CooldownShape) -> Rule:
+    """The cooldown over one leaf of ``n`` checkpoints."""
+    found = profile_of(shape, max(n, 1))
+    if found.initial > 1e-6:
+        raise ValueError(
+            "the shape must begin at 1, for the parameters before the first checkpoint "
+            f"are not given; f(0) is {1 - found.initial:g}."
+        )
+    return weighted_rule(n, found.weights[:n])
 
 
 def wise_ft(base: optax.Params, tuned: optax.Params, alpha: float) -> optax.Params:
@@ -170,14 +222,7 @@ def greedy_soup(models: Sequence[optax.Params], score: Score) -> Soup:
     check_alike(models)
 
     def finite(params: optax.Params) -> float:
-        given = score(params)
-        if jnp.ndim(given):
-            raise ValueError(
-                "score must return one number for a model, larger is better. It "
-                f"returned an array of shape {jnp.shape(given)}; take its mean."
-            )
-        found = float(given)
-        return found if math.isfinite(found) else -math.inf
+        return _checks.rank(_checks.one_score(score(params)))
 
     scores = [finite(model) for model in models]
     order = sorted(range(len(models)), key=lambda i: -scores[i])

@@ -81,10 +81,12 @@ def planned(reader: _disk.Reader, records: Records, request: Request) -> Plan:
     kinds = _timeline.kinds_of(reader, chosen, clock)
     kept = Kept(
         [name for _, name in chosen],
-        [
-            _timeline.placed(record, name, clock, kinds[record.step, name])
-            for record, name in chosen
-        ],
+        _timeline.on_their_grid(
+            [
+                _timeline.placed(record, name, clock, kinds[record.step, name])
+                for record, name in chosen
+            ]
+        ),
         np.array([_rounding(record, name) for record, name in chosen]),
     )
     found = combined(kept, request)

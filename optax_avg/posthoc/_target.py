@@ -33,6 +33,10 @@ T = TypeVar("T")
 Goal = Callable[[int, int], Kind]
 
 
+# The shape of a cooldown and its length in optimizer steps.
+Cooldown = tuple[weights.CooldownShape, int]
+
+
 class Request(NamedTuple):
     """An average that is wanted.
 
@@ -56,6 +60,7 @@ class TargetOptions(TypedDict, total=False):
     half_life: float | None
     window: int | None
     weight: weights.Weight | None
+    cooldown: Cooldown | None
     step: int | None
     names: Sequence[str] | None
     normalize: Normalization
@@ -72,6 +77,12 @@ _OPTIONS = {
     "window": Option(None, "Number of latest optimizer steps for a uniform mean."),
     "weight": Option(
         None, "Any other weight ``w(t)`` or ``w(t, dt)`` of :mod:`optax_avg.weights`."
+    ),
+    "cooldown": Option(
+        None,
+        """``(shape, steps)``: what a cooldown of the learning rate over the latest
+  ``steps`` optimizer steps would have led to, as far as the updates would have kept
+  their directions; see :func:`optax_avg.weights.cooldown`.""",
     ),
     "step": Option(
         None,
@@ -103,6 +114,7 @@ def request_of(
     half_life: float | None = None,
     window: int | None = None,
     weight: weights.Weight | None = None,
+    cooldown: Cooldown | None = None,
     step: int | None = None,
     names: Sequence[str] | None = None,
     normalize: Normalization = "constrained",
@@ -114,7 +126,7 @@ def request_of(
     """
     if isinstance(names, str):
         raise ValueError(f"names must be a list of names; write names=[{names!r}].")
-    goal = _goal_of(sigma_rel, half_life, window, weight)
+    goal = _goal_of(sigma_rel, half_life, window, weight, cooldown)
     return Request(goal, step, names, normalize)
 
 
@@ -123,8 +135,10 @@ def _goal_of(
     half_life: float | None,
     window: int | None,
     weight: weights.Weight | None,
+    cooldown: Cooldown | None,
 ) -> Goal:
-    if sum(x is not None for x in (sigma_rel, half_life, window, weight)) == 1:
+    targets = sigma_rel, half_life, window, weight, cooldown
+    if sum(x is not None for x in targets) == 1:
         if sigma_rel is not None:
             power = Power(weights.gamma_from_sigma_rel(float(sigma_rel)))
             return lambda count, every: power
@@ -137,9 +151,11 @@ def _goal_of(
             return lambda count, every: Recorded(
                 weights.sequence(weight, count, every=every)
             )
+        if cooldown is not None:
+            return _cooled(cooldown)
     raise ValueError(
         "there must be one target; write reconstruct(params, sigma_rel=0.08), or "
-        "half_life=, window= or weight=."
+        "half_life=, window=, weight= or cooldown=('sqrt', 2000)."
     )
 
 
@@ -151,6 +167,34 @@ def _ema(half_life: float) -> Goal:
     def goal(count: int, every: int) -> Kind:
         weight = weights.ema(weights.scale_decay(decay, every))
         return Recorded(weights.sequence(weight, count))
+
+    return goal
+
+
+def _cooled(cooldown: Cooldown) -> Goal:
+    """The cooldown over the latest optimizer steps."""
+    if not isinstance(cooldown, (tuple, list)) or len(cooldown) != 2:
+        raise ValueError(
+            "cooldown must be a shape and a number of optimizer steps, as in "
+            f"cooldown=('sqrt', 2000); got {cooldown!r}."
+        )
+    shape, steps = cooldown
+    steps = _checks.static_integer("steps of the cooldown", steps, 1)
+    weights.cooldown(shape, 1)  # an error that does not wait for the disk
+
+    def goal(count: int, every: int) -> Kind:
+        k = -(-steps // every)
+        if k > count:
+            raise ValueError(
+                f"the cooldown is longer than the training, which has {count * every} "
+                f"optimizer steps here; pass cooldown=({shape!r}, {count * every}) or "
+                "fewer."
+            )
+        c = weights.cooldown(shape, k)
+        # Its weights as those of a running average: p_i = w(i) prod_{j>i} (1 - w(j)).
+        p = np.concatenate([np.zeros(count - k), [c.initial], c.weights])
+        total = np.cumsum(p)
+        return Recorded(np.where(total > 0, p / np.where(total > 0, total, 1), 0)[1:])
 
     return goal
 

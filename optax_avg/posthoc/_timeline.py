@@ -6,6 +6,7 @@ steps passed between them. This puts all states on one clock.
 """
 
 import itertools
+import math
 from collections import Counter
 from collections.abc import Sequence
 from fractions import Fraction
@@ -13,7 +14,7 @@ from fractions import Fraction
 import numpy as np
 
 from optax_avg.posthoc import _disk, _integrity
-from optax_avg.posthoc._clock import Kind, Placed, Power, Recorded, Window
+from optax_avg.posthoc._clock import Kind, Placed, Power, Recorded, Window, newest
 from optax_avg.posthoc._records import PARAMETERS, Grid, Record
 
 # Optimizer steps on the clock at each snapshot, by training step.
@@ -73,6 +74,22 @@ def placed(record: Record, name: str, clock: Clock, kind: Kind) -> Placed:
     grid = record.grids[name]
     origin = clock[record.step] - own_step(record, name) + grid.start
     return Placed(kind, record.absorbed[name], origin, grid.every)
+
+
+def on_their_grid(averages: Sequence[Placed]) -> list[Placed]:
+    """Single iterates, as the iterates of the widest stride that contains them all.
+
+    So parameters that were kept every 100 steps stand for a training of 100 times fewer
+    iterates, as in an average with ``every=100``. Other averages stay as they are.
+    """
+    steps = sorted({newest(a) for a in averages})
+    single = [isinstance(a.kind, Window) and a.kind.k == 1 for a in averages]
+    if len(steps) == 1 or not all(single):
+        return [*averages]
+    every = math.gcd(*(step - steps[0] for step in steps))
+    origin = steps[0] - every
+    placed = [(newest(a) - origin) // every for a in averages]
+    return [Placed(Window(1), i, origin, every) for i in placed]
 
 
 def out_of_step(records: Sequence[Record], clock: Clock) -> set[str]:

@@ -9,6 +9,7 @@ from numpy.typing import ArrayLike
 from optax_avg import _checks
 from optax_avg._checkpoints.leaves import Leaf
 from optax_avg._checkpoints.orbax import RECORD, anywhere
+from optax_avg.averages.overview import AverageSummary
 from optax_avg.posthoc import _disk
 from optax_avg.posthoc._clock import Kind, Power, Window, weights_on_iterates
 from optax_avg.posthoc._reading import records_of, without_broken
@@ -23,26 +24,6 @@ __all__ = [
     "summarize_store",
     "swad_window",
 ]
-
-
-class AverageSummary(NamedTuple):
-    """A stored average in a few numbers.
-
-    Attributes:
-      name: Name of the average.
-      iterates: Number of iterates in it.
-      kind: ``"power"``, ``"window"`` or ``"recorded"``; None if it is not known.
-      sigma_rel: Standard deviation of the weights over the number of iterates; None if
-        they are not known.
-      mean_age: Mean number of iterates since the one that is averaged; None if the
-        weights are not known.
-    """
-
-    name: str
-    iterates: int
-    kind: str | None = None
-    sigma_rel: float | None = None
-    mean_age: float | None = None
 
 
 class StoreSummary(NamedTuple):
