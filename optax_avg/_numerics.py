@@ -269,7 +269,6 @@ def square_roots(squares: Callable[[Any], jax.Array]) -> jax.Array:
 
 def square_roots_in_rounds(squares: Callable[[Any], jax.Array], n: int) -> jax.Array:
     """The same of ``n`` sums, where ``squares`` takes long to compile: it is once."""
-
     kind = jax.eval_shape(squares, jnp.ones(n))
     start = _mesh.vary(jnp.ones(n, kind.dtype), _mesh.varying_axes(kind))
 

@@ -154,9 +154,17 @@ def _by_rows(
             total + w.astype(x.dtype) * x for total, x in zip(sums, moved, strict=True)
         ]
 
-    zeros = [jnp.zeros(x.shape[1:], _numerics.wide(x).dtype) for x in rows]
-    zeros = [_mesh.vary(x, axes) for x in zeros]
-    return lax.fori_loop(0, jnp.sum(weights != 0), add, zeros)
+    def zeros(x):
+        wide = _numerics.float32_or_wider(x.dtype)
+        dtype = wide if factors is None else jnp.result_type(wide, factors)
+        return _mesh.vary(jnp.zeros(x.shape[1:], dtype), axes)
+
+    blank = [zeros(x) for x in rows]
+    sums = lax.fori_loop(0, jnp.sum(weights != 0), add, blank)
+    return [
+        total.astype(_numerics.float32_or_wider(x.dtype))
+        for total, x in zip(sums, rows, strict=True)
+    ]
 
 
 def per_row(values: jax.Array, x: jax.Array) -> jax.Array:
