@@ -1030,8 +1030,8 @@ FAULTS = {
     ),
     "norms are scaled in the dtype of each leaf": Fault(
         "optax_avg/_numerics.py",
-        "factors = factors.astype(plain.dtype)",
-        "factors = factors + 0",
+        "return factors.astype(squares.dtype)",
+        "return factors + 0",
         f"{LOCATION} -k mixed_width",
     ),
     "what dare drops is rounded to the model": Fault(

@@ -23,7 +23,7 @@ from optax_avg.robust._gradients import Tree
 from optax_avg.robust._layout import Layout
 from optax_avg.robust._options import AxisName
 
-CHUNK = 2**18  # elements that fit into a cache
+CHUNK = 2**17  # elements that fit twice into a cache
 SPREAD = 2**21  # elements that keep all cores busy
 BATCH = 64  # arrays that share a loop; each is an argument of all branches of a switch
 
