@@ -330,6 +330,74 @@ def test_chunks_count_each_column_once(d, centre, monkeypatch):
     np.testing.assert_allclose(norms, wanted, rtol=1e-4, atol=1e-5)
 
 
+def many_leaves(number=5):
+    """Leaves of several lengths and dtypes, of which the last row is far away."""
+    rng = np.random.default_rng(3)
+    lengths = [1, 5, 13, 29, 40][:number]
+    tree = {
+        f"{dtype}{d}": jnp.asarray(rng.normal(size=(N, d)), dtype)
+        for d in lengths
+        for dtype in ("float32", "bfloat16")
+    }
+    return jax.tree.map(lambda x: x.at[-1].set(1e4), tree)
+
+
+def in_small_chunks(monkeypatch):
+    monkeypatch.setattr(_stack, "CHUNK", 7 * N)
+    monkeypatch.setattr(_stack, "SPREAD", 6 * N)
+    monkeypatch.setattr(_stack, "BATCH", 3)
+    monkeypatch.setattr(_layout, "SMALL", 1)
+
+
+SHARED = {
+    "geometric_median": oa.geometric_median(),
+    "median_of_means": oa.median_of_means(N // 2 if N % 2 == 0 else N),
+    "centered_clip": oa.centered_clip(1.0, 3),
+    "krum": oa.krum(1),
+    "coordinate_median": oa.coordinate_median(),
+    "trimmed_mean": oa.trimmed_mean(1),
+    "upgrad": oa.upgrad(),
+}
+
+
+@pytest.mark.parametrize("broken", [False, True])
+@pytest.mark.parametrize("name", SHARED)
+def test_leaves_that_share_loops(name, broken, monkeypatch):
+    tree = many_leaves()
+    if broken:
+        tree["float3213"] = tree["float3213"].at[1, 7].set(jnp.nan)
+    wanted, _ = once(SHARED[name], tree)
+    in_small_chunks(monkeypatch)
+    found, _ = once(SHARED[name], tree)
+    chex.assert_trees_all_close(found, wanted, rtol=1e-2, atol=1e-5)
+    wide = [k for k in tree if k.startswith("float32")]
+    for k in wide:
+        np.testing.assert_allclose(found[k], wanted[k], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", SHARED)
+def test_loops_do_not_multiply_with_leaves(name, monkeypatch):
+    monkeypatch.setattr(_stack, "CHUNK", 7 * N)
+    monkeypatch.setattr(_layout, "SMALL", 1)
+
+    def loops(number):
+        tree = {str(i): jnp.ones((N, 20 + i)) for i in range(number)}
+        tx = SHARED[name]
+        state = tx.init(jax.tree.map(lambda x: x[0], tree))
+        traced = str(jax.make_jaxpr(tx.update)(tree, state))
+        return traced.count("scan[") + traced.count("while[")
+
+    assert loops(3) == loops(9)
+
+
+def test_long_sums_keep_their_digits(monkeypatch):
+    monkeypatch.setattr(_stack, "CHUNK", 20)
+    stack = _stack.stack_of(jnp.full((2, 40_000), 0.1, jnp.float32), 0, None)
+    gram = _stack.gram(stack, jnp.ones(2))
+    wanted = 40_000 * float(np.float32(0.1)) ** 2
+    np.testing.assert_allclose(gram, wanted, rtol=1e-6)
+
+
 @pytest.mark.parametrize("f", [0, 1, 3])
 def test_krum_scores(f):
     v = np.random.default_rng(f).normal(size=(8, 3))

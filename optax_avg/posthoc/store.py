@@ -269,10 +269,11 @@ class SnapshotStore:
     ) -> optax.Params:
         """An average that was not kept, combined from the snapshots.
 
-        Leaves are computed one after another: memory holds the result and at most two
-        more leaves. Damaged snapshots are skipped with a warning that names them. A
-        second warning states the residual if the snapshots cannot express the target;
-        it includes the rounding of their dtypes.
+        Leaves are computed a few at a time: memory holds the result and at most two
+        more leaves, or two groups of smaller ones of 32 MB each. Damaged snapshots are
+        skipped with a warning that names them. A second warning states the residual if
+        the snapshots cannot express the target; it includes the rounding of their
+        dtypes.
 
         Args:
           params: A tree of arrays or of ``jax.ShapeDtypeStruct``. The result has its

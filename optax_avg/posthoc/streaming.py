@@ -23,7 +23,7 @@ from optax_avg.posthoc._target import TargetOptions, request_of, with_target
 
 __all__ = ["Stream", "stream_average"]
 
-LEAST = 2**20  # bytes of leaves that are read together, if none is larger
+LEAST = 2**25  # bytes of leaves that are read together, if none is larger
 
 # A tree of arrays or of ``jax.ShapeDtypeStruct`` that a result is like.
 Example = optax.Params
