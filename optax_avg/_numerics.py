@@ -263,36 +263,14 @@ def norms(groups: list[list[jax.Array]]) -> jax.Array:
 def square_roots(squares: Callable[[Any], jax.Array]) -> jax.Array:
     """Norms from ``squares(factors)``, sums of squares of what is scaled by factors."""
     plain = squares(None)
-    factors = _factors_for(plain)
-    scaled = lambda: jnp.sqrt(squares(factors)) / factors
-    return lax.cond(jnp.all(factors == 1), lambda: jnp.sqrt(plain), scaled)
-
-
-def square_roots_in_rounds(squares: Callable[[Any], jax.Array], n: int) -> jax.Array:
-    """The same of ``n`` sums, where ``squares`` takes long to compile: it is once."""
-    kind = jax.eval_shape(squares, jnp.ones(n))
-    start = _mesh.vary(jnp.ones(n, kind.dtype), _mesh.varying_axes(kind))
-
-    def advance(state):
-        number, factors, _ = state
-        sums = squares(factors)
-        now = jnp.where(number == 0, _factors_for(sums), 1)
-        return number + 1, now, jnp.sqrt(sums) / factors
-
-    def left(state):
-        number, factors, _ = state
-        return (number == 0) | ((number == 1) & jnp.any(factors != 1))
-
-    return lax.while_loop(left, advance, (0, start, start))[2]
-
-
-def _factors_for(squares: jax.Array) -> jax.Array:
-    """Powers of two that bring sums of squares out of reach into the middle, or 1."""
-    info = jnp.finfo(squares.dtype)
+    info = jnp.finfo(plain.dtype)
+    # A power of two that brings squares out of reach into the middle of the range.
     far = 2.0 ** round(0.7 * float(info.maxexp))
-    safe = (squares > info.tiny / info.eps) & (squares < info.max)
-    factors = jnp.where(safe, 1, jnp.where(squares < 1, far, 1 / far))
-    return factors.astype(squares.dtype)  # or a narrow leaf would not hold them
+    safe = (plain > info.tiny / info.eps) & (plain < info.max)
+    factors = jnp.where(safe, 1, jnp.where(plain < 1, far, 1 / far))
+    factors = factors.astype(plain.dtype)  # or a narrow leaf would not hold them
+    scaled = lambda: jnp.sqrt(squares(factors)) / factors
+    return lax.cond(jnp.all(safe), lambda: jnp.sqrt(plain), scaled)
 
 
 def _sums_of_squares(groups: list[list[jax.Array]]) -> jax.Array:

@@ -6,7 +6,7 @@ from jax import lax
 
 from optax_avg import _numerics
 from optax_avg.robust._gradients import equal_weights
-from optax_avg.robust._stack import Stack, by_columns, per_row
+from optax_avg.robust._stack import Stack, per_row
 
 UNROLLED = 32  # rows up to which a sorting network is written out
 
@@ -57,7 +57,7 @@ def rank_weighted(stack: Stack, weights: jax.Array) -> list[jax.Array]:
         ]
         return sum(kept[1:], kept[0])
 
-    return by_columns(one, stack.rows)
+    return [one(x) for x in stack.rows]
 
 
 def _sorted(rows: list[jax.Array]) -> list[jax.Array]:
