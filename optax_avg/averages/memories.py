@@ -38,7 +38,11 @@ Rounding = Literal["dithered", "stochastic", "compensated"]
 
 
 class Kept(Protocol):
-    """What a memory keeps in the optimizer state: a NamedTuple with two methods."""
+    """What a memory keeps in the optimizer state: a NamedTuple with two methods.
+
+    Where it has a property ``is_offset`` that is true, what ``read`` returns has to be
+    added to the parameters.
+    """
 
     def read(self, absorbed: jax.Array) -> Params:
         """Returns the average.

@@ -47,6 +47,11 @@ class PrimalMemory(NamedTuple):
     beta: jax.Array
     mass: Any
 
+    @property
+    def is_offset(self) -> bool:
+        """True: the average is found from the parameters."""
+        return True
+
     def read(self, absorbed: jax.Array) -> Any:
         """Returns ``x - y``, which has to be added to the parameters."""
         del absorbed

@@ -8,7 +8,6 @@ import optax
 
 from optax_avg import _leaves, _numerics
 from optax_avg.averages._rule import AverageState
-from optax_avg.averages.primal import PrimalMemory
 
 __all__ = ["average_names", "averaged_params"]
 
@@ -119,7 +118,7 @@ def read_leaves(
         if name not in node.averages:
             continue
         begun = jax.tree.leaves(node.absorbed)[0] > 0
-        from_params = isinstance(node.averages[name], PrimalMemory)
+        is_offset = getattr(node.averages[name], "is_offset", False)
         aligned = _leaves.align(read_average(node, name), params)
         for i, (value, (path, leaf)) in enumerate(zip(aligned, paths, strict=True)):
             if value is None:
@@ -129,7 +128,7 @@ def read_leaves(
                     f"two averages named {name!r} hold params"
                     f"{jax.tree_util.keystr(path)}; give one of them another name=."
                 )
-            if from_params:
+            if is_offset:
                 value = _numerics.widen(jnp.asarray(leaf)) + value
             found[i] = _over(begun, value), value.astype(jnp.result_type(leaf))
     return found
