@@ -48,7 +48,11 @@ def digits_of_time(t: jax.Array, seed: int) -> jax.Array:
 
 
 def digits_of_place(shape: tuple[int, ...], seed: int) -> jax.Array:
-    """``h(i)`` for the elements of a leaf, a uint32 array made where it is used."""
+    """``h(i)`` for the elements of a leaf, a uint32 array made where it is used.
+
+    Under ``shard_map`` the place is that within the shard, under ``vmap`` that within
+    the member, so shards and members share their sequences.
+    """
     return _hash(_numerics.place(shape, jnp.uint32) ^ np.uint32(seed))
 
 
