@@ -497,7 +497,11 @@ def test_a_few_leaves_at_a_time(files, run, monkeypatch):
             1,
             "is: optax-avg merge soup a.safetensors OTHER --out RESULT",
         ),
-        ("reconstruct empty", 2, "pass one of --sigma-rel, --half-life and --window"),
+        (
+            "reconstruct empty",
+            2,
+            "pass one of --sigma-rel, --half-life, --window and --cooldown",
+        ),
         ("reconstruct empty --window 2 --half-life 3", 2, "got 2"),
         ("reconstruct empty --sigma-rel 0.5", 1, "sigma_rel must lie in"),
         ("reconstruct empty --sigma-rel 0.1 --dtype int8", 2, "not a floating point"),

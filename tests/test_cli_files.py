@@ -931,6 +931,8 @@ COMMANDS = [c.name or c.callback.__name__ for c in _merge.merge.registered_comma
 def test_examples_in_help_run(name, run):
     for stem in ("base", "tuned", "fa", "fb", "ha", "hb", "h_base"):
         shutil.copy("a.safetensors", f"{stem}.safetensors")
+    for step in (1000, 2000, 3000):
+        save_orbax(f"step_{step}")
     shown = run("merge", name, "--help")[1]
     command = re.search(r"Example: optax-avg (merge .*)", shown)
     assert command, shown

@@ -41,7 +41,7 @@ NORM = Needs(sums=1, rare=1)
 SAM = Needs(gradients=2, sums=1, rare=1)
 NEEDS = {
     # Every element of an average is on its own.
-    **dict.fromkeys(AVERAGES, Needs()),
+    **dict.fromkeys([*AVERAGES, "primal_average", "primal_average_at_z"], Needs()),
     # The second gradient is at an offset of known length.
     "sam": SAM,
     "asam": SAM,

@@ -25,7 +25,7 @@ from jax.sharding import PartitionSpec as P
 
 import optax_avg as oa
 from optax_avg import _numerics
-from optax_avg.posthoc import SnapshotStore, _disk, _integrity, _writer
+from optax_avg.posthoc import SnapshotStore, _disk, _integrity, _writer, streaming
 
 WIDTHS = [0.05, 0.10]
 KEPT = ["power_ema_0.05", "power_ema_0.1"]
@@ -445,7 +445,7 @@ def test_sharded_arrays_stay_sharded(explicit, tmp_path, open_stores):
 
 
 def test_memory_is_the_result_and_two_leaves(tmp_path, open_stores, monkeypatch):
-    leaf = 270_000  # over a megabyte, below which leaves are read together
+    leaf = 270_000  # over a megabyte, below which leaves are read together here
     params = {f"l{i}": jnp.ones(leaf) for i in range(12)} | {"s": jnp.ones(10)}
     store, *_ = filled(tmp_path, 6, 2, params=params)
     open_stores(store)
@@ -461,6 +461,7 @@ def test_memory_is_the_result_and_two_leaves(tmp_path, open_stores, monkeypatch)
         return found
 
     monkeypatch.setattr(_disk, "read_leaves", seen)
+    monkeypatch.setattr(streaming, "LEAST", 2**20)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", UserWarning)  # of the residual
         result = store.reconstruct(shapes, sigma_rel=0.2)
