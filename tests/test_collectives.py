@@ -204,6 +204,8 @@ def needs_of(text):
 
 @pytest.mark.parametrize("name", ALL)
 def test_a_step_talks_to_other_devices_as_often_as_it_needs(name):
+    if name == "ema_params_host" and jax.__version_info__ < (0, 9):
+        pytest.skip("XLA of jax 0.8: 'Side-effect HLO must have sharding'")
     tx = beside(ALL[name], optax.sgd(0.1))
 
     def step(params, state, batch):
