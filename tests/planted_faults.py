@@ -1687,8 +1687,8 @@ FAULTS = {
     ),
     "a primal average is read without the parameters": Fault(
         "optax_avg/averages/readout.py",
-        "if from_params:",
-        "if from_params is None:",
+        "if is_offset:",
+        "if is_offset is None:",
         f"{PRIMAL} -k equations",
     ),
     "a cooldown skips its first update": Fault(
