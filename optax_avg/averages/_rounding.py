@@ -9,7 +9,6 @@ element of the average that is not finite is replaced by the iterate's: always w
 average starts from.
 """
 
-import functools
 import zlib
 from typing import Any, Literal
 
@@ -30,23 +29,19 @@ def nearest(
     w: jax.Array, x: optax.Params, a: optax.Params, first: jax.Array, skip: Skip
 ) -> optax.Params:
     """The step, rounded to nearest."""
-    one = _nearest_or_left if skip is not False else _nearest
+    one = _nearest if skip is False else _nearest_or_left
     return jax.tree.map(lambda a, x: one(w, x, a, first, skip), a, x)
 
 
+def _rounded(
+    w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: Skip
+) -> jax.Array:
+    return _lerp(w, x, a, first, skip).astype(a.dtype)
+
+
 # Leaves of one shape are traced once: a thousand of them are a thousand calls.
-@jax.jit
-def _nearest_or_left(
-    w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: jax.Array
-) -> jax.Array:
-    return _lerp(w, x, a, first, skip).astype(a.dtype)
-
-
-@functools.partial(jax.jit, static_argnames="skip")
-def _nearest(
-    w: jax.Array, x: jax.Array, a: jax.Array, first: jax.Array, skip: Literal[False]
-) -> jax.Array:
-    return _lerp(w, x, a, first, skip).astype(a.dtype)
+_nearest_or_left = jax.jit(_rounded)
+_nearest = jax.jit(_rounded, static_argnames="skip")
 
 
 def stochastic(
