@@ -196,7 +196,7 @@ FAULTS = {
     ),
     "the dither comes round with a period": Fault(
         "optax_avg/averages/_dither.py",
-        "g = _hash((from_j >> 1) ^ _hash(j ^ np.uint32(seed)))",
+        "g = _hash((from_j >> 1) ^ _hash(j ^ jnp.asarray(seed, jnp.uint32)))",
         "g = jnp.zeros_like(j)",
         f"{ROUNDING} -k 'digits or orders or period'",
     ),
@@ -208,14 +208,15 @@ FAULTS = {
     ),
     "all elements have one dither": Fault(
         "optax_avg/averages/_dither.py",
-        "return _hash(_numerics.place(shape, jnp.uint32) ^ np.uint32(seed))",
-        "return jnp.full(shape, seed, jnp.uint32)",
+        "_hash(_numerics.place(shape, jnp.uint32) ^ jnp.asarray(seed, jnp.uint32))",
+        "jnp.full(shape, seed, jnp.uint32)",
         f"{ROUNDING} -k 'elements'",
     ),
     "all leaves have one dither": Fault(
         "optax_avg/averages/_rounding.py",
-        "digits_of_place(a.shape, _seed(name, path))",
-        "digits_of_place(a.shape, _seed(name))",
+        "seeds = jnp.asarray([_seed(name, path) for path, _ in old], jnp.uint32)\n"
+        "    times",
+        "seeds = jnp.asarray([_seed(name) for path, _ in old], jnp.uint32)\n    times",
         f"{ROUNDING} -k independent",
     ),
     "all averages have one dither": Fault(
@@ -226,8 +227,8 @@ FAULTS = {
     ),
     "the dither stands still": Fault(
         "optax_avg/averages/_rounding.py",
-        "_dither.digits_of_time(absorbed, _seed(name))",
-        "_dither.digits_of_time(0 * absorbed, _seed(name))",
+        "in_axes=(None, 0))(absorbed, seeds)",
+        "in_axes=(None, 0))(0 * absorbed, seeds)",
         f"{ROUNDING} -k walk",
     ),
     "narrow accumulators round at random by default": Fault(

@@ -334,6 +334,48 @@ def test_snapshots_that_agree_share_their_weight():
     assert found.condition > 1e12
 
 
+def with_and_without_eigenvalues(monkeypatch, *args, **options):
+    found = posthoc.coefficients(*args, **options)
+    with monkeypatch.context() as few:
+        few.setattr(_profiles, "MANY", len(args[0]))
+        return found, posthoc.coefficients(*args, **options)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 2.0**-24, 2.0**-9])
+@pytest.mark.parametrize("normalize", ["none", "sum", "constrained"])
+@pytest.mark.parametrize("target", [0.06, 0.08, 0.10])
+def test_many_snapshots_are_combined_as_well(monkeypatch, target, normalize, rounding):
+    times, widths = problem(140)
+    many, few = with_and_without_eigenvalues(
+        monkeypatch, times, widths, 1.0, target, normalize=normalize, rounding=rounding
+    )
+    np.testing.assert_allclose(many.weights, few.weights, atol=1e-9)
+    np.testing.assert_allclose(many.residual, few.residual, rtol=1e-6, atol=1e-7)
+    # Norms of a matrix differ by its root of rows, so condition numbers by the rows.
+    assert few.condition / len(times) <= many.condition <= few.condition * len(times)
+
+
+@pytest.mark.parametrize("rounding", [0.0, 2.0**-24, 2.0**-9])
+@pytest.mark.parametrize("repeats, widths", [(3, (0.05, 0.10)), (1, (0.1, 0.12, 0.2))])
+def test_many_snapshots_that_hardly_differ(monkeypatch, repeats, widths, rounding):
+    times, widths = problem(120, widths)
+    times, widths = np.tile(times, repeats), np.tile(widths, repeats)
+    many, few = with_and_without_eigenvalues(
+        monkeypatch, times, widths, 1.0, 0.07, rounding=rounding
+    )
+    assert many.residual <= 1.01 * few.residual + 1e-7
+    assert np.abs(many.weights).sum() <= 2 * np.abs(few.weights).sum() + 2
+    assert many.weights.sum() == pytest.approx(1, abs=1e-6)
+
+
+def test_one_of_many_snapshots_is_found():
+    times, widths = problem(200)
+    found = posthoc.coefficients(times, widths, 0.8, 0.10)
+    (at,) = np.flatnonzero((times == 0.8) & (widths == 0.10))
+    assert found.weights[at] == pytest.approx(1, abs=1e-8)
+    assert found.residual < 1e-6
+
+
 def test_what_else_would_do():
     times, widths = problem(8)
     low, high = _profiles.widths_within(times, widths, 1.0, 0.05)

@@ -9,6 +9,8 @@ iterate's number ``t`` and of the element's place ``i`` in its leaf, digit by di
     u = 0.u_0 u_1 ... u_31    in base 2,
     u_j = t_j xor g_j(t_{j+1}, t_{j+2}, ...) xor h(i)_j
 
+Each leaf has a ``g`` and an ``h`` of its own.
+
 ``t_0`` is the lowest digit of ``t``. For every ``k``, as ``t`` runs through ``2^k``
 iterates ``m 2^k, ..., (m + 1) 2^k - 1``, ``u`` meets each interval of length ``2^-k``
 once: what rounding adds to a value that changes slowly cancels as it can with no
@@ -31,29 +33,29 @@ from jax.typing import DTypeLike
 from optax_avg import _numerics
 
 
-def digits_of_time(t: jax.Array, seed: int) -> jax.Array:
+def digits_of_time(t: jax.Array, seed: int | jax.Array) -> jax.Array:
     """``t_j xor g_j(t_{j+1}, ...)`` for all ``j``, the first in the highest bit.
 
     Args:
       t: Number of the iterate, an integer scalar.
-      seed: What chooses ``g``.
+      seed: What chooses ``g``, below 2^32.
 
     Returns:
       A uint32 scalar.
     """
     j = jnp.arange(32, dtype=jnp.uint32)
     from_j = t.astype(jnp.uint32) >> j
-    g = _hash((from_j >> 1) ^ _hash(j ^ np.uint32(seed)))
+    g = _hash((from_j >> 1) ^ _hash(j ^ jnp.asarray(seed, jnp.uint32)))
     return jnp.sum(((from_j ^ g) & 1) << (31 - j), dtype=jnp.uint32)
 
 
-def digits_of_place(shape: tuple[int, ...], seed: int) -> jax.Array:
+def digits_of_place(shape: tuple[int, ...], seed: int | jax.Array) -> jax.Array:
     """``h(i)`` for the elements of a leaf, a uint32 array made where it is used.
 
     Under ``shard_map`` the place is that within the shard, under ``vmap`` that within
     the member, so shards and members share their sequences.
     """
-    return _hash(_numerics.place(shape, jnp.uint32) ^ np.uint32(seed))
+    return _hash(_numerics.place(shape, jnp.uint32) ^ jnp.asarray(seed, jnp.uint32))
 
 
 def raise_and_cut(x: jax.Array, dtype: DTypeLike, u: jax.Array) -> jax.Array:

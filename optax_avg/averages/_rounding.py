@@ -57,13 +57,33 @@ def stochastic(
 
     The random bits are a function of ``step``, the average's name and the leaf's path.
     """
+    old, structure = jax.tree.flatten_with_path(a)
+    seeds = jnp.asarray([_seed(name, path) for path, _ in old], jnp.uint32)
     key = jax.random.fold_in(jax.random.key(0), step)
+    keys = jax.vmap(jax.random.fold_in, in_axes=(None, 0))(key, seeds)
+    one = _stochastic if skip is False else _stochastic_or_left
+    new = [
+        one(w, x, a, first, skip, key)
+        for (_, a), x, (key,) in zip(
+            old, structure.flatten_up_to(x), _for_leaves(step, keys), strict=True
+        )
+    ]
+    return structure.unflatten(new)
 
-    def one(path, a, x):
-        own_key = jax.random.fold_in(key, _seed(name, path))
-        return _round_at_random(_lerp(w, x, a, first, skip), a.dtype, own_key)
 
-    return jax.tree.map_with_path(one, a, x)
+def _at_random(
+    w: jax.Array,
+    x: jax.Array,
+    a: jax.Array,
+    first: jax.Array,
+    skip: Skip,
+    key: jax.Array,
+) -> jax.Array:
+    return _round_at_random(_lerp(w, x, a, first, skip), a.dtype, key)
+
+
+_stochastic_or_left = jax.jit(_at_random)
+_stochastic = jax.jit(_at_random, static_argnames="skip")
 
 
 def dithered(
@@ -80,14 +100,37 @@ def dithered(
     The sequence is a function of ``absorbed``, the average's name, the leaf's path and
     the element's place in the leaf.
     """
-    # Without the barrier XLA computes these digits anew for every element.
-    time = lax.optimization_barrier(_dither.digits_of_time(absorbed, _seed(name)))
+    old, structure = jax.tree.flatten_with_path(a)
+    seeds = jnp.asarray([_seed(name, path) for path, _ in old], jnp.uint32)
+    times = jax.vmap(_dither.digits_of_time, in_axes=(None, 0))(absorbed, seeds)
+    one = _dithered if skip is False else _dithered_or_left
+    new = [
+        one(w, x, a, first, skip, time, seed)
+        for (_, a), x, (time, seed) in zip(
+            old,
+            structure.flatten_up_to(x),
+            _for_leaves(absorbed, times, seeds),
+            strict=True,
+        )
+    ]
+    return structure.unflatten(new)
 
-    def one(path, a, x):
-        place = _dither.digits_of_place(a.shape, _seed(name, path))
-        return _dither.raise_and_cut(_lerp(w, x, a, first, skip), a.dtype, time ^ place)
 
-    return jax.tree.map_with_path(one, a, x)
+def _raised(
+    w: jax.Array,
+    x: jax.Array,
+    a: jax.Array,
+    first: jax.Array,
+    skip: Skip,
+    time: jax.Array,
+    seed: jax.Array,
+) -> jax.Array:
+    u = time ^ _dither.digits_of_place(a.shape, seed)
+    return _dither.raise_and_cut(_lerp(w, x, a, first, skip), a.dtype, u)
+
+
+_dithered_or_left = jax.jit(_raised)
+_dithered = jax.jit(_raised, static_argnames="skip")
 
 
 def compensated(
@@ -126,6 +169,24 @@ def compensated(
 def _seed(name: str, path: Any = ()) -> int:
     """A number below 2^32 for a leaf of an average."""
     return zlib.crc32(f"{name}{jax.tree_util.keystr(path)}".encode())
+
+
+def _for_leaves(step: jax.Array, *values: jax.Array) -> list[tuple[jax.Array, ...]]:
+    """Scalars for each leaf, from arrays of shape (leaves,).
+
+    Were they constants, or computed where they are used, the code of each leaf would be
+    another. XLA compiles one code for leaves of one shape if these numbers come out of
+    a branch. The other branch is never taken, because no step is negative.
+    """
+    leaves = range(len(values[0]))
+
+    def apart() -> list[tuple[jax.Array, ...]]:
+        return [tuple(x[i] for x in values) for i in leaves]
+
+    def never() -> list[tuple[jax.Array, ...]]:
+        return [tuple(x[0] for x in values)] * len(leaves)
+
+    return lax.cond(step >= 0, apart, never)
 
 
 def _lerp(

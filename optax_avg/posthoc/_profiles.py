@@ -11,11 +11,13 @@ of JAX.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
+from scipy.linalg import cho_solve, cholesky
+from scipy.linalg.lapack import dpocon
 
 from optax_avg import weights
 from optax_avg.weights import gamma_from_sigma_rel
@@ -23,6 +25,8 @@ from optax_avg.weights import gamma_from_sigma_rel
 # How the weights of averages are normalised.
 Normalization = Literal["constrained", "sum", "none"]
 CHUNK = 2**16  # iterates whose weights are held at once
+MANY = 256  # averages whose eigenvalues are computed
+ROUNDS = 3  # solutions with a ridge, each of what the others left
 
 
 class Coefficients(NamedTuple):
@@ -33,7 +37,7 @@ class Coefficients(NamedTuple):
       residual: Estimated relative error, ``(|p - sum_i x_i p_i|^2/|p|^2 +
         rounding^2)^(1/2)``.
       condition: Condition number of the Gram matrix of the profiles at unit length,
-        with the terms of rounding.
+        with the terms of rounding. Above 256 averages it is an estimate in the 1-norm.
       rounding: Part of ``residual`` that comes from rounding.
     """
 
@@ -200,13 +204,10 @@ def solve(
     unit = 1 / np.sqrt(np.diagonal(a) + squares)
     scaled = unit[:, None] * a * unit
     scaled[np.diag_indices_from(scaled)] = 1
-    values, vectors = np.linalg.eigh(scaled)
-    # Averages that agree to the last digits share one weight.
-    real = values > len(b) * np.finfo(float).eps * values[-1]
-    inverse = np.where(real, 1 / np.where(real, values, 1), 0)
+    inverse, condition = (_by_eigenvalues if len(b) <= MANY else _by_ridge)(scaled)
 
     def solved(v: np.ndarray) -> np.ndarray:
-        return unit * (vectors @ (inverse * (vectors.T @ (unit * v))))
+        return unit * inverse(unit * v)
 
     x = solved(b)
     if normalize == "constrained":
@@ -217,8 +218,45 @@ def solve(
     together = float(np.sum(np.asarray(rounding) * x)) ** 2 * c
     lost = max(float(squares @ x**2), together)
     left = max(c - 2 * float(x @ b) + float(x @ a @ x), 0.0) + lost
-    condition = float(values[-1] / values[0]) if values[0] > 0 else math.inf
     return Coefficients(x, math.sqrt(left / c), condition, math.sqrt(lost / c))
+
+
+# Maps ``b`` to the solution ``x`` of ``S x = b``.
+Inverse = Callable[[np.ndarray], np.ndarray]
+
+
+def _by_eigenvalues(s: np.ndarray) -> tuple[Inverse, float]:
+    """The pseudo-inverse of a positive semidefinite matrix, and its condition number.
+
+    Averages that agree to the last digits share one weight.
+    """
+    values, vectors = np.linalg.eigh(s)
+    real = values > len(s) * np.finfo(float).eps * values[-1]
+    inverse = np.where(real, 1 / np.where(real, values, 1), 0)
+    condition = float(values[-1] / values[0]) if values[0] > 0 else math.inf
+    return lambda b: vectors @ (inverse * (vectors.T @ b)), condition
+
+
+def _by_ridge(s: np.ndarray) -> tuple[Inverse, float]:
+    """The inverse but for eigenvalues below ``r = n eps |S|_1``, and the condition.
+
+    ``x <- x + (S + r I)^-1 (b - S x)``, ``ROUNDS`` times from 0, which leaves
+    ``(r/(r + lambda))^ROUNDS`` of the part of ``b`` that belongs to an eigenvalue. It
+    takes a twentieth of the time that the eigenvalues take. The condition number is
+    LAPACK's estimate in the 1-norm for ``S + r I``.
+    """
+    norm = float(np.max(np.sum(np.abs(s), axis=0)))
+    ridge = len(s) * np.finfo(float).eps * norm
+    factor = cholesky(s + np.diag(np.full(len(s), ridge)), lower=True)
+
+    def inverse(b: np.ndarray) -> np.ndarray:
+        x = np.zeros_like(b)
+        for _ in range(ROUNDS):
+            x = x + cho_solve((factor, True), b - s @ x)
+        return x
+
+    reciprocal, _ = dpocon(factor, norm, uplo="L")
+    return inverse, float(1 / reciprocal)
 
 
 def widths_within(
