@@ -356,7 +356,9 @@ def test_many_snapshots_are_combined_as_well(monkeypatch, target, normalize, rou
 
 
 @pytest.mark.parametrize("rounding", [0.0, 2.0**-24, 2.0**-9])
-@pytest.mark.parametrize("repeats, widths", [(3, (0.05, 0.10)), (1, (0.1, 0.12, 0.2))])
+@pytest.mark.parametrize(
+    ("repeats", "widths"), [(3, (0.05, 0.10)), (1, (0.1, 0.12, 0.2))]
+)
 def test_many_snapshots_that_hardly_differ(monkeypatch, repeats, widths, rounding):
     times, widths = problem(120, widths)
     times, widths = np.tile(times, repeats), np.tile(widths, repeats)

@@ -16,8 +16,7 @@ from typing import Literal, NamedTuple, get_args
 
 import numpy as np
 from numpy.typing import ArrayLike
-from scipy.linalg import cho_solve, cholesky
-from scipy.linalg.lapack import dpocon
+from scipy.linalg import cho_solve, cholesky, get_lapack_funcs
 
 from optax_avg import weights
 from optax_avg.weights import gamma_from_sigma_rel
@@ -255,7 +254,8 @@ def _by_ridge(s: np.ndarray) -> tuple[Inverse, float]:
             x = x + cho_solve((factor, True), b - s @ x)
         return x
 
-    reciprocal, _ = dpocon(factor, norm, uplo="L")
+    (pocon,) = get_lapack_funcs(("pocon",), (factor,))
+    reciprocal, _ = pocon(factor, norm, uplo="L")
     return inverse, float(1 / reciprocal)
 
 

@@ -3,8 +3,10 @@
 :func:`stream_average` is for models larger than memory.
 """
 
+import concurrent.futures
+import contextlib
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
 from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
@@ -23,7 +25,9 @@ from optax_avg.posthoc._target import TargetOptions, request_of, with_target
 
 __all__ = ["Stream", "stream_average"]
 
-LEAST = 2**25  # bytes of leaves that are read together, if none is larger
+_T = TypeVar("_T")
+
+LEAST = 2**26  # bytes of leaves that are read together, if none is larger
 
 # A tree of arrays or of ``jax.ShapeDtypeStruct`` that a result is like.
 Example = optax.Params
@@ -66,16 +70,31 @@ def sum_of(reader: _disk.Reader, records: Records, parts: Sequence[Part]) -> Sum
     nbytes = len(parts) * sum(leaf.nbytes for leaf in leaves)
 
     def compute(indices: Sequence[int], shardings: _disk.Shardings) -> list[jax.Array]:
-        total: list[jax.Array] = []
-        for part in parts:
+        def read(part: Part) -> list[jax.Array]:
             record = records[part.step]
-            read = _disk.read_leaves(reader, record, part.name, indices, shardings)
-            x = part.weight  # a Python float, so that wide leaves keep their digits
-            total = _added(x, read, total) if total else _scaled(x, read)
-            del read
+            return _disk.read_leaves(reader, record, part.name, indices, shardings)
+
+        total: list[jax.Array] = []
+        with contextlib.closing(_one_ahead(read, parts)) as ahead:
+            for part, found in zip(parts, ahead, strict=True):
+                x = part.weight  # a Python float, so that wide leaves keep their digits
+                total = _added(x, found, total) if total else _scaled(x, found)
+                del found
         return total
 
     return Sum(leaves, nbytes, compute)
+
+
+def _one_ahead(read: Callable[[Part], _T], parts: Sequence[Part]) -> Generator[_T]:
+    """Yields ``read(part)`` for each part while a thread reads the next one."""
+    with concurrent.futures.ThreadPoolExecutor(1) as thread:
+        coming = thread.submit(read, parts[0])
+        for part in parts[1:]:
+            found = coming.result()
+            coming = thread.submit(read, part)
+            yield found
+            del found
+        yield coming.result()
 
 
 @jax.jit
@@ -168,9 +187,6 @@ def _places(leaves: list[Leaf], entries: list[tuple[KeyPath, ArrayLike]]) -> lis
             "averaged."
         )
     return floats
-
-
-_T = TypeVar("_T")
 
 
 class Stream(NamedTuple):
