@@ -308,6 +308,7 @@ SURGERY = {
     )._replace(counter="counted_step"),
 }
 
+
 def multi_momentum(num_clusters, beta):
     """Multi-momentum whose batches are all of one cluster."""
     tx = oa.optimizers.multi_momentum(num_clusters, beta)

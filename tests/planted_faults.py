@@ -1784,8 +1784,8 @@ FAULTS = {
     ),
     "Gravity counts from one": Fault(
         "optax_avg/optimizers/momenta.py",
-        "w = weight(state.gravity_step)",
-        "w = weight(state.gravity_step + 1)",
+        "weights.advance(weight, state.gravity_step, 1,",
+        "weights.advance(weight, state.gravity_step + 1, 1,",
         f"{OPTIMIZERS_A} -k equals_the_paper",
     ),
     "Gravity begins at rest": Fault(
@@ -1850,8 +1850,8 @@ FAULTS = {
     ),
     "cautious steps are not enlarged": Fault(
         "optax_avg/optimizers/signs.py",
-        "_numerics.wide(u) / jnp.maximum(share, LEAST_SHARE), 0)",
-        "_numerics.wide(u), 0)",
+        "wide / jnp.maximum(share, LEAST_SHARE), 0)",
+        "wide, 0)",
         f"{OPTIMIZERS_A} -k 'equals_the_paper or thousandfold'",
     ),
     "cautious steps grow without a bound": Fault(
@@ -1868,7 +1868,7 @@ FAULTS = {
     ),
     "Grams keeps the sign of the update": Fault(
         "optax_avg/optimizers/signs.py",
-        "lambda g, u: -jnp.sign(g) * jnp.abs(u)",
+        "lambda g, u: -jnp.sign(g).astype(u.dtype) * jnp.abs(u)",
         "lambda g, u: u",
         f"{OPTIMIZERS_A} -k equals_the_paper",
     ),

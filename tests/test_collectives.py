@@ -125,7 +125,11 @@ NEEDS = {
         [
             *("laprop", "adamomentum", "diffgrad", "aggregated_momentum", "nag_gs"),
             *("grams", "multi_momentum"),
-            *(name for name in CASES if name.startswith("scale_by_") and name not in CLIPS),
+            *(
+                name
+                for name in CASES
+                if name.startswith("scale_by_") and name not in CLIPS
+            ),
         ],
         Needs(),
     ),

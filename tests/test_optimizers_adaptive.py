@@ -1,4 +1,4 @@
-"""The papers' optimizers against float64, their special cases, and what they promise."""
+"""The papers' optimizers against float64, in special cases, and what they promise."""
 
 import functools
 
@@ -90,8 +90,8 @@ def run(tx, grads, extra=lambda i: {}):
     return path
 
 
-def check(found, wanted, rtol=1e-9):
-    np.testing.assert_allclose(found, wanted, rtol=rtol, atol=1e-12)
+def check(found, wanted, tolerance=1e-9):
+    np.testing.assert_allclose(found, wanted, rtol=tolerance, atol=tolerance)
 
 
 @every_pair
@@ -148,7 +148,7 @@ def test_nag_gs_takes_the_iterates_of_the_paper(alpha, mu, gamma):
             found.append(x)
             updates, state = update(as_tree(gradient(x)), state)
             x = x + as_vector(updates)
-    check(found, wanted, rtol=1e-5)  # gamma is kept in float32
+    check(found, wanted, 1e-6)  # gamma is kept in float32
 
 
 # Special cases that are known exactly.
@@ -210,7 +210,7 @@ def test_special_cases(name):
     found, wanted = run(make(), grads), run(other(), grads)
     if name.startswith("optimistic"):  # Optax takes the first gradient once
         found, wanted = found[1:], wanted[1:]
-    check(found, wanted, rtol=1e-5 if name.startswith("nag") else 1e-9)
+    check(found, wanted, 1e-6 if name.startswith("nag") else 1e-9)
 
 
 def test_one_cluster_changes_nothing():
@@ -291,9 +291,7 @@ def test_wrappers_pass_extra_arguments_to_the_optimizer(wrapper):
         del params, extra_args
         return jax.tree.map(lambda g: -factor * g, updates), state
 
-    tx = wrapper(
-        optax.GradientTransformationExtraArgs(optax.init_empty_state, update)
-    )
+    tx = wrapper(optax.GradientTransformationExtraArgs(optax.init_empty_state, update))
     g = jnp.array([1.0, -2.0])
     updates, _ = tx.update(g, tx.init(g), factor=3.0)
     assert updates.tolist() == [-3.0, 6.0]
@@ -377,7 +375,9 @@ def test_gravity_begins_with_random_steps_of_the_size_alpha():
 def test_gravity_of_a_rate_that_begins_at_zero_has_no_first_velocity():
     tx = opt.gravity(optax.linear_schedule(0.0, 1.0, 10), alpha=0.02)
     state = tx.init(jnp.zeros(3))
-    assert not any(s.gravity_velocity.any() for s in state if hasattr(s, "gravity_step"))
+    assert not any(
+        s.gravity_velocity.any() for s in state if hasattr(s, "gravity_step")
+    )
 
 
 def test_multi_momentum_takes_out_what_differs_between_the_clusters():
@@ -399,7 +399,11 @@ def test_multi_momentum_needs_a_cluster():
 
 
 NARROW = {
-    **{name: pair[0] for name, pair in PAIRS.items() if name not in ("cautious", "grams")},
+    **{
+        name: pair[0]
+        for name, pair in PAIRS.items()
+        if name not in ("cautious", "grams")
+    },
     "nag_gs": lambda: opt.nag_gs(0.5),
     "multi_momentum": lambda: opt.multi_momentum(2, 0.5),
 }

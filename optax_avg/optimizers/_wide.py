@@ -27,6 +27,11 @@ def present(tree: optax.Params) -> optax.Params:
     return jax.tree.map(one, tree, is_leaf=_leaves.is_absent)
 
 
+def next_step(step: jax.Array) -> jax.Array:
+    """One more; it stops at the largest integer."""
+    return jnp.asarray(optax.safe_increment(step))
+
+
 def in_float32(
     tx: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:

@@ -1,8 +1,8 @@
 """Relatives of Adam: what its two moments are taken of, and when.
 
-    LaProp        momentum of g/sqrt(v)
-    AdaMomentum   second moment of the momentum
-    diffGrad      Adam, slowed down where the gradient does not change
+LaProp        momentum of g/sqrt(v)
+AdaMomentum   second moment of the momentum
+diffGrad      Adam, slowed down where the gradient does not change
 """
 
 from typing import Any, NamedTuple
@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_avg import _checks
-from optax_avg.optimizers._wide import Number, in_float32
+from optax_avg.optimizers._wide import Number, in_float32, next_step
 
 __all__ = [
     "AdamomentumState",
@@ -159,7 +159,7 @@ def scale_by_adamomentum(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, AdamomentumState]:
         del params
-        t = optax.safe_increment(state.adamomentum_step)
+        t = next_step(state.adamomentum_step)
         m = optax.tree.update_moment(updates, state.momentum, b1, 1)
         v = optax.tree.update_moment_per_elem_norm(m, state.momentum_square, b2, 2)
         v = jax.tree.map(lambda x: x + eps, v)

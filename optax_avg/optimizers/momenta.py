@@ -1,8 +1,8 @@
 """Momentum of several kinds: many decays at once, an annealed one, a semi-implicit one.
 
-    aggregated   v_i <- b_i v_i + g,  x <- x - lr mean_i v_i
-    Gravity      V <- V + w(t) (zeta(g) - V)
-    NAG-GS       x <- (x + lr v)/(1 + lr),  with v drawn to x and down the gradient
+aggregated   v_i <- b_i v_i + g,  x <- x - lr mean_i v_i
+Gravity      V <- V + w(t) (zeta(g) - V)
+NAG-GS       x <- (x + lr v)/(1 + lr),  with v drawn to x and down the gradient
 """
 
 from collections.abc import Sequence
@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_avg import _checks, _keys, weights
-from optax_avg.optimizers._wide import Number, in_float32
+from optax_avg.optimizers._wide import Number, in_float32, next_step
 from optax_avg.robust.clipping import clip_redescending
 
 __all__ = [
@@ -201,13 +201,13 @@ def gravity(
         updates: optax.Updates, state: Any, params: optax.Params | None = None
     ) -> tuple[optax.Updates, GravityState]:
         del params
-        w = weight(state.gravity_step)
+        w, _ = weights.advance(weight, state.gravity_step, 1, (0.0, 0.0))
         velocity = jax.tree.map(
             lambda v, zeta: (v + w * (zeta - v)).astype(v.dtype),
             state.gravity_velocity,
             updates,
         )
-        step = optax.safe_increment(state.gravity_step)
+        step = next_step(state.gravity_step)
         return velocity, GravityState(step, velocity)
 
     mean = optax.GradientTransformation(init_fn, update_fn)
@@ -300,7 +300,7 @@ def nag_gs(
         )
         steps = jax.tree.map(lambda d: (a / (1 + a) * d).astype(d.dtype), ahead)
         left = jax.tree.map(jnp.subtract, ahead, steps)
-        step = optax.safe_increment(state.nag_step)
+        step = next_step(state.nag_step)
         return steps, NagGsState(step, new_gamma, left)
 
     return in_float32(optax.GradientTransformation(init_fn, update_fn))

@@ -13,7 +13,7 @@ import jax.scipy.linalg
 import optax
 
 from optax_avg import _checks
-from optax_avg.optimizers._wide import Number, in_float32
+from optax_avg.optimizers._wide import Number, in_float32, next_step
 
 __all__ = ["OptimisticState", "optimistic_amsgrad"]
 
@@ -140,7 +140,7 @@ def optimistic_amsgrad(
             ahead,
         )
         newest = jax.tree.map(lambda gs: gs[1:], known)
-        step = optax.safe_increment(t)
+        step = next_step(t)
         return out, OptimisticState(step, theta, v, largest, newest, ahead)
 
     return in_float32(optax.GradientTransformation(init_fn, update_fn))

@@ -65,8 +65,9 @@ def cautious(
     def one(g: jax.Array, u: jax.Array) -> jax.Array:
         # Signs, since a product may underflow; the negation keeps NaN.
         agrees = ~(jnp.sign(u) * jnp.sign(g).astype(u.dtype) >= 0)
-        share = jnp.mean(agrees, dtype=jnp.float32)
-        return jnp.where(agrees, _numerics.wide(u) / jnp.maximum(share, LEAST_SHARE), 0)
+        wide = _numerics.wide(u)
+        share = jnp.mean(agrees, dtype=wide.dtype)
+        return jnp.where(agrees, wide / jnp.maximum(share, LEAST_SHARE), 0)
 
     return _changed("cautious", inner, one)
 
@@ -103,7 +104,9 @@ def grams(
       Cao et al., "Grams: Gradient Descent with Adaptive Momentum Scaling", 2024,
       2412.17107.
     """
-    return _changed("grams", inner, lambda g, u: -jnp.sign(g) * jnp.abs(u))
+    return _changed(
+        "grams", inner, lambda g, u: -jnp.sign(g).astype(u.dtype) * jnp.abs(u)
+    )
 
 
 def _changed(

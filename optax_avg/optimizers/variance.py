@@ -15,7 +15,7 @@ import numpy as np
 import optax
 
 from optax_avg import _checks, _numerics
-from optax_avg.optimizers._wide import Number, in_float32, present
+from optax_avg.optimizers._wide import Number, in_float32, next_step, present
 
 __all__ = ["ClusterState", "MarsState", "mars", "multi_momentum"]
 
@@ -105,8 +105,10 @@ def mars(
         c = jax.tree.map(
             lambda g, old: (g + factor * (g - old)).astype(g.dtype), updates, before
         )
-        clipped = _to_unit_ball(c) if scope == "global" else jax.tree.map(_to_unit_ball, c)
-        step = optax.safe_increment(state.mars_step)
+        clipped = (
+            _to_unit_ball(c) if scope == "global" else jax.tree.map(_to_unit_ball, c)
+        )
+        step = next_step(state.mars_step)
         return clipped, MarsState(step, updates)
 
     return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
