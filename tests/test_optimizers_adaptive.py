@@ -151,6 +151,19 @@ def test_nag_gs_takes_the_iterates_of_the_paper(alpha, mu, gamma):
     check(found, wanted, 1e-6)  # gamma is kept in float32
 
 
+def test_nag_gs_reaches_the_number_of_its_authors():
+    """Their README prints it, after a first call that changes nothing."""
+    tx, x = opt.nag_gs(0.05, mu=1.0, gamma=1.5), jnp.ones(3)
+
+    def advance(pair, _):
+        x, state = pair
+        updates, state = tx.update(2 * x, state)  # of the loss x @ x
+        return (x + updates, state), None
+
+    (x, _), _ = jax.lax.scan(advance, (x, tx.init(x)), length=199)
+    np.testing.assert_allclose(x, -6.888961e-05, rtol=1e-3)
+
+
 # Special cases that are known exactly.
 
 
@@ -424,6 +437,12 @@ def test_memories_are_wide_and_updates_narrow(name):
         dtypes = {x.dtype for x in jax.tree.leaves(tree)}
         assert dtypes <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
     chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+
+
+def test_a_missing_gradient_is_named():
+    tx, params = opt.laprop(0.1), {"a": jnp.ones(2), "b": jnp.ones(2)}
+    with pytest.raises(ValueError, match=r"updates\['b'\] has no gradient"):
+        tx.update({"a": jnp.ones(2), "b": None}, tx.init(params), params)
 
 
 def test_integer_gradients_pass_through():

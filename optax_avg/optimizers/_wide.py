@@ -60,12 +60,29 @@ def in_float32(
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
         seen = None if params is None else present(params)
+        if params is not None:
+            _refuse_missing(updates, params)
         made, state = inner.update(present(updates), state, seen, **extra_args)
         return jax.tree.map(_back, updates, made, is_leaf=_leaves.is_absent), state
 
     return optax.GradientTransformationExtraArgs(
         _leaves.shapes_for_shapes(init_fn), update_fn
     )
+
+
+def _refuse_missing(updates: optax.Updates, params: optax.Params) -> None:
+    """Raises if a floating parameter has no gradient.
+
+    Raises:
+      ValueError: If one has none, naming the first.
+    """
+    named = jax.tree.flatten_with_path(updates, is_leaf=_leaves.is_absent)[0]
+    for (path, g), x in zip(named, _leaves.parts_like(updates, params), strict=False):
+        if _leaves.is_gradient(x) and not _leaves.is_gradient(g):
+            raise ValueError(
+                f"updates{jax.tree_util.keystr(path)} has no gradient for its floating "
+                "parameter; pass zeros there, or leave it out by optax.masked."
+            )
 
 
 def _laid_out_like(memory: jax.Array, leaf: jax.Array) -> jax.Array:

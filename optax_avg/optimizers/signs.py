@@ -30,7 +30,8 @@ def cautious(
     """Drops updates that oppose the gradient, and enlarges the others instead.
 
     ``u <- phi u/max(mean(phi), 1e-3)`` with ``phi = 1`` where ``-u`` and ``g`` have the
-    same sign and 0 elsewhere; the mean is over the elements of a leaf.
+    same sign and 0 elsewhere; the mean is over the elements of a leaf. Inside
+    ``shard_map`` it is over the part of the leaf that a device has.
 
     The first version of the authors' code divided by ``(sum(phi) + 1)/n`` instead.
 
