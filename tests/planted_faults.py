@@ -1915,6 +1915,18 @@ FAULTS = {
         "else made",
         f"{OPTIMIZERS_A} -k memories_are_wide",
     ),
+    "a missing gradient is not named": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "if _leaves.is_gradient(x) and not _leaves.is_gradient(g):",
+        "if _leaves.is_gradient(x) and False:",
+        f"{OPTIMIZERS_A} -k missing_gradient",
+    ),
+    "NAG-GS spends its first gradient on nothing": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "((d - b * g) / (1 + b * mu))",
+        "((d - (state.nag_step > 0) * b * g) / (1 + b * mu))",
+        f"{OPTIMIZERS_A} -k 'number_of_its_authors or iterates_of_the_paper'",
+    ),
     "memories of the optimizers lie whole on every device": Fault(
         "optax_avg/optimizers/_wide.py",
         "return memory + jnp.broadcast_to(zeros, memory.shape)",
