@@ -48,6 +48,11 @@ Several objectives
     bloop, perp_grad                links of a chain
     their state                     BloopState
 
+Optimizers, constraints and penalties of single papers
+    optimizers      adamp, sgdp, project_radial; norm_preserving, norm_loss,
+                    spectral_regularisation; adahessian; u_dog; preconditioned_polyak,
+                    spl_plus
+
 Families of plain functions
     distances       from a gradient to its location; values for track_location
     merging         finished models into one: soups, task vectors, Fisher, spheres
@@ -59,9 +64,19 @@ Families of plain functions
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
     landscape       curvature, sharpness, barriers and planes of a loss
+    losses          losses that leave examples out, weights of the examples of a batch
 """
 
-from optax_avg import landscape, merging, posthoc, rules, schedules, weights
+from optax_avg import (
+    landscape,
+    losses,
+    merging,
+    optimizers,
+    posthoc,
+    rules,
+    schedules,
+    weights,
+)
 from optax_avg.averages import AverageOptions, AverageState, memories
 from optax_avg.averages.links import (
     average,
@@ -216,6 +231,7 @@ __all__ = [
     "landscape",
     "look_sam",
     "lookahead",
+    "losses",
     "lr_weighted_average",
     "median_of_means",
     "memories",
@@ -225,6 +241,7 @@ __all__ = [
     "momentum_sam",
     "multi_call",
     "one_pass_location",
+    "optimizers",
     "pcgrad",
     "perp_grad",
     "polyak_average",

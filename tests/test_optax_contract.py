@@ -24,6 +24,7 @@ REAL = {
     *LINKS,
     *("multi_call", "decoupled_wsam", "cclip", "clip_by_coordinate_quantile"),
     *("coordinate_median", "trimmed_mean"),
+    *("spectral_regularisation", "adahessian", "scale_by_adahessian"),
 }
 DTYPES = {
     "float32": (jnp.float32, jnp.float32, jnp.float32),
