@@ -118,11 +118,11 @@ def u_dog(gradient, x0, steps, c, reps_rel):
             for a, g, m in zip(alphas[:-1], gs, ms[:-1], strict=True)
         )
         top = max(a**2 * np.sum(m**2) for a, m in zip(alphas, ms, strict=True))
-        x.append(y[t] - alphas[t] * c * rbar[t] / np.sqrt(top + q) * ms[t])
+        x.append(y[t] - alphas[t] * c * rbar[t] / np.sqrt(max(top, q)) * ms[t])
         mean = average(omega, x[1:])
         gs.append(gradient(mean, 2 * t + 1))
         q += alphas[t] ** 2 * np.sum((gs[t] - ms[t]) ** 2)
-        y.append(y[t] - alphas[t] * c * rbar[t] / np.sqrt(top + q) * gs[t])
+        y.append(y[t] - alphas[t] * c * rbar[t] / np.sqrt(max(top, q)) * gs[t])
         seen.append((z, mean))
     return seen
 

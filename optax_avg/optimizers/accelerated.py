@@ -67,15 +67,16 @@ def u_dog(
     ``z = xbar + (w/W) (y - xbar)``, and ``g`` at the new average ``xbar``. With the
     largest distance so far ``rbar = max(r_eps, max |x_k - x_0|, max |y_k - x_0|)``:
 
-    ``x = y - alpha eta_x m``, ``eta_x = c rbar/sqrt(M + Q)``,
+    ``x = y - alpha eta_x m``, ``eta_x = c rbar/sqrt(max(M, Q))``,
     ``xbar <- xbar + (w/W) (x - xbar)``,
 
-    ``y <- y - alpha eta_y g``, ``eta_y = c rbar/sqrt(M + Q')``,
+    ``y <- y - alpha eta_y g``, ``eta_y = c rbar/sqrt(max(M, Q'))``,
 
     where ``M`` is the largest ``alpha^2 |m|^2`` so far, ``Q`` the sum of
-    ``alpha^2 |g - m|^2`` of all steps before and ``Q'`` that sum with this step. The
-    theory multiplies ``M + Q`` by logarithms, which are left out here. The method is
-    for convex losses, and the average ``xbar`` is its result.
+    ``alpha^2 |g - m|^2`` of all steps before and ``Q'`` that sum with this step. These
+    are the step sizes of the experiments (appendix G.1). Those of the theory are
+    smaller by logarithms. The method is for convex losses, and the average ``xbar`` is
+    its result. On neural networks the authors found it behind DoG.
 
     Args:
       learning_rate: ``c``, a float or a schedule of the calls; 1 is the method.
@@ -161,7 +162,7 @@ def u_dog(
         size, error = alpha * _numerics.norms([gradients, surprises])
         largest = jnp.where(odd, state.largest, jnp.maximum(state.largest, size))
         surprise = jnp.where(odd, jnp.hypot(state.surprise, error), state.surprise)
-        root = jnp.hypot(largest, surprise)  # of M + Q
+        root = jnp.maximum(largest, surprise)  # of max(M, Q)
         eta = _checks.at_step(c, state.udog_step) * state.distance
         eta = jnp.where(root > 0, eta / jnp.where(root > 0, root, 1), 0)
         moved = [
