@@ -241,7 +241,7 @@ def z_error_loss(
     values = _numerics.wide(jnp.asarray(losses))
     kept = z_error_mask(losses if scores is None else scores, z_max, labels)
     kept &= jnp.isfinite(values)
-    return jnp.sum(_shares(kept, values.dtype) * jnp.where(kept, values, 0))
+    return jnp.sum(jnp.where(kept, values, 0)) / jnp.maximum(jnp.sum(kept), 1)
 
 
 def _examples(name: str, losses: jax.Array) -> jax.Array:

@@ -407,9 +407,7 @@ RECIPES_B = {
         needs_params=False,
     ),
 }
-RECIPES_B = {
-    name: case._replace(takes_masks=True) for name, case in RECIPES_B.items()
-}
+RECIPES_B = {name: case._replace(takes_masks=True) for name, case in RECIPES_B.items()}
 CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY | RECIPES_B
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.

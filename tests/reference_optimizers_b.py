@@ -103,9 +103,9 @@ def u_dog(gradient, x0, steps, c, reps_rel):
     """``z`` and the average after each step; all sums are taken from their start."""
     x, y = [x0], [x0]  # x[t + 1] and y[t + 1] are made in step t
     rbar, alphas, ms, gs, seen = [], [], [], [], []
-    average = lambda weights, points: sum(
-        w * p for w, p in zip(weights, points, strict=True)
-    ) / sum(weights)
+    average = lambda weights, points: (
+        sum(w * p for w, p in zip(weights, points, strict=True)) / sum(weights)
+    )
     for t in range(steps):
         far = [np.linalg.norm(p - x0) for p in x + y]
         rbar.append(max([reps_rel * (1 + np.linalg.norm(x0)), *far]))

@@ -68,9 +68,8 @@ def test_three_ways_to_pass_the_curvature():
     hvp_fn = lambda v: oa.landscape.hessian_product(quartic, params, v)
     tx = optimizers.adahessian(0.1, weight_decay=0.1, key=jax.random.key(3))
     ways = ({"value_fn": quartic}, {"grad_fn": grad_fn}, {"hvp_fn": hvp_fn})
-    found = [
-        tx.update(grad_fn(params), tx.init(params), params, **way)[0] for way in ways
-    ]
+    step = lambda way: tx.update(grad_fn(params), tx.init(params), params, **way)[0]
+    found = [jax.jit(lambda way=way: step(way))() for way in ways]
     chex.assert_trees_all_close(*found, rtol=1e-5)
 
 
@@ -167,9 +166,7 @@ def test_u_dog_does_not_see_the_scale_of_the_loss(scale):
     gradient = lambda x, t: noisy(x, t, jnp)
     scaled = lambda x, t: scale * gradient(x, t)
     x = jnp.linspace(-2.0, 2.0, 4)
-    found, wanted = (
-        follow(optimizers.u_dog(), g, 12, x) for g in (scaled, gradient)
-    )
+    found, wanted = (follow(optimizers.u_dog(), g, 12, x) for g in (scaled, gradient))
     chex.assert_trees_all_close(found, wanted, rtol=1e-4)
 
 
@@ -186,9 +183,9 @@ def test_u_dog_on_several_leaves_is_that_on_one():
 
 def test_u_dog_at_a_minimum_stays():
     tx, x = optimizers.u_dog(), jnp.array([1.5, -2.0])
-    state = tx.init(x)
+    state, update = tx.init(x), jax.jit(tx.update)
     for _ in range(4):
-        u, state = tx.update(jnp.zeros(2), state, x)
+        u, state = update(jnp.zeros(2), state, x)
         assert u.tolist() == [0.0, 0.0]
     assert oa.averaged_params(state, x, "u_dog").tolist() == x.tolist()
 
@@ -312,7 +309,8 @@ def test_what_does_not_descend_takes_no_step():
 
 def test_the_loss_must_be_given_as_one_number():
     x = jnp.ones(2)
-    for tx in (optimizers.spl_plus(0.1), optimizers.preconditioned_polyak(optax.sgd(1))):
+    polyak = optimizers.preconditioned_polyak(optax.identity())
+    for tx in (optimizers.spl_plus(0.1), polyak):
         with pytest.raises(ValueError, match="needs the loss"):
             tx.update(x, tx.init(x), x)
         with pytest.raises(ValueError, match="must be one number"):

@@ -19,13 +19,11 @@ def is_matrix(path: Any, leaf: Any) -> bool:
 
 
 def chosen(params: optax.Params, where: _leaves.Where | None) -> Any:
-    """The leaves inside ``where``, by default the matrices; ``MaskedNode`` elsewhere."""
+    """The leaves inside ``where``, by default the matrices; others are masked."""
     return _leaves.select(params, is_matrix if where is None else where)
 
 
-def rows(
-    updates: optax.Updates, *trees: Any
-) -> tuple[Any, list[tuple[Any, ...]]]:
+def rows(updates: optax.Updates, *trees: Any) -> tuple[Any, list[tuple[Any, ...]]]:
     """The structure of updates, and for each leaf what stands there in all trees.
 
     Absent leaves of the updates are counted.
@@ -51,7 +49,7 @@ def inner(a: jax.Array, b: jax.Array, axes: Axes) -> jax.Array:
 
 
 def lengths(x: jax.Array, axes: Axes) -> jax.Array:
-    """Euclidean norms over axes, which stay with length 1; no overflow, no underflow."""
+    """Norms over axes, which stay with length 1; no overflow, no underflow."""
 
     def squares(factors):
         y = x if factors is None else x * factors
@@ -66,18 +64,20 @@ def unit(x: jax.Array, axes: Axes) -> jax.Array:
     return x / jnp.where(size > 0, size, 1)
 
 
-def widened(tree: Any) -> Any:
-    """The float leaves in float32 or wider."""
-    return jax.tree.map(
-        lambda x: _numerics.wide(jnp.asarray(x)) if _leaves.is_float(x) else x, tree
-    )
-
-
 def with_wide_memory(
     optimizer: optax.GradientTransformation,
 ) -> optax.GradientTransformationExtraArgs:
-    """An optimizer that computes and remembers in float32 or wider."""
+    """An optimizer of the float leaves that remembers in float32 or wider."""
     tx = optax.with_extra_args_support(optimizer)
+
+    def widened(leaf: Any, param: Any) -> Any:
+        if _leaves.is_gradient(leaf):
+            return _numerics.wide(jnp.asarray(leaf))
+        return None if param is None else optax.MaskedNode()
+
+    def init(params: optax.Params) -> optax.OptState:
+        chosen = _leaves.select(params, None)
+        return tx.init(jax.tree.map(lambda x: _numerics.wide(jnp.asarray(x)), chosen))
 
     def update(
         updates: optax.Updates,
@@ -85,7 +85,16 @@ def with_wide_memory(
         params: optax.Params | None = None,
         **extra_args: Any,
     ) -> tuple[optax.Updates, optax.OptState]:
-        return tx.update(widened(updates), state, widened(params), **extra_args)
+        structure, found = rows(updates, params)
+        g = structure.unflatten([widened(g, x) for g, x in found])
+        wide = structure.unflatten([widened(x, x) for _, x in found])
+        made, state = tx.update(g, state, wide, **extra_args)
+        steps = [
+            u if _leaves.is_gradient(g) else g
+            for u, (g, _) in zip(structure.flatten_up_to(made), found, strict=True)
+        ]
+        return structure.unflatten(steps), state
 
-    init = _leaves.shapes_for_shapes(lambda params: tx.init(widened(params)))
-    return optax.GradientTransformationExtraArgs(init, update)
+    return optax.GradientTransformationExtraArgs(
+        _leaves.shapes_for_shapes(init), update
+    )

@@ -1,8 +1,7 @@
 """U-DoG: an accelerated optimizer without a learning rate, and with its own average.
 
-    even call, gradient m at z_t:        x = y - alpha eta_x m,   xbar += (w/W) (x - xbar)
-    odd call, gradient g at the new xbar:  y <- y - alpha eta_y g
-    then z = xbar + (w/W) (y - xbar)
+    even calls, m at z:       x = y - alpha eta_x m,    xbar += (w/W) (x - xbar)
+    odd calls, g at xbar:     y -= alpha eta_y g,       z = xbar + (w/W) (y - xbar)
 
 A step is two calls, each with one gradient at the parameters that the loop holds. They
 are ``z`` before an even call and ``xbar`` before an odd one. The weights are

@@ -6,6 +6,7 @@
 ``z`` has random signs, so that ``D`` is the diagonal of ``H`` on average (Hutchinson).
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -181,9 +182,7 @@ def scale_by_adahessian(
         product = _product(hvp_fn, grad_fn, value_fn, params)
         step = optax.safe_increment(state.hessian_step)
         z = _signs(jax.random.fold_in(state.hessian_key, step), updates, params)
-        debias1, debias2 = (
-            1 - jnp.power(jnp.asarray(b, jnp.float32), step) for b in (b1, b2)
-        )
+        debias1, debias2 = _debias(b1, step), _debias(b2, step)
 
         def one(g: Any, hz: Any, z: Any, m: Any, v: Any) -> tuple[Any, Any, Any]:
             if not _leaves.is_gradient(g):
@@ -209,6 +208,13 @@ def scale_by_adahessian(
     return optax.GradientTransformationExtraArgs(
         _leaves.shapes_for_shapes(init), update
     )
+
+
+def _debias(b: Any, step: jax.Array) -> jax.Array:
+    """``1 - b^step``, of which no digits are lost where ``b`` is close to 1."""
+    if isinstance(b, jax.Array):
+        return -jnp.expm1(step * jnp.log(b))
+    return -jnp.expm1(step * (math.log(b) if b else -math.inf))
 
 
 def _kernel_axes(leaf: jax.Array) -> tuple[int, ...]:

@@ -2,9 +2,9 @@
 
     q = p - <w, p>/|w|^2 w    if |cos(w, g)| < delta/sqrt(dim w),    else q = p
 
-A loss that does not depend on the size of a weight ``w`` has a gradient ``g`` orthogonal
-to it, by which it is recognised. Momentum has a part along ``w`` all the same, which
-lets the weight grow and the effective step size fall.
+If a loss does not depend on the size of a weight ``w``, its gradient ``g`` is
+orthogonal to ``w``. Momentum has a part along ``w`` all the same, which lets the weight
+grow and the effective step size fall.
 """
 
 import math

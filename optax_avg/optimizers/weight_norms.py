@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import optax
+from jax import lax
 
 from optax_avg import _checks, _leaves, _mixups, _numerics
 from optax_avg._keys import key_maker
@@ -290,18 +291,23 @@ def spectral_regularisation(
         if _leaves.is_absent(w):
             return g, v
         x, across = _numerics.wide(w), _matrices.other_axes(w, out_axis)
-        u, found = v, v
-        for _ in range(num_iters):
-            u = _matrices.unit(_matrices.inner(x, v, (out_axis,)), across)
-            found = _matrices.inner(x, u, across)
-            size = _matrices.lengths(found, _matrices.all_axes(found))
+
+        def left(v: jax.Array) -> jax.Array:
+            return _matrices.unit(_matrices.inner(x, v, (out_axis,)), across)
+
+        def right(v: jax.Array, scaled: jax.Array) -> jax.Array:
+            size = _matrices.lengths(scaled, _matrices.all_axes(scaled))
             known = (size > 0) & jnp.isfinite(size)
-            v = jnp.where(known, found / jnp.where(known, size, 1), v)
-        # ``sigma v = W'u``.
-        new = v.astype(_numerics.float32_or_wider(w.dtype))
-        if not _leaves.is_gradient(g):
-            return g, new
-        return (_numerics.wide(g) + lam * u * found).astype(g.dtype), new
+            return jnp.where(known, scaled / jnp.where(known, size, 1), v)
+
+        if num_iters > 1:
+            again = lambda _, v: right(v, _matrices.inner(x, left(v), across))
+            v = lax.fori_loop(1, num_iters, again, v)
+        u = left(v)
+        scaled = _matrices.inner(x, u, across)  # sigma v
+        if _leaves.is_gradient(g):
+            g = (_numerics.wide(g) + lam * u * scaled).astype(g.dtype)
+        return g, right(v, scaled)
 
     def update(
         updates: optax.Updates,
