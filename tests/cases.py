@@ -334,14 +334,14 @@ def with_value(factory):
 RECIPES_B = {
     "project_radial": Case(
         counted(oa.optimizers.project_radial),
-        {"optimizer": optax.trace(0.9), "weight_decay": 0.01},
+        {"optimizer": optax.scale(1.5)},
         ("optimizer", "channel_axis"),
         place="first",
         counter="counted_step",
     ),
     "adamp": Case(
         counted(oa.optimizers.adamp),
-        {"learning_rate": 0.05},
+        {"learning_rate": 0.05, "b2": 0.9},
         ("channel_axis",),
         place="alone",
         counter="counted_step",
@@ -378,7 +378,7 @@ RECIPES_B = {
     ),
     "scale_by_adahessian": Case(
         oa.optimizers.scale_by_adahessian,
-        {},
+        {"b2": 0.9},
         ("key",),
         place="first",
         counter="hessian_step",
@@ -393,11 +393,14 @@ RECIPES_B = {
     "u_dog": Case(oa.optimizers.u_dog, place="alone", counter="udog_step"),
     "preconditioned_polyak": Case(
         with_value(oa.optimizers.preconditioned_polyak),
-        {"preconditioner": optax.scale_by_rms(), "slack": "l2"},
+        {
+            "preconditioner": oa.optimizers.scale_by_adahessian(0.0),
+            "slack": "l2",
+            "lam": 100.0,
+        },
         ("preconditioner",),
         place="alone",
         counter="polyak_step",
-        needs_params=False,
     ),
     "spl_plus": Case(
         with_value(oa.optimizers.spl_plus),

@@ -18,7 +18,7 @@ def is_matrix(path: Any, leaf: Any) -> bool:
     return jnp.ndim(leaf) >= 2
 
 
-def chosen(params: optax.Params, where: _leaves.Where | None) -> Any:
+def chosen(params: Any, where: _leaves.Where | None) -> Any:
     """The leaves inside ``where``, by default the matrices; others are masked."""
     return _leaves.select(params, is_matrix if where is None else where)
 
@@ -77,7 +77,10 @@ def with_wide_memory(
 
     def init(params: optax.Params) -> optax.OptState:
         chosen = _leaves.select(params, None)
-        return tx.init(jax.tree.map(lambda x: _numerics.wide(jnp.asarray(x)), chosen))
+        wide = jax.tree.map(lambda x: _numerics.wide(jnp.asarray(x)), chosen)
+        # Under jit zeros lie on every device; what depends on x lies as x does.
+        placed = lambda kept, x: kept + _numerics.zeros_like(x, kept.dtype)
+        return optax.tree.map_params(tx, placed, tx.init(wide), wide)
 
     def update(
         updates: optax.Updates,

@@ -180,7 +180,7 @@ def scale_by_adahessian(
         del extra_args
         _checks.require_params("adahessian", params)
         product = _product(hvp_fn, grad_fn, value_fn, params)
-        step = optax.safe_increment(state.hessian_step)
+        step = _numerics.advance_clock(state.hessian_step)
         z = _signs(jax.random.fold_in(state.hessian_key, step), updates, params)
         debias1, debias2 = _debias(b1, step), _debias(b2, step)
 
@@ -222,12 +222,12 @@ def _kernel_axes(leaf: jax.Array) -> tuple[int, ...]:
     return (0, 1) if leaf.ndim == 4 else ()
 
 
-def _signs(key: jax.Array, updates: optax.Updates, params: optax.Params) -> Any:
+def _signs(key: jax.Array, updates: optax.Updates, params: Any) -> Any:
     """Random signs in the dtypes of the parameters where there is a gradient."""
 
     def one(i: int, g: Any, x: Any) -> Any:
         if not _leaves.is_gradient(g):
-            return None
+            return g if _leaves.is_absent(g) else None
         own = jax.random.fold_in(key, i)
         for name in _mesh.varying_axes(x):  # other signs for each device's part
             own = jax.random.fold_in(own, lax.axis_index(name))
@@ -239,7 +239,7 @@ def _signs(key: jax.Array, updates: optax.Updates, params: optax.Params) -> Any:
 
 
 def _product(
-    hvp_fn: Any, grad_fn: Any, value_fn: Any, params: optax.Params
+    hvp_fn: Any, grad_fn: Any, value_fn: Any, params: Any
 ) -> Callable[[Any], Any]:
     """``v -> H v`` from the first of three functions that is given.
 

@@ -130,7 +130,7 @@ def preconditioned_polyak(
         rate = _checks.at_step(learning_rate, state.polyak_step)
         factor = -rate * jnp.where(n > 0, jnp.minimum(gamma, most), 0)
         return _scaled(factor, made, updates), PolyakState(
-            optax.safe_increment(state.polyak_step),
+            _numerics.advance_clock(state.polyak_step),
             jnp.where(n > 0, s, state.slack_value).astype(state.slack_value.dtype),
             inner,
         )
@@ -230,7 +230,7 @@ def spl_plus(
         eta = _ratio(jnp.maximum(f - a + rate_a, 0), rate_a + rate * n)
         eta = jnp.minimum(eta, 1 / (1 - beta))
         return _scaled(-rate * eta, updates, updates), SplState(
-            optax.safe_increment(step),
+            _numerics.advance_clock(step),
             (a - rate_a * (1 - eta)).astype(a.dtype),
         )
 
@@ -293,7 +293,8 @@ def _scaled(factor: jax.Array, tree: Any, like: Any) -> Any:
     def one(x: jax.Array, other: jax.Array) -> jax.Array:
         if not _leaves.is_float(x):
             return x
-        # A factor that is infinite or wide must not touch zeros or narrow leaves.
-        return (factor * _numerics.wide(x)).astype(other.dtype)
+        # A step of zero is zero, whatever the preconditioner made of the gradient.
+        step = jnp.where(factor == 0, 0, factor * _numerics.wide(x))
+        return step.astype(other.dtype)
 
     return jax.tree.map(one, tree, like)

@@ -136,7 +136,7 @@ def norm_preserving(
             u[i] = jnp.where(scaled, step_to_sphere, u[i])
         kept = [radii.get(i, row[2]) for i, row in enumerate(rows)]
         return structure.unflatten(u), NormPreservingState(
-            optax.safe_increment(step), structure.unflatten(kept), inner
+            _numerics.advance_clock(step), structure.unflatten(kept), inner
         )
 
     return optax.GradientTransformationExtraArgs(
