@@ -1752,7 +1752,7 @@ FAULTS = {
         "optax_avg/optimizers/projections.py",
         "delta / math.sqrt(w.size // xx.size)",
         "delta",
-        f"{NORMS} -k adamp_and_sgdp",
+        f"{NORMS} -k threshold_falls",
     ),
     "a projected weight decays whole": Fault(
         "optax_avg/optimizers/projections.py",
@@ -1842,7 +1842,7 @@ FAULTS = {
         "optax_avg/optimizers/polyak_steps.py",
         "eta = jnp.minimum(eta, 1 / (1 - beta))",
         "eta = jnp.minimum(eta, jnp.inf)",
-        f"{FREE} -k minimises_its_model",
+        f"{FREE} -k subgradient_method",
     ),
     "the quantile takes the rate of the weights": Fault(
         "optax_avg/optimizers/polyak_steps.py",

@@ -346,6 +346,15 @@ def test_spl_minimises_its_model(seed):
     assert model(*found) <= model(steps, news).min() + 1e-4
 
 
+def test_spl_far_from_the_quantile_is_the_subgradient_method():
+    """Steps of ``g/(1 - beta)`` above it, and none below."""
+    tx, g = optimizers.spl_plus(0.1, 0.5, beta=0.75), jnp.array([1.0, -2.0])
+    for value, eta in ((100.0, 4.0), (-100.0, 0.0)):
+        u, state = tx.update(g, tx.init(g), value=value)
+        np.testing.assert_allclose(u, -0.1 * eta * g, rtol=1e-6)
+        assert float(state.loss_quantile) == pytest.approx(-0.5 * (1 - eta))
+
+
 def test_the_units_of_the_two_rates():
     """Of a loss times ``c`` the steps are the same with ``lr/c`` and ``c lr_a``."""
     x, g = jnp.ones(2), jnp.array([1.0, -3.0])

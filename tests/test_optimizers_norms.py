@@ -130,6 +130,18 @@ def test_nothing_radial_is_left_whatever_the_scale(seed, power):
     assert np.linalg.norm(out) > 0.1
 
 
+@pytest.mark.parametrize(("cosine", "is_radial"), [(0.09, True), (0.11, False)])
+def test_the_threshold_falls_with_the_root_of_the_size(cosine, is_radial):
+    """``delta/sqrt(dim) = 0.4/4``, by channel and by leaf: there is one channel."""
+    w = jnp.ones((16, 1))
+    across = jnp.tile(jnp.array([[1.0], [-1.0]]), (8, 1))
+    g = cosine * w + (1 - cosine**2) ** 0.5 * across
+    tx = optimizers.project_radial(optax.identity(), 0.4)
+    out, _ = tx.update(g, tx.init(w), w)
+    wanted = g - cosine * w if is_radial else g
+    np.testing.assert_allclose(out, wanted, atol=1e-6)
+
+
 def test_vectors_are_never_projected_and_decay_whole():
     tx = optimizers.project_radial(optax.identity(), weight_decay=0.5)
     params = {"b": jnp.array([3.0, 4.0]), "s": jnp.array(2.0)}
