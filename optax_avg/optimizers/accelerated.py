@@ -77,6 +77,9 @@ def u_dog(
     smaller by logarithms. The method is for convex losses, and the average ``xbar`` is
     its result. On neural networks the authors found it behind DoG.
 
+    A gradient that is not finite would stay in the sums; put ``optax.apply_if_finite``
+    around the optimizer where there may be one.
+
     Args:
       learning_rate: ``c``, a float or a schedule of the calls; 1 is the method.
       reps_rel: First distance ``r_eps`` in units of ``1 + |x_0|``, positive.

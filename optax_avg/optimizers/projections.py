@@ -173,7 +173,8 @@ def sgdp(
 
     ``p <- momentum p + g``, ``w <- w - learning_rate (q + r weight_decay w)``, where
     ``q`` is ``p`` after :func:`project_radial`. The authors' code divides
-    ``weight_decay`` by ``1 - momentum``.
+    ``weight_decay`` by ``1 - momentum``. It projects in place, so that the momentum
+    which it keeps is projected as well; here it is not, as in the paper.
 
     Args:
       learning_rate: Step size, a float or a schedule.
