@@ -411,7 +411,83 @@ RECIPES_B = {
     ),
 }
 RECIPES_B = {name: case._replace(takes_masks=True) for name, case in RECIPES_B.items()}
-CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY | RECIPES_B
+
+
+def multi_momentum(num_clusters, beta):
+    """Multi-momentum whose batches are all of one cluster."""
+    tx = oa.optimizers.multi_momentum(num_clusters, beta)
+
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, cluster=1, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
+# Injected numbers are float32, which has few digits of 1 - 0.999.
+OPTIMIZERS = {
+    "laprop": Case(counted(oa.optimizers.laprop), {"learning_rate": 0.01}),
+    "adamomentum": Case(
+        oa.optimizers.adamomentum,
+        {"learning_rate": 0.01, "b2": 0.9},
+        counter="adamomentum_step",
+    ),
+    "diffgrad": Case(
+        counted(oa.optimizers.diffgrad), {"learning_rate": 0.05, "b2": 0.9}
+    ),
+    "optimistic_amsgrad": Case(
+        oa.optimizers.optimistic_amsgrad,
+        {"learning_rate": 0.05, "b2": 0.9, "r": 2},
+        ("r",),
+        counter="optimistic_step",
+    ),
+    "aggregated_momentum": Case(
+        counted(oa.optimizers.aggregated_momentum), {"learning_rate": 0.005}
+    ),
+    # Its first steps are random and not zero at gradients of zero, but for alpha = 0.
+    "gravity": Case(
+        oa.optimizers.gravity, {"alpha": 0.0}, ("key",), counter="gravity_step"
+    ),
+    "nag_gs": Case(oa.optimizers.nag_gs, counter="nag_step"),
+    "cautious": Case(
+        counted(oa.optimizers.cautious),
+        {"inner": oa.optimizers.laprop(0.01)},  # Optax's Adam is NaN in float16
+        ("inner",),
+    ),
+    "grams": Case(
+        counted(oa.optimizers.grams),
+        {"inner": oa.optimizers.laprop(0.01)},
+        ("inner",),
+    ),
+}
+OPTIMIZERS = {
+    name: case._replace(place="alone", needs_params=False)
+    for name, case in OPTIMIZERS.items()
+}
+FIRST = {
+    "mars": Case(oa.optimizers.mars, {"gamma": 0.1}, ("scope",), counter="mars_step"),
+    "multi_momentum": Case(
+        counted(multi_momentum), {"num_clusters": 2, "beta": 0.9}, ("num_clusters",)
+    ),
+    "scale_by_laprop": Case(counted(oa.optimizers.scale_by_laprop), {"b2": 0.9}),
+    "scale_by_adamomentum": Case(
+        oa.optimizers.scale_by_adamomentum, {"b2": 0.9}, counter="adamomentum_step"
+    ),
+    "scale_by_diffgrad": Case(counted(oa.optimizers.scale_by_diffgrad), {"b2": 0.9}),
+    "scale_by_aggregated_momentum": Case(
+        counted(oa.optimizers.scale_by_aggregated_momentum), {"betas": (0.0, 0.5)}
+    ),
+}
+OPTIMIZERS |= {
+    name: case._replace(place="first", needs_params=False)
+    for name, case in FIRST.items()
+}
+OPTIMIZERS = {
+    name: case._replace(counter="counted_step") if case.counter == "step" else case
+    for name, case in OPTIMIZERS.items()
+}
+
+CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
+CASES |= OPTIMIZERS | RECIPES_B
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
@@ -423,6 +499,8 @@ SIBLINGS = {
     *("trimmed_mean", "median_of_means", "krum", "flag", "cagrad", "upgrad"),
     *("mgda", "pcgrad", "primal_average_at_z"),
     *("adamp", "sgdp", "adahessian", "norm_loss", "spl_plus"),
+    *("adamomentum", "diffgrad", "aggregated_momentum", "grams"),
+    *(name for name in OPTIMIZERS if name.startswith("scale_by")),
 }
 
 

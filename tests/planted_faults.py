@@ -69,6 +69,7 @@ SCHEDULES = "tests/test_schedules.py"
 NORMS = "tests/test_optimizers_norms.py"
 FREE = "tests/test_optimizers_free.py"
 LOSSES = "tests/test_losses.py"
+OPTIMIZERS_A = "tests/test_optimizers_adaptive.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -1867,6 +1868,192 @@ FAULTS = {
         "(labels[:, None] == labels[None, :]) & finite[None, :]",
         "(labels[:, None] == labels[:, None]) & finite[None, :]",
         f"{LOSSES} -k logits_by_class",
+    ),
+    "LaProp adds eps within the root": Fault(
+        "optax_avg/optimizers/adaptive.py",
+        "optax.scale_by_rms(b2, eps, eps_in_sqrt=False, bias_correction=True)",
+        "optax.scale_by_rms(b2, eps, eps_in_sqrt=True, bias_correction=True)",
+        f"{OPTIMIZERS_A} -k special_cases",
+    ),
+    "LaProp's second moment is biased": Fault(
+        "optax_avg/optimizers/adaptive.py",
+        "eps_in_sqrt=False, bias_correction=True)",
+        "eps_in_sqrt=False, bias_correction=False)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "AdaMomentum squares the gradient": Fault(
+        "optax_avg/optimizers/adaptive.py",
+        "update_moment_per_elem_norm(m, state.momentum_square, b2, 2)",
+        "update_moment_per_elem_norm(updates, state.momentum_square, b2, 2)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "AdaMomentum forgets eps": Fault(
+        "optax_avg/optimizers/adaptive.py",
+        "lambda x: x + eps, v)",
+        "lambda x: x + 0 * eps, v)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "diffGrad remembers an alias of the gradient": Fault(
+        "optax_avg/optimizers/adaptive.py",
+        "            state.last_gradient,\n            updates,\n",
+        "            updates,\n            updates,\n",
+        f"{OPTIMIZERS_A} -k 'equals_the_paper or half_of_adam'",
+    ),
+    "the last velocity is the only one": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "lambda *v: sum(v) / len(v)",
+        "lambda *v: v[-1]",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "Gravity counts from one": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "weights.advance(weight, state.gravity_step, 1,",
+        "weights.advance(weight, state.gravity_step + 1, 1,",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "Gravity begins at rest": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "lambda n: (std * n).astype(n.dtype), noise)",
+        "lambda n: (0 * std * n).astype(n.dtype), noise)",
+        f"{OPTIMIZERS_A} -k random_steps",
+    ),
+    "NAG-GS takes gamma before its update": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "b = a / new_gamma",
+        "b = a / state.nag_gamma",
+        f"{OPTIMIZERS_A} -k iterates_of_the_paper",
+    ),
+    "NAG-GS does not pull v to x": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "/ (1 + b * mu)).astype(d.dtype)",
+        "/ (1 + 0 * b * mu)).astype(d.dtype)",
+        f"{OPTIMIZERS_A} -k 'iterates_of_the_paper or special_cases'",
+    ),
+    "the step ahead stays": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "lambda old, step, new: old - step - new,",
+        "lambda old, step, new: 0 * old - step - new,",
+        f"{OPTIMIZERS_A} -k 'equals_the_paper or undoes_its_last_step'",
+    ),
+    "the step ahead takes the newest momentum": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "h = optax.tree.update_moment(m, state.theta, b1, 1)",
+        "h = optax.tree.update_moment(m, theta, b1, 1)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "the second moment may fall": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "largest = jax.tree.map(jnp.maximum, state.largest_square, v)",
+        "largest = jax.tree.map(lambda _, new: new, state.largest_square, v)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "the prediction is made one gradient early": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "r, reg, t >= r)",
+        "r, reg, t >= r - 1)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "the prediction weighs the older gradients": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "_along_first(c, gs) * gs[1:], 0), known)",
+        "_along_first(c, gs) * gs[:-1], 0), known)",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "a system without a solution is solved": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "solved = enough & jnp.all(jnp.isfinite(c))",
+        "solved = enough | jnp.all(jnp.isfinite(c))",
+        f"{OPTIMIZERS_A} -k 'equals_the_paper or are_finite'",
+    ),
+    "cautious steps oppose the gradient": Fault(
+        "optax_avg/optimizers/signs.py",
+        "~(jnp.sign(u) * jnp.sign(g).astype(u.dtype) >= 0)",
+        "~(jnp.sign(u) * jnp.sign(g).astype(u.dtype) <= 0)",
+        f"{OPTIMIZERS_A} -k 'equals_the_paper or never_oppose'",
+    ),
+    "cautious steps are not enlarged": Fault(
+        "optax_avg/optimizers/signs.py",
+        "wide / jnp.maximum(share, LEAST_SHARE), 0)",
+        "wide, 0)",
+        f"{OPTIMIZERS_A} -k 'equals_the_paper or thousandfold'",
+    ),
+    "cautious steps grow without a bound": Fault(
+        "optax_avg/optimizers/signs.py",
+        "LEAST_SHARE = 1e-3",
+        "LEAST_SHARE = 1e-9",
+        f"{OPTIMIZERS_A} -k thousandfold",
+    ),
+    "cautious steps hide NaN": Fault(
+        "optax_avg/optimizers/signs.py",
+        "~(jnp.sign(u) * jnp.sign(g).astype(u.dtype) >= 0)",
+        "jnp.sign(u) * jnp.sign(g).astype(u.dtype) < 0",
+        f"{OPTIMIZERS_A} -k not_finite_on",
+    ),
+    "Grams keeps the sign of the update": Fault(
+        "optax_avg/optimizers/signs.py",
+        "lambda g, u: -jnp.sign(g).astype(u.dtype) * jnp.abs(u)",
+        "lambda g, u: u",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "MARS corrects the first gradient": Fault(
+        "optax_avg/optimizers/variance.py",
+        "first = state.mars_step == 0",
+        "first = state.mars_step < 0",
+        f"{OPTIMIZERS_A} -k equals_the_paper",
+    ),
+    "MARS does not clip": Fault(
+        "optax_avg/optimizers/variance.py",
+        "factor = jnp.where(n > 1, 1 / jnp.where(n > 1, n, 1), 1)",
+        "factor = jnp.where(n > 1, 1.0, 1)",
+        f"{OPTIMIZERS_A} -k 'equals_the_paper or special_cases'",
+    ),
+    "exact MARS compares with the last batch": Fault(
+        "optax_avg/optimizers/variance.py",
+        "before = present(grads_at_previous)",
+        "before = state.mars_gradient",
+        f"{OPTIMIZERS_A} -k exact_mars",
+    ),
+    "multi-momentum forgets the other clusters": Fault(
+        "optax_avg/optimizers/variance.py",
+        " + jnp.sum(p * m, 0)",
+        " + 0 * jnp.sum(p * m, 0)",
+        f"{OPTIMIZERS_A} -k multi_momentum",
+    ),
+    "multi-momentum moves all clusters": Fault(
+        "optax_avg/optimizers/variance.py",
+        "return jnp.where(own(m), new, m).astype(m.dtype)",
+        "return jnp.where(own(m) | True, new, m).astype(m.dtype)",
+        f"{OPTIMIZERS_A} -k multi_momentum",
+    ),
+    "memories of the optimizers are as narrow as the parameters": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "return _numerics.wide(jnp.asarray(leaf)) if there else optax.MaskedNode()",
+        "return jnp.asarray(leaf) if there else optax.MaskedNode()",
+        f"{OPTIMIZERS_A} -k memories_are_wide",
+    ),
+    "updates of the optimizers are wide": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "else made.astype(update.dtype)",
+        "else made",
+        f"{OPTIMIZERS_A} -k memories_are_wide",
+    ),
+    "a missing gradient is not named": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "if _leaves.is_gradient(x) and not _leaves.is_gradient(g):",
+        "if _leaves.is_gradient(x) and False:",
+        f"{OPTIMIZERS_A} -k missing_gradient",
+    ),
+    "NAG-GS spends its first gradient on nothing": Fault(
+        "optax_avg/optimizers/momenta.py",
+        "((d - b * g) / (1 + b * mu))",
+        "((d - (state.nag_step > 0) * b * g) / (1 + b * mu))",
+        f"{OPTIMIZERS_A} -k 'number_of_its_authors or iterates_of_the_paper'",
+    ),
+    "memories of the optimizers lie whole on every device": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "return memory + jnp.broadcast_to(zeros, memory.shape)",
+        "return memory",
+        f"{CONTRACT} -k 'jitted_init_keeps_sharding and nag_gs'",
     ),
 }
 

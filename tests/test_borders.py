@@ -71,3 +71,4 @@ def test_rooms_and_modules_have_an_order():
     # A circle raises CycleError, which names it.
     order = list(graphlib.TopologicalSorter(uses).static_order())
     assert order.index("sharpness") < order.index("rules")
+    assert order.index("optimizers") > max(map(order.index, ("robust", "weights")))

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import AVERAGES, CASES, Case, beside, counted
+from cases import AVERAGES, CASES, CLIPS, Case, beside, counted
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -120,6 +120,26 @@ NEEDS = {
     "centered_clip": Needs(sums=2, rare=2),
     # One for each row, in a loop.
     "one_pass_location": NORM,
+    # Optimizers that take every element on its own.
+    **dict.fromkeys(
+        [
+            *("laprop", "adamomentum", "diffgrad", "aggregated_momentum", "nag_gs"),
+            *("grams", "multi_momentum"),
+            *(
+                name
+                for name in CASES
+                if name.startswith("scale_by_") and name not in CLIPS
+            ),
+        ],
+        Needs(),
+    ),
+    # The share of the elements that agree, of all leaves at once.
+    "cautious": Needs(sums=1),
+    "mars": NORM,
+    # As clip_redescending.
+    "gravity": NORM._replace(sums=2),
+    # The inner products of the differences of gradients.
+    "optimistic_amsgrad": Needs(sums=1),
     # The largest elements, then the products of each channel.
     **dict.fromkeys(["project_radial", "adamp", "sgdp"], Needs(sums=2)),
     # The norms of the weights and of the steps; the radial parts of the gradients and

@@ -45,7 +45,12 @@ def test_commands_name_files_that_exist(page):
 
 def test_every_function_stands_in_the_methods():
     text = (ROOT / "docs" / "methods.md").read_text()
-    functions = [n for n in oa.__all__ if inspect.isfunction(getattr(oa, n))]
+    functions = [
+        name
+        for family in (oa, oa.optimizers)
+        for name in family.__all__
+        if inspect.isfunction(getattr(family, name))
+    ]
     missing = [name for name in functions if not re.search(rf"\b{name}\b", text)]
     assert not missing
 

@@ -26,6 +26,7 @@ REAL = {
     *("coordinate_median", "trimmed_mean"),
     *("spectral_regularisation", "adahessian", "scale_by_adahessian"),
     "preconditioned_polyak",
+    *("cautious", "grams"),
 }
 DTYPES = {
     "float32": (jnp.float32, jnp.float32, jnp.float32),
@@ -92,9 +93,10 @@ def test_map_params_finds_the_trees_like_the_parameters(case):
 MINIMUM = {"a": jnp.array([1.0, -1.0, 2.0]), "b": jnp.array([[1.0, 0.0], [-1.0, 4.0]])}
 # Their averages are still some way behind after 4000 steps.
 LAGGING = AVERAGES["bema"], AVERAGES["lr_weighted_average"]
-# Rounds of solvers take long. What perp_grad leaves of a gradient never scales, and
-# norm_preserving keeps the norm.
-LONG, ELSEWHERE = {"mgda", "geometric_median"}, {"perp_grad", "norm_preserving"}
+# Rounds of solvers take long. What perp_grad leaves of a gradient never scales; Gravity
+# hardly moves where gradients are far above 1; norm_preserving keeps the norm.
+LONG = {"mgda", "geometric_median"}
+ELSEWHERE = {"perp_grad", "gravity", "norm_preserving"}
 
 
 @pytest.mark.parametrize(

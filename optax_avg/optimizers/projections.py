@@ -16,6 +16,7 @@ import optax
 
 from optax_avg import _checks, _leaves, _mixups, _numerics
 from optax_avg.optimizers import _matrices
+from optax_avg.optimizers._wide import in_float32
 
 __all__ = ["adamp", "project_radial", "sgdp"]
 
@@ -147,7 +148,7 @@ def adamp(
     b1 = _checks.within("b1", b1, 0, 1, closed_high=False)
     b2 = _checks.within("b2", b2, 0, 1, closed_high=False)
     eps = _checks.finite("eps", eps)
-    adam = _matrices.with_wide_memory(optax.scale_by_adam(b1, b2, eps))
+    adam = in_float32(optax.scale_by_adam(b1, b2, eps))
     return optax.chain(
         project_radial(
             adam,
@@ -203,7 +204,7 @@ def sgdp(
     momentum = _checks.within("momentum", momentum, 0, 1, closed_high=False)
     return optax.chain(
         project_radial(
-            _matrices.with_wide_memory(optax.trace(momentum)),
+            in_float32(optax.trace(momentum)),
             delta,
             wd_ratio,
             weight_decay=weight_decay,

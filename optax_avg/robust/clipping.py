@@ -341,7 +341,7 @@ def clip_redescending(
       [1.0, 0.6000000238418579]
 
     References:
-      Bahrami and Pourkamali-Anaraki, "Gravity Optimizer: a Kinematic Approach on
+      Bahrami and Pouriyan Zadeh, "Gravity Optimizer: a Kinematic Approach on
       Optimization in Deep Learning", 2021, 2101.09192.
     """
     if scale is not None:
