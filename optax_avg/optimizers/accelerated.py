@@ -162,7 +162,7 @@ def u_dog(
 
         alpha = state.weight_now / state.distance
         size, error = alpha * _numerics.norms([gradients, surprises])
-        largest = jnp.where(odd, state.largest_hint, jnp.maximum(state.largest_hint, size))
+        largest = jnp.maximum(state.largest_hint, jnp.where(odd, 0, size))
         surprise = jnp.where(odd, jnp.hypot(state.surprise, error), state.surprise)
         root = jnp.maximum(largest, surprise)  # of max(M, Q)
         eta = _checks.at_step(c, state.udog_step) * state.distance
