@@ -38,7 +38,7 @@ class UDogState(NamedTuple):
       weight_now: ``w_t``, the sum of ``rbar``.
       weight_total: ``W_t``, the sum of ``w``.
       surprise: The square root of ``Q_t``, the sum of ``alpha^2 |g - m|^2``.
-      largest: The square root of ``M_t``, the largest ``alpha^2 |m|^2``.
+      largest_hint: The square root of ``M_t``, the largest ``alpha^2 |m|^2``.
     """
 
     udog_step: jax.Array
@@ -51,7 +51,7 @@ class UDogState(NamedTuple):
     weight_now: jax.Array
     weight_total: jax.Array
     surprise: jax.Array
-    largest: jax.Array
+    largest_hint: jax.Array
 
 
 def u_dog(
@@ -138,7 +138,7 @@ def u_dog(
             weight_now=r(),
             weight_total=r(),
             surprise=total(),
-            largest=total(),
+            largest_hint=total(),
         )
 
     def update(
@@ -162,7 +162,7 @@ def u_dog(
 
         alpha = state.weight_now / state.distance
         size, error = alpha * _numerics.norms([gradients, surprises])
-        largest = jnp.where(odd, state.largest, jnp.maximum(state.largest, size))
+        largest = jnp.maximum(state.largest_hint, jnp.where(odd, 0, size))
         surprise = jnp.where(odd, jnp.hypot(state.surprise, error), state.surprise)
         root = jnp.maximum(largest, surprise)  # of max(M, Q)
         eta = _checks.at_step(c, state.udog_step) * state.distance
@@ -206,7 +206,7 @@ def u_dog(
             weight_now=now,
             weight_total=total,
             surprise=surprise.astype(dtype),
-            largest=largest.astype(dtype),
+            largest_hint=largest.astype(dtype),
         )
 
     return optax.GradientTransformationExtraArgs(
