@@ -48,6 +48,11 @@ Several objectives
     bloop, perp_grad                links of a chain
     their state                     BloopState
 
+Optimizers, constraints and penalties of single papers
+    optimizers      adamp, sgdp, project_radial; norm_preserving, norm_loss,
+                    spectral_regularisation; adahessian; u_dog; preconditioned_polyak,
+                    spl_plus
+
 Families of plain functions
     distances       from a gradient to its location; values for track_location
     merging         finished models into one: soups, task vectors, Fisher, spheres
@@ -60,10 +65,12 @@ Families of plain functions
     schedules       learning-rate schedules that belong with averaging
     optimizers      the small optimizers of the papers, each a chain of links
     landscape       curvature, sharpness, barriers and planes of a loss
+    losses          losses that leave examples out, weights of the examples of a batch
 """
 
 from optax_avg import (
     landscape,
+    losses,
     merging,
     optimizers,
     posthoc,
@@ -225,6 +232,7 @@ __all__ = [
     "landscape",
     "look_sam",
     "lookahead",
+    "losses",
     "lr_weighted_average",
     "median_of_means",
     "memories",

@@ -29,6 +29,8 @@ class Case(NamedTuple):
     counter: str = "step"
     needs_params: bool = True
     counts_zeros: bool = True  # whether ``counter`` counts a gradient that is zero
+    rests: bool = True  # whether it leaves a gradient of zero at zero
+    takes_masks: bool = False  # whether one that stands first or alone may be masked
 
     def make(self) -> optax.GradientTransformationExtraArgs:
         return self.factory(**self.kwargs)
@@ -185,6 +187,7 @@ CALLS["primal_average"] = Case(
     },
     ("optimizer", "weight"),
     place="alone",
+    takes_masks=True,
 )
 CALLS["primal_average_at_z"] = CALLS["primal_average"]._replace(
     kwargs={
@@ -309,6 +312,107 @@ SURGERY = {
 }
 
 
+def with_value(factory):
+    """A transformation that needs the loss: that of which the gradient is 2 x."""
+
+    @functools.wraps(factory)
+    def make(*args, **kwargs):
+        tx = factory(*args, **kwargs)
+
+        def update(updates, state, params=None, *, value=None, **extra_args):
+            del value
+            square = lambda g: jnp.sum(jnp.abs(g).astype(jnp.float32) ** 2)
+            f = sum(map(square, jax.tree.leaves(updates)), jnp.zeros([])) / 4
+            return tx.update(updates, state, params, value=f, **extra_args)
+
+        return optax.GradientTransformationExtraArgs(tx.init, update)
+
+    return make
+
+
+# Optimizers, constraints and penalties of single papers: norms, and free of tuning.
+RECIPES_B = {
+    "project_radial": Case(
+        counted(oa.optimizers.project_radial),
+        {"optimizer": optax.scale(1.5)},
+        ("optimizer", "channel_axis"),
+        place="first",
+        counter="counted_step",
+    ),
+    "adamp": Case(
+        counted(oa.optimizers.adamp),
+        {"learning_rate": 0.05, "b2": 0.9},
+        ("channel_axis",),
+        place="alone",
+        counter="counted_step",
+    ),
+    "sgdp": Case(
+        counted(oa.optimizers.sgdp),
+        {"learning_rate": 0.05},
+        ("channel_axis",),
+        place="alone",
+        counter="counted_step",
+    ),
+    "norm_preserving": Case(
+        oa.optimizers.norm_preserving,
+        {"optimizer": optax.sgd(0.1), "start": 1},
+        ("optimizer",),
+        place="alone",
+        counter="preserving_step",
+    ),
+    "norm_loss": Case(
+        counted(oa.optimizers.norm_loss),
+        {},
+        ("out_axis",),
+        place="first",
+        counter="counted_step",
+        rests=False,
+    ),
+    "spectral_regularisation": Case(
+        counted(oa.optimizers.spectral_regularisation),
+        {},
+        ("num_iters", "out_axis", "key"),
+        place="first",
+        counter="counted_step",
+        rests=False,
+    ),
+    "scale_by_adahessian": Case(
+        oa.optimizers.scale_by_adahessian,
+        {"b2": 0.9},
+        ("key",),
+        place="first",
+        counter="hessian_step",
+    ),
+    "adahessian": Case(
+        oa.optimizers.adahessian,
+        {"learning_rate": 0.15},
+        ("key",),
+        place="alone",
+        counter="hessian_step",
+    ),
+    "u_dog": Case(oa.optimizers.u_dog, place="alone", counter="udog_step"),
+    "preconditioned_polyak": Case(
+        with_value(oa.optimizers.preconditioned_polyak),
+        {
+            "preconditioner": oa.optimizers.scale_by_adahessian(0.0),
+            "slack": "l2",
+            "lam": 100.0,
+        },
+        ("preconditioner",),
+        place="alone",
+        counter="polyak_step",
+    ),
+    "spl_plus": Case(
+        with_value(oa.optimizers.spl_plus),
+        {"learning_rate": 0.1, "beta": 0.5},
+        place="alone",
+        counter="spl_step",
+        needs_params=False,
+    ),
+}
+RECIPES_B = {name: case._replace(takes_masks=True) for name, case in RECIPES_B.items()}
+
+
 def multi_momentum(num_clusters, beta):
     """Multi-momentum whose batches are all of one cluster."""
     tx = oa.optimizers.multi_momentum(num_clusters, beta)
@@ -383,7 +487,7 @@ OPTIMIZERS = {
 }
 
 CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
-CASES |= OPTIMIZERS
+CASES |= OPTIMIZERS | RECIPES_B
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
@@ -394,6 +498,7 @@ SIBLINGS = {
     *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),
     *("trimmed_mean", "median_of_means", "krum", "flag", "cagrad", "upgrad"),
     *("mgda", "pcgrad", "primal_average_at_z"),
+    *("adamp", "sgdp", "adahessian", "norm_loss", "spl_plus"),
     *("adamomentum", "diffgrad", "aggregated_momentum", "grams"),
     *(name for name in OPTIMIZERS if name.startswith("scale_by")),
 }

@@ -66,6 +66,9 @@ COOLDOWN = "tests/test_cooldown.py"
 OVERVIEW = "tests/test_overview.py"
 PRIMAL = "tests/test_primal.py"
 SCHEDULES = "tests/test_schedules.py"
+NORMS = "tests/test_optimizers_norms.py"
+FREE = "tests/test_optimizers_free.py"
+LOSSES = "tests/test_losses.py"
 OPTIMIZERS_A = "tests/test_optimizers_adaptive.py"
 
 FAULTS = {
@@ -1746,6 +1749,126 @@ FAULTS = {
         'k = min(profile["window"], n)',
         'k = profile["window"]',
         f"{OVERVIEW} -k widths_and_ages",
+    ),
+    "the cosine is not divided by the size of the weight": Fault(
+        "optax_avg/optimizers/projections.py",
+        "delta / math.sqrt(w.size // xx.size)",
+        "delta",
+        f"{NORMS} -k threshold_falls",
+    ),
+    "a projected weight decays whole": Fault(
+        "optax_avg/optimizers/projections.py",
+        "jnp.where(is_radial, wd_ratio, ratio)",
+        "ratio",
+        f"{NORMS} -k adamp_and_sgdp",
+    ),
+    "a leaf is projected again after its channels": Fault(
+        "optax_avg/optimizers/projections.py",
+        "jnp.where(invariant & ~is_radial, tangent, q)",
+        "jnp.where(invariant, tangent, q)",
+        f"{NORMS} -k adamp_and_sgdp",
+    ),
+    "squares of weights overflow": Fault(
+        "optax_avg/optimizers/projections.py",
+        "x, y = _with_largest_one(w), _with_largest_one(g)",
+        "x, y = w, g",
+        f"{NORMS} -k whatever_the_scale",
+    ),
+    "the radius follows the weight": Fault(
+        "optax_avg/optimizers/weight_norms.py",
+        "jnp.where(step == start, sizes[i], c)",
+        "jnp.where(step >= start, sizes[i], c)",
+        f"{NORMS} -k drift_in_bfloat16",
+    ),
+    "norms are kept from the beginning": Fault(
+        "optax_avg/optimizers/weight_norms.py",
+        "due = step >= start",
+        "due = step >= 0 * start",
+        f"{NORMS} -k test_norm_preserving",
+    ),
+    "the gradient of the norm loss is that without the square": Fault(
+        "optax_avg/optimizers/weight_norms.py",
+        "slope = 2 * lam * (x - _matrices.unit(x, axes))",
+        "slope = lam * (x - _matrices.unit(x, axes))",
+        f"{NORMS} -k norm_loss_is_the_gradient",
+    ),
+    "power iterations start anew": Fault(
+        "optax_avg/optimizers/weight_norms.py",
+        "return gradients, SpectralState(vectors)",
+        "return gradients, state",
+        f"{NORMS} -k test_spectral_regularisation",
+    ),
+    "the signs of a step are those of the last one": Fault(
+        "optax_avg/optimizers/hessian_diagonals.py",
+        "jax.random.fold_in(state.hessian_key, step)",
+        "state.hessian_key",
+        f"{FREE} -k test_adahessian",
+    ),
+    "the diagonal is averaged without its signs": Fault(
+        "optax_avg/optimizers/hessian_diagonals.py",
+        "diagonal = _numerics.wide(z) * _numerics.wide(hz)",
+        "diagonal = jnp.abs(_numerics.wide(hz))",
+        f"{FREE} -k test_adahessian",
+    ),
+    "the second gradient of U-DoG takes the first one's step size": Fault(
+        "optax_avg/optimizers/accelerated.py",
+        "jnp.where(odd, jnp.hypot(state.surprise, error), state.surprise)",
+        "state.surprise",
+        f"{FREE} -k test_u_dog",
+    ),
+    "the extrapolated point leads": Fault(
+        "optax_avg/optimizers/accelerated.py",
+        "y[i] = jnp.where(odd, x, y[i])",
+        "y[i] = x",
+        f"{FREE} -k test_u_dog",
+    ),
+    "the weights of U-DoG do not grow": Fault(
+        "optax_avg/optimizers/accelerated.py",
+        "now = state.weight_now + jnp.where(odd, distance, 0)",
+        "now = state.weight_now",
+        f"{FREE} -k test_u_dog",
+    ),
+    "Polyak's step is divided by the plain norm": Fault(
+        "optax_avg/optimizers/polyak_steps.py",
+        "n = _numerics.dot(*_float_leaves(updates, made))",
+        "n = _numerics.dot(*_float_leaves(updates, updates))",
+        f"{FREE} -k in_other_units",
+    ),
+    "the slack does not move": Fault(
+        "optax_avg/optimizers/polyak_steps.py",
+        "return gamma, h * (s + gamma)",
+        "return gamma, s",
+        f"{FREE} -k slack_solves",
+    ),
+    "the step of SPL+ has no bound": Fault(
+        "optax_avg/optimizers/polyak_steps.py",
+        "eta = jnp.minimum(eta, 1 / (1 - beta))",
+        "eta = jnp.minimum(eta, jnp.inf)",
+        f"{FREE} -k subgradient_method",
+    ),
+    "the quantile takes the rate of the weights": Fault(
+        "optax_avg/optimizers/polyak_steps.py",
+        "(a - rate_a * (1 - eta))",
+        "(a - rate * (1 - eta))",
+        f"{FREE} -k minimises_its_model",
+    ),
+    "the threshold of adaptive-k is the mean of the losses": Fault(
+        "optax_avg/losses.py",
+        "new.loss_mean / (jnp.sqrt(new.loss_square) + eps)",
+        "new.loss_mean",
+        f"{LOSSES} -k adaptive_k",
+    ),
+    "CVaR weighs whole examples alone": Fault(
+        "optax_avg/losses.py",
+        "jnp.clip(k - place, 0, 1) / k",
+        "(place < k) / jnp.sum(place < k)",
+        f"{LOSSES} -k cvar",
+    ),
+    "a z-score is among all classes": Fault(
+        "optax_avg/losses.py",
+        "(labels[:, None] == labels[None, :]) & finite[None, :]",
+        "(labels[:, None] == labels[:, None]) & finite[None, :]",
+        f"{LOSSES} -k logits_by_class",
     ),
     "LaProp adds eps within the root": Fault(
         "optax_avg/optimizers/adaptive.py",

@@ -140,6 +140,21 @@ NEEDS = {
     "gravity": NORM._replace(sums=2),
     # The inner products of the differences of gradients.
     "optimistic_amsgrad": Needs(sums=1),
+    # The largest elements, then the products of each channel.
+    **dict.fromkeys(["project_radial", "adamp", "sgdp"], Needs(sums=2)),
+    # The norms of the weights and of the steps; the radial parts of the gradients and
+    # of the steps.
+    "norm_preserving": Needs(sums=5, rare=2),
+    # The norms of the columns of two matrices.
+    "norm_loss": Needs(sums=1, rare=2),
+    # The norm of ``W v``, then ``W'u``.
+    "spectral_regularisation": Needs(sums=3, rare=2),
+    # The second gradient is that of a product with the Hessian.
+    **dict.fromkeys(["adahessian", "scale_by_adahessian"], Needs(gradients=2)),
+    # The norms of the gradient and of its change at once, then the distance.
+    "u_dog": Needs(sums=2, rare=2),
+    "preconditioned_polyak": Needs(gradients=2, sums=1),
+    "spl_plus": Needs(sums=1),
 }
 MORE = {
     "amp": Case(lambda: oa.as_link(oa.rules.amp())),
