@@ -58,10 +58,19 @@ Families of plain functions
     memories        what an average keeps of the iterates: running, window, corrected
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
+    optimizers      the small optimizers of the papers: error feedback, Bayes-SAM
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
-from optax_avg import landscape, merging, posthoc, rules, schedules, weights
+from optax_avg import (
+    landscape,
+    merging,
+    optimizers,
+    posthoc,
+    rules,
+    schedules,
+    weights,
+)
 from optax_avg.averages import AverageOptions, AverageState, memories
 from optax_avg.averages.links import (
     average,
@@ -225,6 +234,7 @@ __all__ = [
     "momentum_sam",
     "multi_call",
     "one_pass_location",
+    "optimizers",
     "pcgrad",
     "perp_grad",
     "polyak_average",

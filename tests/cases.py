@@ -307,7 +307,45 @@ SURGERY = {
         counted(oa.perp_grad), {"scope": "leaf"}, ("scope", "rescale"), place="first"
     )._replace(counter="counted_step"),
 }
-CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
+FEEDBACK = {
+    "error_feedback": Case(
+        oa.optimizers.error_feedback,
+        {"compressor": oa.optimizers.top_k(0.5), "variant": "ef"},
+    ),
+    "error_feedback_sign": Case(
+        oa.optimizers.error_feedback, {"compressor": oa.optimizers.sign()}
+    ),
+    "error_feedback_random": Case(
+        oa.optimizers.error_feedback, {"compressor": oa.optimizers.random_k(0.5)}
+    ),
+    "error_feedback_control": Case(
+        oa.optimizers.error_feedback,
+        {
+            "compressor": oa.optimizers.low_rank(1),
+            "variant": "econtrol",
+            "eta": 0.25,
+        },
+    ),
+}
+FEEDBACK = {
+    name: case._replace(
+        static=("compressor", "variant"),
+        place="first",
+        counter="feedback_step",
+        needs_params=False,
+    )
+    for name, case in FEEDBACK.items()
+}
+CALLS["bsam"] = Case(
+    oa.optimizers.bsam,
+    {"learning_rate": 0.05, "num_data": 1000.0, "prior_precision": 0.0},
+    ("key",),
+    place="alone",
+    counter="bayes_step",
+)
+CASES = (
+    AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY | FEEDBACK
+)
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
@@ -318,6 +356,7 @@ SIBLINGS = {
     *("clip_by_zscore", "clip_redescending", "scale_by_induced_metric"),
     *("trimmed_mean", "median_of_means", "krum", "flag", "cagrad", "upgrad"),
     *("mgda", "pcgrad", "primal_average_at_z"),
+    *("error_feedback_sign", "error_feedback_random"),
 }
 
 

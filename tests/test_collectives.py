@@ -120,6 +120,14 @@ NEEDS = {
     "centered_clip": Needs(sums=2, rare=2),
     # One for each row, in a loop.
     "one_pass_location": NORM,
+    # A message of the whole leaf is made on every device; the error stays in parts.
+    **dict.fromkeys(
+        ["error_feedback", "error_feedback_random", "error_feedback_control"],
+        Needs(sums=1, gathered=4),
+    ),
+    "error_feedback_sign": Needs(sums=1, gathered=4),
+    # Gradients at a sample and at the ascent; both are finite, or nothing changes.
+    "bsam": Needs(gradients=2, sums=1),
 }
 MORE = {
     "amp": Case(lambda: oa.as_link(oa.rules.amp())),
