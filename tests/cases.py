@@ -343,9 +343,7 @@ CALLS["bsam"] = Case(
     place="alone",
     counter="bayes_step",
 )
-CASES = (
-    AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY | FEEDBACK
-)
+CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY | FEEDBACK
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {

@@ -97,7 +97,10 @@ def test_the_precision_settles_where_it_is_known():
     g = jnp.array([0.0, 0.5, -2.0])
     tx = bsam(0.0, 100.0, b2=0.9, prior_precision=30.0, damping=0.1)
     x = jnp.zeros(3)
-    state, update = tx.init(x), jax.jit(functools.partial(tx.update, grad_fn=lambda x: g))
+    state, update = (
+        tx.init(x),
+        jax.jit(functools.partial(tx.update, grad_fn=lambda x: g)),
+    )
     for _ in range(300):
         _, state = update(x, state, x)
     root = (np.abs(g) + np.sqrt(np.asarray(g) ** 2 + 4 * 0.4)) / 2
@@ -221,8 +224,8 @@ def test_what_update_needs():
     x = jnp.ones(2)
     with pytest.raises(ValueError, match="grad_fn"):
         tx.update(x, tx.init(x), x)
+    named = bsam(0.1, 10.0, axis_name="d")
     with pytest.raises(ValueError, match="axis_name='d' is not mapped"):
-        named = bsam(0.1, 10.0, axis_name="d")
         named.update(x, named.init(x), x, grad_fn=lambda x: x)
     with pytest.raises(ValueError, match="bsam takes real parameters"):
         tx.init(jnp.zeros(2, jnp.complex64))

@@ -122,9 +122,9 @@ def on_devices(tx, check_vma=True):
 
 def simulated(tx):
     """The same with all workers on one device."""
-    init = lambda params, workers: jax.vmap(
-        lambda _: tx.init(params), axis_name="d"
-    )(jnp.arange(workers))
+    init = lambda params, workers: jax.vmap(lambda _: tx.init(params), axis_name="d")(
+        jnp.arange(workers)
+    )
     return init, jax.jit(jax.vmap(tx.update, axis_name="d"))
 
 
@@ -274,9 +274,9 @@ def test_feedback_converges_in_this_example(variant):
     assert np.linalg.norm(x) < 1e-3
 
 
-vectors = st.lists(
-    st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12
-).map(lambda v: np.array(v, np.float32))
+vectors = st.lists(st.floats(-1e3, 1e3, width=32), min_size=1, max_size=12).map(
+    lambda v: np.array(v, np.float32)
+)
 
 
 def decoded(compressor, v, key=()):
@@ -359,7 +359,9 @@ def travelling(text, kind):
     total = 0
     for result in re.findall(rf"= (\S.*?) {kind}(?:-start)?\(", text):
         for name, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
-            total += WIDTHS[name] * int(np.prod([int(n) for n in shape.split(",") if n]))
+            total += WIDTHS[name] * int(
+                np.prod([int(n) for n in shape.split(",") if n])
+            )
     return total
 
 
@@ -478,7 +480,7 @@ def test_summed_gradients_are_refused():
 def test_memories_of_several_workers_on_a_device_are_refused():
     tx = error_feedback(top_k(1), axis_name="d")
     state = simulated(tx)[0](jnp.zeros(2), 3)
-    with pytest.raises(ValueError, match="shape.*one worker; call init inside"):
+    with pytest.raises(ValueError, match="must number one worker; call init inside"):
         jax.vmap(tx.update, in_axes=(0, None), axis_name="d")(jnp.ones((3, 2)), state)
 
 
@@ -496,8 +498,12 @@ def test_axes_must_be_mapped(call):
         (lambda: error_feedback(top_k), TypeError, r"needs a compressor.*got top_k"),
         (lambda: error_feedback(0.1), TypeError, "needs a compressor.*got float"),
         (lambda: error_feedback(sign(), "ef22"), ValueError, "variant must be"),
-        (lambda: error_feedback(sign(), eta=0.1), ValueError, "eta belongs to EControl"),
-        (lambda: error_feedback(sign(), "econtrol"), ValueError, "eta belongs to ECon"),
+        (
+            lambda: error_feedback(sign(), eta=0.1),
+            ValueError,
+            "eta belongs to EControl",
+        ),
+        (lambda: error_feedback(sign(), "econtrol"), ValueError, "eta belongs to"),
         (lambda: error_feedback(sign(), "econtrol", eta=2.0), ValueError, "eta must"),
         (lambda: top_k(0), ValueError, "k must be an integer >= 1.*or a share"),
         (lambda: top_k(1.5), ValueError, r"k must lie in \(0, 1\]"),

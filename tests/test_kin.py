@@ -145,7 +145,10 @@ def test_it_stands_between_sam_clip_and_average(make):
     iterates, reached, state = trained(make())
     assert loss(iterates[-1]) < 0.1 * loss(iterates[0])
     before = optax.chain(*links_before())
-    memory, ahead = before.init(start()), jax.jit(before.update, static_argnames="grad_fn")
+    memory, ahead = (
+        before.init(start()),
+        jax.jit(before.update, static_argnames="grad_fn"),
+    )
     grad_fn = jax.grad(loss)
     for x, found in zip(iterates[:-1], reached, strict=True):
         wanted, memory = ahead(grad_fn(x), memory, x, grad_fn=grad_fn)

@@ -1,7 +1,7 @@
 """Bayes-SAM: a Gaussian posterior whose variance comes from the gradients.
 
-    theta ~ N(x, 1/(N s)),    g at theta,    ge at x + rho g/s
-    s <- b2 s + (1 - b2) (sqrt(s) |g| + delta + gamma)
+theta ~ N(x, 1/(N s)),    g at theta,    ge at x + rho g/s
+s <- b2 s + (1 - b2) (sqrt(s) |g| + delta + gamma)
 """
 
 from collections.abc import Sequence
@@ -169,9 +169,7 @@ def bsam(
             lambda m, ge, x: b1 * m + (1 - b1) * (ge + delta * _numerics.wide(x)),
             *(state.bayes_momentum, ge, params),
         )
-        s = over(
-            lambda s, size: b2 * s + (1 - b2) * (size + delta + damping), s, size
-        )
+        s = over(lambda s, size: b2 * s + (1 - b2) * (size + delta + damping), s, size)
         lr = _checks.at_step(learning_rate, state.bayes_step)
         steps = over(lambda m, s: jnp.where(finite, -lr * (m / s), 0), m, s)
         kept = lambda new, old: jnp.where(finite, new, old).astype(old.dtype)

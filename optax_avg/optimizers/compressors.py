@@ -44,9 +44,9 @@ class Compressor(NamedTuple):
       total: ``(messages, like, key) -> sum``. ``messages`` is a message with an
         additional first axis of workers. The result is the sum over workers of the
         arrays ``C(v)`` that the messages stand for, of the shape and dtype of ``like``.
-      adds_up: ``shape -> bool``, whether the sum of the messages of a leaf of this shape
-        is the message of the sum. If so, workers take the mean of their messages in
-        an all-reduce. If not, they gather the messages of all.
+      adds_up: ``shape -> bool``, whether the sum of the messages of a leaf of this
+        shape is the message of the sum. If so, workers take the mean of their messages
+        in an all-reduce. If not, they gather the messages of all.
       make_key: Function that makes the PRNG key of the state, ``()`` for none.
 
     Example:
@@ -98,7 +98,9 @@ def bytes_sent(compressor: Compressor, tree: optax.Updates) -> int:
     def message(leaf):
         dtype = _numerics.float32_or_wider(jnp.result_type(leaf))
         v = jax.ShapeDtypeStruct(jnp.shape(leaf), dtype)
-        return jax.eval_shape(lambda v: compressor.compress(v, compressor.make_key()), v)
+        return jax.eval_shape(
+            lambda v: compressor.compress(v, compressor.make_key()), v
+        )
 
     leaves = [x for x in jax.tree.leaves(tree) if _leaves.is_float(x)]
     sent = jax.tree.leaves([message(leaf) for leaf in leaves])
@@ -213,7 +215,7 @@ def random_k(k: int | float, key: jax.Array | int = 0) -> Compressor:
 
 
 def sign() -> Compressor:
-    """``C(v) = |v|_1/d sign(v)`` of each leaf, ``delta = |v|_1^2/(d |v|^2)``.
+    """Signs and one size: ``C(v) = |v|_1/d sign(v)``, ``delta = |v|_1^2/(d |v|^2)``.
 
     A worker sends one bit for each element, eight in a byte, and the scale. Zero
     counts as positive.

@@ -30,8 +30,8 @@ class ErrorFeedbackState(NamedTuple):
     """State of :func:`error_feedback`.
 
     With ``axis_name``, what belongs to a worker has a first axis of length 1 inside
-    ``shard_map``: ``ErrorFeedbackState(P(), P("data"), P("data"), P(), P(), P("data"))``
-    says to ``shard_map`` how the state lies over the axis ``"data"``.
+    ``shard_map``. With ``w = P("data")`` the specs of the state for workers along the
+    axis ``"data"`` are ``ErrorFeedbackState(P(), w, w, P(), P(), w)``.
 
     Attributes:
       feedback_step: Number of calls of ``update``, int32; schedules are called with it.
@@ -66,8 +66,8 @@ def error_feedback(
     - ``"ef"``, the classic one: ``c_i = C(g_i + e_i)``, ``e_i <- g_i + e_i - c_i``;
       result ``mean_i c_i``.
     - ``"ef21"``: ``c_i = C(g_i - h_i)``, ``h_i <- h_i + c_i``; result ``mean_i h_i``.
-    - ``"econtrol"``: ``c_i = C(eta e_i + g_i - h_i)``, ``e_i <- e_i + g_i - h_i - c_i``,
-      ``h_i <- h_i + c_i``; result ``mean_i h_i``.
+    - ``"econtrol"``: ``c_i = C(eta e_i + g_i - h_i)``, then ``e_i <- e_i + g_i - h_i -
+      c_i`` and ``h_i <- h_i + c_i``; result ``mean_i h_i``.
 
     Memories start at zero. The first ``h_i`` is therefore ``C(g_i)``, as in algorithm 2
     of EF21; the authors' code sends the first gradient whole instead. ``"econtrol"``
@@ -79,8 +79,9 @@ def error_feedback(
     :func:`identity` are averaged in an all-reduce. There is no server: every worker
     computes what it would broadcast, so that the way back is not compressed and not
     counted by :func:`bytes_sent`. Call ``init`` inside ``shard_map`` as well, because
-    each worker has a memory of its own. Under ``jax.vmap`` with an ``axis_name`` workers
-    are simulated on one device, and nothing travels.
+    each worker has a memory of its own; :class:`ErrorFeedbackState` names the specs.
+    Under ``jax.vmap`` with an ``axis_name`` workers are simulated on one device, and
+    nothing travels.
 
     Parameters that are sharded over a further axis of ``shard_map`` have memories that
     are sharded alike, and ``k`` and ``rank`` are those of a shard.
