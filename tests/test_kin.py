@@ -48,11 +48,11 @@ class Kin(NamedTuple):
 
 
 def muon():
-    return Kin(optax.contrib.muon(0.05))
+    return Kin(optax.contrib.muon(0.1))
 
 
 def sophia():
-    tx = optax.contrib.sophia(0.05, update_interval=2)
+    tx = optax.contrib.sophia(0.1, update_interval=2)
     return Kin(tx, lambda params, step, memory: ({"obj_fn": loss}, memory))
 
 
@@ -162,9 +162,8 @@ def test_it_stands_between_sam_clip_and_average(make):
     chex.assert_trees_all_close(average, wanted, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("make", [muon, sophia, lbfgs], ids=lambda make: make.__name__)
-def test_the_check_of_chains_knows_the_order(make):
-    kin = make()
+def test_the_check_of_chains_knows_the_order():
+    kin = sophia()
     extra, _ = kin.extra(start(), 0, kin.memory)
     sound = optax.chain(*links_before(), kin.tx, oa.ema_params(DECAY))
     oa.check_chain(sound, start(), **extra)

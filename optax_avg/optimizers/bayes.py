@@ -205,8 +205,8 @@ def posterior_variance(state: optax.OptState) -> optax.Params:
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
       >>> tx = oa.optimizers.bsam(0.1, num_data=100, s_init=0.5)
-      >>> oa.optimizers.posterior_variance(tx.init(jnp.zeros(1))).round(3).tolist()
-      [0.019999999552965164]
+      >>> oa.optimizers.posterior_variance(tx.init(jnp.zeros(2))).round(3)
+      Array([0.02, 0.02], dtype=float32)
     """
     found = _leaves.states_of(BayesState, state)
     if len(found) != 1:

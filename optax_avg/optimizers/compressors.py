@@ -215,10 +215,10 @@ def random_k(k: int | float, key: jax.Array | int = 0) -> Compressor:
 
 
 def sign() -> Compressor:
-    """Signs and one size: ``C(v) = |v|_1/d sign(v)``, ``delta = |v|_1^2/(d |v|^2)``.
+    """The mean size of each leaf with the signs of the elements, ``|v|_1/d sgn(v_i)``.
 
-    A worker sends one bit for each element, eight in a byte, and the scale. Zero
-    counts as positive.
+    ``delta = |v|_1^2/(d |v|^2)``. A worker sends one bit for each element, eight in a
+    byte, and the size. Zero counts as positive.
 
     Returns:
       A compressor.
