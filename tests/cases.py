@@ -338,7 +338,7 @@ FEEDBACK = {
 }
 CALLS["bsam"] = Case(
     oa.optimizers.bsam,
-    {"learning_rate": 0.05, "num_data": 1000.0, "prior_precision": 0.0},
+    {"learning_rate": 0.05, "num_data": 1e6, "prior_precision": 0.0},
     ("key",),
     place="alone",
     counter="bayes_step",

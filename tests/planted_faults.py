@@ -756,9 +756,9 @@ FAULTS = {
         f"{ATTACKS} -k direction",
     ),
     "gradients that are already summed pass": Fault(
-        "optax_avg/robust/_gradients.py",
-        "typed = [a for a in names if a in",
-        "typed = [a for a in names if a not in",
+        "optax_avg/_mesh.py",
+        "typed = [a for a in axes if a in",
+        "typed = [a for a in axes if a not in",
         f"{AGGREGATION} -k already_summed",
     ),
     "stacked gradients are not checked": Fault(

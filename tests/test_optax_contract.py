@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import AVERAGES, CASES, LINKS, SIBLINGS, beside, grads_of, params_of, read
+from cases import (
+    AVERAGES,
+    CASES,
+    FEEDBACK,
+    LINKS,
+    SIBLINGS,
+    beside,
+    grads_of,
+    params_of,
+    read,
+)
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 each_kind = pytest.mark.parametrize(
@@ -24,6 +34,8 @@ REAL = {
     *LINKS,
     *("multi_call", "decoupled_wsam", "cclip", "clip_by_coordinate_quantile"),
     *("coordinate_median", "trimmed_mean"),
+    # Sizes and signs are compared; a variance is real.
+    *("bsam", *FEEDBACK),
 }
 DTYPES = {
     "float32": (jnp.float32, jnp.float32, jnp.float32),

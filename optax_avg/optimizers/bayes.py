@@ -174,7 +174,7 @@ def bsam(
         steps = over(lambda m, s: jnp.where(finite, -lr * (m / s), 0), m, s)
         kept = lambda new, old: jnp.where(finite, new, old).astype(old.dtype)
         return _like(steps, updates), BayesState(
-            bayes_step=optax.safe_increment(state.bayes_step),
+            bayes_step=_numerics.count_if(jnp.asarray(True), state.bayes_step),
             bayes_momentum=jax.tree.map(kept, m, state.bayes_momentum),
             precision=jax.tree.map(kept, s, state.precision),
             num_examples=state.num_examples,

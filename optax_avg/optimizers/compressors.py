@@ -7,6 +7,7 @@ The papers compress one vector of all parameters; ``optax.flatten(error_feedback
 does so.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -291,10 +292,10 @@ def low_rank(rank: int, key: jax.Array | int = 0) -> Compressor:
     rank = _checks.static_integer("rank", rank, 1, hint)
 
     def sides(shape: tuple[int, ...]) -> tuple[int, int]:
-        return shape[0], int(np.prod(shape[1:]))
+        return shape[0], math.prod(shape[1:])
 
     def whole(shape: tuple[int, ...]) -> bool:
-        return len(shape) < 2 or rank * sum(sides(shape)) >= np.prod(shape)
+        return len(shape) < 2 or rank * sum(sides(shape)) >= math.prod(shape)
 
     def compress(v: jax.Array, key: Key) -> Message:
         if whole(v.shape):

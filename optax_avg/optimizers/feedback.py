@@ -222,7 +222,7 @@ def error_feedback(
                 result = estimates[i]
             leaves[i] = result.astype(leaves[i].dtype)
         return structure.unflatten(leaves), ErrorFeedbackState(
-            feedback_step=optax.safe_increment(state.feedback_step),
+            feedback_step=_numerics.count_if(jnp.asarray(True), state.feedback_step),
             compression_error=_closed(errors, state.compression_error, axes),
             estimate=_closed(estimates, state.estimate, axes),
             mean_estimate=_closed(means, state.mean_estimate, ()),
