@@ -1,7 +1,8 @@
 """Optimizers of second order from elsewhere, between links of this library.
 
 Nothing of them is built anew here. Those of Optax are always tried, the others where
-they are installed.
+they are installed. FOSI and the packages of Shampoo that PyPI has call functions that JAX
+removed before 0.8.
 """
 
 from collections.abc import Callable
@@ -65,6 +66,8 @@ def kfac():
     kfac_jax = pytest.importorskip(
         "kfac_jax", reason="kfac-jax needs distrax; no dependency of the tests"
     )
+    if jax.__version_info__ >= (0, 10) and kfac_jax.__version__ == "0.0.8":
+        pytest.skip("kfac-jax 0.0.8 calls Primitive.get_bind_params of older jax")
 
     def registered(params, batch):
         x, y = batch
@@ -73,7 +76,11 @@ def kfac():
         return jnp.mean((predicted - y) ** 2)
 
     precondition = kfac_jax.OptaxPreconditioner(
-        registered, damping=1e-2, inverse_update_period=2
+        registered,
+        damping=1e-2,
+        inverse_update_period=2,
+        distributed_inverses=False,
+        distributed_precon_apply=False,
     )
     key = jax.random.key(0)
 
@@ -91,12 +98,18 @@ def kfac():
     return Kin(tx, extra, memory)
 
 
-def fosi():
-    fosi = pytest.importorskip("fosi", reason="FOSI is not on PyPI")
-    return Kin(fosi.fosi_sgd(optax.sgd(0.1), lambda params, batch: loss(params), None))
+def kron():
+    """Kronecker factors as SOAP has them, of PSGD; no SOAP for Optax is on PyPI."""
+    psgdax = pytest.importorskip(
+        "psgdax", reason="psgdax is no dependency of the tests"
+    )
+    tx = psgdax.kron(0.1)
+    # It refuses the extra arguments of others, such as the grad_fn of SAM.
+    plain = lambda updates, state, params=None: tx.update(updates, state, params)
+    return Kin(optax.GradientTransformation(tx.init, plain))
 
 
-ALL = [muon, sophia, lbfgs, kfac, fosi]
+ALL = [muon, sophia, lbfgs, kfac, kron]
 each_kin = pytest.mark.parametrize("make", ALL, ids=lambda make: make.__name__)
 
 
@@ -141,8 +154,10 @@ def trained(kin):
 
 
 @each_kin
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
 def test_it_stands_between_sam_clip_and_average(make):
-    iterates, reached, state = trained(make())
+    with jax.numpy_rank_promotion("allow"):  # in code that is not ours
+        iterates, reached, state = trained(make())
     assert loss(iterates[-1]) < 0.1 * loss(iterates[0])
     before = optax.chain(*links_before())
     memory, ahead = (
