@@ -1849,6 +1849,12 @@ FAULTS = {
         "del name",
         f"{BSAM} -k samples_of_their_own",
     ),
+    "bsam does not report its place": Fault(
+        "optax_avg/optimizers/bayes.py",
+        '_sight.report("bsam", received=updates, emitted=steps)',
+        "pass",
+        f"{BSAM} -k check_of_chains",
+    ),
 }
 
 

@@ -229,3 +229,13 @@ def test_what_update_needs():
         named.update(x, named.init(x), x, grad_fn=lambda x: x)
     with pytest.raises(ValueError, match="bsam takes real parameters"):
         tx.init(jnp.zeros(2, jnp.complex64))
+
+
+def test_the_check_of_chains_knows_its_place():
+    """It takes its own gradients: what a link before it does to one is lost."""
+    x = {"w": jnp.ones(2)}
+    oa.check_chain(optax.chain(bsam(0.1, 50.0), oa.ema_params(0.9)), x)
+    with pytest.raises(ValueError, match="bsam does not stand first"):
+        oa.check_chain(optax.chain(optax.clip(0.1), bsam(0.1, 50.0)), x)
+    with pytest.raises(ValueError, match="bsam does not stand last"):
+        oa.check_chain(optax.chain(bsam(0.1, 50.0), optax.scale(0.5)), x)

@@ -1,7 +1,7 @@
 """Optimizers of second order from elsewhere, between links of this library.
 
 Nothing of them is built anew here. Those of Optax are always tried, the others where
-they are installed. FOSI and the packages of Shampoo that PyPI has call functions that JAX
+they are installed. FOSI and the packages of Shampoo on PyPI call functions that JAX
 removed before 0.8.
 """
 

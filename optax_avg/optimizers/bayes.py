@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _checks, _leaves, _mesh, _mixups, _numerics
+from optax_avg import _checks, _leaves, _mesh, _mixups, _numerics, _sight
 from optax_avg._keys import key_maker
 
 __all__ = ["BayesState", "bsam", "posterior_variance"]
@@ -172,8 +172,10 @@ def bsam(
         s = over(lambda s, size: b2 * s + (1 - b2) * (size + delta + damping), s, size)
         lr = _checks.at_step(learning_rate, state.bayes_step)
         steps = over(lambda m, s: jnp.where(finite, -lr * (m / s), 0), m, s)
+        steps = _like(steps, updates)
+        _sight.report("bsam", received=updates, emitted=steps)
         kept = lambda new, old: jnp.where(finite, new, old).astype(old.dtype)
-        return _like(steps, updates), BayesState(
+        return steps, BayesState(
             bayes_step=_numerics.count_if(jnp.asarray(True), state.bayes_step),
             bayes_momentum=jax.tree.map(kept, m, state.bayes_momentum),
             precision=jax.tree.map(kept, s, state.precision),
