@@ -48,11 +48,6 @@ Several objectives
     bloop, perp_grad                links of a chain
     their state                     BloopState
 
-Optimizers, constraints and penalties of single papers
-    optimizers      adamp, sgdp, project_radial; norm_preserving, norm_loss,
-                    spectral_regularisation; adahessian; u_dog; preconditioned_polyak,
-                    spl_plus
-
 Families of plain functions
     distances       from a gradient to its location; values for track_location
     merging         finished models into one: soups, task vectors, Fisher, spheres

@@ -6,6 +6,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import PartitionSpec
 
 AxisName = Hashable | Sequence[Hashable]  # one mapped axis, or several
 
@@ -66,3 +67,55 @@ def vary(x: Any, axes: tuple[Hashable, ...]) -> Any:
     if hasattr(lax, "pcast"):
         return namespace.pcast(x, missing, to="varying")
     return namespace.pvary(x, missing)  # before jax 0.9
+
+
+def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
+    """``x`` of every device on every device, alike on all: shape (devices, ...)."""
+    x = vary(x, axis_names(axis_name))
+    namespace: Any = lax
+    if not varying_axes(x):
+        return lax.all_gather(x, axis_name)
+    if hasattr(lax, "all_gather_invariant"):  # before jax 0.10
+        return namespace.all_gather_invariant(x, axis_name)
+    return namespace.all_gather(x, axis_name, to="invarying")
+
+
+def require_own(gradients: Sequence[tuple[str, Any]], axes: Sequence[Hashable]) -> None:
+    """Raises if a gradient is the same on all devices, by its type in ``shard_map``.
+
+    Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``. In these
+    cases the index of the device does not vary either.
+
+    Args:
+      gradients: Names for the message, and arrays.
+      axes: Names of mapped axes.
+
+    Raises:
+      ValueError: If there is one, naming it.
+    """
+    typed = [a for a in axes if a in varying_axes(lax.axis_index(a))]
+    for name, x in gradients:
+        same = [a for a in typed if a not in varying_axes(jnp.asarray(x))]
+        if same:
+            over = repr(same[0] if len(same) == 1 else tuple(same))
+            raise ValueError(
+                f"{name} does not vary over {over}: jax.grad has summed it over the "
+                "devices, so that there is nothing left to choose from. Take gradients "
+                f"at jax.lax.pcast(params, {over}, to='varying'), or pass "
+                "check_vma=False to shard_map."
+            )
+
+
+def unsharded(x: jax.Array) -> jax.Array:
+    """A copy on every device under explicit sharding, for what takes no other."""
+    return jax.sharding.reshard(x, PartitionSpec()) if any(_spec(x)) else x
+
+
+def sharded_like(x: jax.Array, y: jax.Array) -> jax.Array:
+    """``y`` in the explicit sharding of ``x``."""
+    return jax.sharding.reshard(y, PartitionSpec(*_spec(x))) if any(_spec(x)) else y
+
+
+def _spec(x: jax.Array) -> tuple[Any, ...]:
+    sharding: Any = jax.typeof(x).sharding
+    return tuple(sharding.spec)

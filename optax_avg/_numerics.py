@@ -195,16 +195,19 @@ def common_multiple(a: Any, b: Any) -> Any:
 
 def all_finite(tree: optax.Params) -> jax.Array:
     """Whether every element of every leaf is finite, also across ``shard_map``."""
+    return _mesh.agreed(all_finite_here(tree))
+
+
+def all_finite_here(tree: optax.Params) -> jax.Array:
+    """Whether every element is finite that this device of ``shard_map`` holds."""
     leaves = [x for x in jax.tree.leaves(tree) if x.size]
     if not leaves:
         return jnp.asarray(True)
     if all(jax.typeof(x).sharding.mesh.empty for x in leaves):
-        finite = lax.platform_dependent(
+        return lax.platform_dependent(
             *leaves, cpu=_all_finite_on_cpu, default=_all_finite
         )
-    else:
-        finite = _all_finite(*leaves)
-    return _mesh.agreed(finite)
+    return _all_finite(*leaves)
 
 
 def _all_finite(*leaves: jax.Array) -> jax.Array:

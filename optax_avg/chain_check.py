@@ -18,6 +18,7 @@ from optax_avg.averages.readout import (
     is_average_state,
     read_leaves,
 )
+from optax_avg.optimizers import BayesState
 from optax_avg.robust import NotStackedError
 from optax_avg.sharpness import RuleState
 from optax_avg.sharpness.decoupled import DecoupledState
@@ -106,7 +107,7 @@ def _probe(tx: Any, params: Any, grads: Any, extra_args: dict[str, Any]) -> None
     _refuse_namesakes(state, params)
     passed_on = not _accumulates(state)
     ours = [x for x in jax.tree.leaves(state, is_leaf=_has_a_place) if _has_a_place(x)]
-    if any(isinstance(x, (RuleState, DecoupledState)) for x in ours):
+    if any(isinstance(x, (RuleState, DecoupledState, BayesState)) for x in ours):
         grad_fn = lambda x: _gradient(grads, params, x)
         extra_args = {"grad_fn": grad_fn, **extra_args}
     wrong: list[str] = []
@@ -152,7 +153,7 @@ def _accumulates(state: Any) -> bool:
 
 def _has_a_place(node: Any) -> bool:
     """Whether a node of the state belongs to a link that stands first or last."""
-    ours = (RuleState, DecoupledState, MultiCallState)
+    ours = (RuleState, DecoupledState, MultiCallState, BayesState)
     return is_average_state(node) or isinstance(node, ours)
 
 

@@ -486,8 +486,44 @@ OPTIMIZERS = {
     for name, case in OPTIMIZERS.items()
 }
 
+FEEDBACK = {
+    "error_feedback": Case(
+        oa.optimizers.error_feedback,
+        {"compressor": oa.optimizers.top_k(0.5), "variant": "ef"},
+    ),
+    "error_feedback_sign": Case(
+        oa.optimizers.error_feedback, {"compressor": oa.optimizers.sign()}
+    ),
+    "error_feedback_random": Case(
+        oa.optimizers.error_feedback, {"compressor": oa.optimizers.random_k(0.5)}
+    ),
+    "error_feedback_control": Case(
+        oa.optimizers.error_feedback,
+        {
+            "compressor": oa.optimizers.low_rank(1),
+            "variant": "econtrol",
+            "eta": 0.25,
+        },
+    ),
+}
+FEEDBACK = {
+    name: case._replace(
+        static=("compressor", "variant"),
+        place="first",
+        counter="feedback_step",
+        needs_params=False,
+    )
+    for name, case in FEEDBACK.items()
+}
+CALLS["bsam"] = Case(
+    oa.optimizers.bsam,
+    {"learning_rate": 0.05, "num_data": 1e6, "prior_precision": 0.0},
+    ("key",),
+    place="alone",
+    counter="bayes_step",
+)
 CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
-CASES |= OPTIMIZERS | RECIPES_B
+CASES |= OPTIMIZERS | RECIPES_B | FEEDBACK
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
@@ -501,6 +537,7 @@ SIBLINGS = {
     *("adamp", "sgdp", "adahessian", "norm_loss", "spl_plus"),
     *("adamomentum", "diffgrad", "aggregated_momentum", "grams"),
     *(name for name in OPTIMIZERS if name.startswith("scale_by")),
+    *("error_feedback_sign", "error_feedback_random"),
 }
 
 

@@ -70,6 +70,8 @@ NORMS = "tests/test_optimizers_norms.py"
 FREE = "tests/test_optimizers_free.py"
 LOSSES = "tests/test_losses.py"
 OPTIMIZERS_A = "tests/test_optimizers_adaptive.py"
+FEEDBACK = "tests/test_error_feedback.py"
+BSAM = "tests/test_bsam.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -759,9 +761,9 @@ FAULTS = {
         f"{ATTACKS} -k direction",
     ),
     "gradients that are already summed pass": Fault(
-        "optax_avg/robust/_gradients.py",
-        "typed = [a for a in names if a in",
-        "typed = [a for a in names if a not in",
+        "optax_avg/_mesh.py",
+        "typed = [a for a in axes if a in",
+        "typed = [a for a in axes if a not in",
         f"{AGGREGATION} -k already_summed",
     ),
     "stacked gradients are not checked": Fault(
@@ -2055,6 +2057,114 @@ FAULTS = {
         "return memory + jnp.broadcast_to(zeros, memory.shape)",
         "return memory",
         f"{CONTRACT} -k 'jitted_init_keeps_sharding and nag_gs'",
+    ),
+    "error feedback forgets older errors": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "error = errors[i] + drift - sent",
+        "error = drift - sent",
+        f"{FEEDBACK} -k test_reference",
+    ),
+    "EF21 forgets its estimate": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "estimates[i] = estimates[i] + sent",
+        "estimates[i] = sent",
+        f"{FEEDBACK} -k test_reference",
+    ),
+    "EControl weakens the gradient, not the error": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "drift + strength * errors[i] if errors",
+        "strength * drift + errors[i] if errors",
+        f"{FEEDBACK} -k test_reference",
+    ),
+    "the mean of the estimates moves by what one worker sends": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "means[i] = means[i] + result",
+        "means[i] = means[i] + sent",
+        f"{FEEDBACK} -k without_compression",
+    ),
+    "gathered messages are summed": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "total(messages) / messages[0].shape[0]",
+        "total(messages)",
+        f"{FEEDBACK} -k test_reference",
+    ),
+    "a worker sends what is not finite": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "signal = jnp.where(finite, signal, 0)",
+        "signal = jnp.where(finite, signal, signal)",
+        f"{FEEDBACK} -k not_finite_waits",
+    ),
+    "all workers wait for the one whose gradient is not finite": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "_numerics.all_finite_here(",
+        "_numerics.all_finite(",
+        f"{FEEDBACK} -k not_finite_waits",
+    ),
+    "the random places are those of the first step": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "jax.random.fold_in(jax.random.fold_in(key, step), leaf)",
+        "jax.random.fold_in(key, leaf)",
+        f"{FEEDBACK} -k places_change",
+    ),
+    "the largest elements are those with the largest sign": Fault(
+        "optax_avg/optimizers/compressors.py",
+        "lax.top_k(jnp.abs(flat), count(flat.size))",
+        "lax.top_k(flat, count(flat.size))",
+        f"{FEEDBACK} -k contraction_of_the_largest",
+    ),
+    "signs have the largest size": Fault(
+        "optax_avg/optimizers/compressors.py",
+        "jnp.sum(jnp.abs(flat)) / max(flat.size, 1)",
+        "jnp.max(jnp.abs(flat), initial=0)",
+        f"{FEEDBACK} -k contraction_of_signs",
+    ),
+    "the columns of a factor are not orthonormal": Fault(
+        "optax_avg/optimizers/compressors.py",
+        'jnp.linalg.qr(jnp.dot(matrix, q, precision="highest"))[0]',
+        'jnp.dot(matrix, q, precision="highest")',
+        f"{FEEDBACK} -k sent_exactly",
+    ),
+    "bits are counted as numbers": Fault(
+        "optax_avg/optimizers/compressors.py",
+        "x.size * x.dtype.itemsize",
+        "x.size * 4",
+        f"{FEEDBACK} -k 'test_bytes or travels'",
+    ),
+    "Bayes-SAM ascends along the gradient": Fault(
+        "optax_avg/optimizers/bayes.py",
+        "radius * (g / s)",
+        "radius * g",
+        f"{BSAM} -k algorithm_of_the_paper",
+    ),
+    "Bayes-SAM steps by the precision from before": Fault(
+        "optax_avg/optimizers/bayes.py",
+        "-lr * (m / s), 0), m, s)",
+        "-lr * (m / s), 0), m, state.precision)",
+        f"{BSAM} -k algorithm_of_the_paper",
+    ),
+    "the precision follows the gradient without its root": Fault(
+        "optax_avg/optimizers/bayes.py",
+        "jnp.sqrt(s) * jnp.abs(g)",
+        "jnp.abs(g)",
+        f"{BSAM} -k 'settles or algorithm_of_the_paper'",
+    ),
+    "every sample of Bayes-SAM has the same noise": Fault(
+        "optax_avg/optimizers/bayes.py",
+        "jax.random.fold_in(state.noise_key, state.bayes_step)",
+        "state.noise_key",
+        f"{BSAM} -k variance_of_the_posterior",
+    ),
+    "devices draw one sample": Fault(
+        "optax_avg/optimizers/bayes.py",
+        "key = jax.random.fold_in(key, lax.axis_index(name))",
+        "del name",
+        f"{BSAM} -k samples_of_their_own",
+    ),
+    "bsam does not report its place": Fault(
+        "optax_avg/optimizers/bayes.py",
+        '_sight.report("bsam", received=updates, emitted=steps)',
+        "pass",
+        f"{BSAM} -k check_of_chains",
     ),
 }
 

@@ -155,6 +155,13 @@ NEEDS = {
     "u_dog": Needs(sums=2, rare=2),
     "preconditioned_polyak": Needs(gradients=2, sums=1),
     "spl_plus": Needs(sums=1),
+    # The largest elements are found in whole leaves; their values are a sum.
+    "error_feedback": Needs(sums=2, gathered=4),
+    "error_feedback_random": Needs(sums=2),
+    # Of the two matrices one factor is a sum, and one is gathered.
+    "error_feedback_control": Needs(sums=2, gathered=2),
+    # Gradients at a sample and at the ascent; both are finite, or nothing changes.
+    "bsam": Needs(gradients=2, sums=1),
 }
 MORE = {
     "amp": Case(lambda: oa.as_link(oa.rules.amp())),
@@ -163,6 +170,8 @@ MORE = {
     "perp_grad_global": Case(counted(oa.perp_grad)),
 }
 ALL = CASES | {name: case._replace(place="first") for name, case in MORE.items()}
+# The eight bits of a byte lie on several devices, and XLA brings them together.
+del ALL["error_feedback_sign"]
 MESH = jax.make_mesh((8,), ("d",), axis_types=(AxisType.Auto,))
 SHAPES = {"bias": (32,), "norm": (32,), "w": (16, 32), "z": (32, 16)}
 COLLECTIVE = r"\b(all-\w+|reduce-scatter|collective-\w+)(?:-start)?\("

@@ -9,7 +9,17 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
-from cases import AVERAGES, CASES, LINKS, SIBLINGS, beside, grads_of, params_of, read
+from cases import (
+    AVERAGES,
+    CASES,
+    FEEDBACK,
+    LINKS,
+    SIBLINGS,
+    beside,
+    grads_of,
+    params_of,
+    read,
+)
 
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
 each_kind = pytest.mark.parametrize(
@@ -27,6 +37,8 @@ REAL = {
     *("spectral_regularisation", "adahessian", "scale_by_adahessian"),
     "preconditioned_polyak",
     *("cautious", "grams"),
+    # Sizes and signs are compared; a variance is real.
+    *("bsam", *FEEDBACK),
 }
 DTYPES = {
     "float32": (jnp.float32, jnp.float32, jnp.float32),

@@ -67,3 +67,165 @@ def test_booster():
     h0 = 4 * np.asarray(X) ** 3
     there = np.asarray(X) - alpha * h0 / np.linalg.norm(h0)
     np.testing.assert_allclose(found, A @ X + lam * (h0 - 4 * there**3), rtol=1e-5)
+
+
+def class_weights(counts, beta):
+    weights = (1 - beta) / (1 - beta**counts)
+    return len(counts) * weights / jnp.sum(weights)
+
+
+def softmax_gradient(w, x, y, weights):
+    """Of the weighted cross-entropy, in NumPy."""
+    logits = x @ w
+    p = np.exp(logits - logits.max(axis=1, keepdims=True))
+    p /= p.sum(axis=1, keepdims=True)
+    share = weights[y] / weights[y].sum()
+    return x.T @ (share[:, None] * (p - np.eye(w.shape[1])[y]))
+
+
+def test_sam_for_classes_of_few_examples():
+    rng = np.random.default_rng(1)
+    x, y, w = rng.normal(size=(9, 4)), rng.integers(0, 3, 9), rng.normal(size=(4, 3))
+    counts, rho = np.array([100.0, 10.0, 1.0]), 0.5
+    with jax.enable_x64(True):
+        weights = np.asarray(class_weights(jnp.asarray(counts), 0.9))
+        # Of one example the effective number is one, of many 1/(1 - beta).
+        np.testing.assert_allclose(weights.sum(), 3, rtol=1e-12)
+        np.testing.assert_allclose(weights[2] / weights[0], 10 * (1 - 0.9**100))
+
+        def loss(params, x, y, weights):
+            each = -jnp.take_along_axis(
+                jax.nn.log_softmax(x @ params), y[:, None], axis=1
+            )[:, 0]
+            return jnp.sum(weights[y] * each) / jnp.sum(weights[y])
+
+        rule = oa.rules.sam(optax.piecewise_constant_schedule(0.1, {1: 5.0}))
+        sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+        params, state = jnp.asarray(w), sharp.init(jnp.asarray(w))
+        for radius in (0.1, rho):
+            _, grads, state = sharp(params, state, x, jnp.asarray(y), weights)
+            g0 = softmax_gradient(w, x, y, weights)
+            there = w + radius * g0 / np.linalg.norm(g0)
+            wanted = softmax_gradient(there, x, y, weights)
+            np.testing.assert_allclose(grads, wanted, rtol=1e-6, atol=1e-9)
+
+
+class Udim:
+    """UDIM of ``(w.x - y)^2/2`` in NumPy; gradients by central differences."""
+
+    rho, step, lam = 0.125, 0.5, 2.0
+
+    @staticmethod
+    def each(w, x, y):
+        return (x @ w - y)[:, None] * x
+
+    @staticmethod
+    def slope_of(f, at, eps=1e-5):
+        out = np.zeros_like(at)
+        for i in np.ndindex(at.shape):
+            d = np.zeros_like(at)
+            d[i] = eps
+            out[i] = (f(at + d) - f(at - d)) / (2 * eps)
+        return out
+
+    def worst(self, w, x, y):
+        def raised(x):
+            mean = np.mean((x @ w - y) ** 2) / 2
+            return mean + self.rho * np.linalg.norm(self.each(w, x, y).mean(axis=0))
+
+        g = self.slope_of(raised, x)
+        return x + self.step * g / np.linalg.norm(g, axis=1, keepdims=True)
+
+    def inconsistency(self, w, x, there, y):
+        a, b = self.each(w, x, y), self.each(w, there, y)
+        spread = np.linalg.norm(b.var(axis=0) - a.var(axis=0))
+        return self.rho * np.linalg.norm(b.mean(axis=0)) + spread
+
+    def gradient(self, w, x, y):
+        g0 = self.each(w, x, y).mean(axis=0)
+        sam = self.each(w + self.rho * g0 / np.linalg.norm(g0), x, y).mean(axis=0)
+        there = self.worst(w, x, y)
+        extra = self.slope_of(lambda w: self.inconsistency(w, x, there, y), w)
+        return sam + self.lam * extra
+
+
+def test_udim():
+    reference = Udim()
+    rho, step, lam = reference.rho, reference.step, reference.lam
+    rng = np.random.default_rng(2)
+    w, x, y = rng.normal(size=3), rng.normal(size=(5, 3)), rng.normal(size=5)
+
+    def loss(params, x, y):
+        return (x @ params - y) ** 2 / 2
+
+    def mean_loss(params, x, y):
+        return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, x, y))
+
+    def worst(params, x, y):
+        def raised(x):
+            slope = jax.grad(mean_loss)(params, x, y)
+            return mean_loss(params, x, y) + rho * optax.tree.norm(slope)
+
+        ascent = jax.grad(raised)(x)
+        return x + step * jax.vmap(lambda g: g / jnp.linalg.norm(g))(ascent)
+
+    def inconsistency(params, x, there, y):
+        each = jax.vmap(jax.grad(loss), (None, 0, 0))
+        here, there = each(params, x, y), each(params, there, y)
+        spread = jax.tree.map(lambda a, b: jnp.var(b, 0) - jnp.var(a, 0), here, there)
+        slope = jax.tree.map(lambda b: jnp.mean(b, 0), there)
+        return rho * optax.tree.norm(slope) + optax.tree.norm(spread)
+
+    with jax.enable_x64(True):
+        params, inputs, targets = (jnp.asarray(a) for a in (w, x, y))
+        sharp = oa.sharpness_aware(jax.value_and_grad(mean_loss), oa.rules.sam(rho))
+        _, grads, _ = sharp(params, sharp.init(params), inputs, targets)
+        there = worst(params, inputs, targets)
+        extra = jax.grad(inconsistency)(params, inputs, there, targets)
+        found = jax.tree.map(lambda g, e: g + lam * e, grads, extra)
+        np.testing.assert_allclose(there, reference.worst(w, x, y), rtol=1e-6)
+        np.testing.assert_allclose(found, reference.gradient(w, x, y), rtol=1e-5)
+
+
+def gaqat(rho, is_scale, k, tau):
+    def start(params):
+        zeros = lambda: jax.tree.map(jnp.zeros_like, params)
+        return zeros(), zeros(), zeros()  # signs, changes of sign, frozen
+
+    def combine(params, grads, state):
+        task, smooth = grads
+        signs, turns, frozen = state.rule_memory
+        turns = jax.tree.map(lambda n, s, g: n + (s * g < 0), turns, signs, task)
+        result = jax.tree.map(
+            lambda g, f, scale, d: d + jnp.where(scale & (f > 0), 0, g),
+            *(task, frozen, is_scale, smooth),
+        )
+        due = (state.rule_step + 1) % k == 0
+        frozen = jax.tree.map(
+            lambda n, f: jnp.where(due, n < tau * k, f).astype(f.dtype), turns, frozen
+        )
+        turns = jax.tree.map(lambda n: jnp.where(due, 0, n), turns)
+        return result, (jax.tree.map(jnp.sign, task), turns, frozen)
+
+    rule = oa.rules.sam(rho)._replace(in_result=None, period=k)
+    return rule._replace(init_memory=start, combine=combine)
+
+
+def test_gaqat_freezes_scales_whose_gradients_keep_their_sign():
+    """Of two scales one turns at every step; the weight is never frozen."""
+    k, rho = 4, 0.5
+    loss = lambda x, c: jnp.sum(c * x["s"]) + x["w"] ** 2 / 2 + jnp.sum(x["s"] ** 2)
+    rule = gaqat(rho, {"s": True, "w": False}, k, tau=0.5)
+    sharp = oa.sharpness_aware(jax.value_and_grad(loss), rule)
+    x = {"s": jnp.array([0.25, 0.5]), "w": jnp.array(2.0)}
+    state, step = sharp.init(x), jax.jit(sharp)
+    for t in range(3 * k):
+        c = np.array([8.0, 8.0 * (-1) ** t])
+        _, grads, state = step(x, state, jnp.asarray(c, jnp.float32))
+        task = np.array([c[0] + 0.5, c[1] + 1.0, 2.0])
+        d = rho * task / np.linalg.norm(task)
+        smooth = task + d * np.array([2.0, 2.0, 1.0])
+        kept = np.array([0.0 if t >= k else 1.0, 1.0, 1.0])
+        wanted = smooth + kept * task
+        np.testing.assert_allclose(grads["s"], wanted[:2], rtol=1e-5)
+        np.testing.assert_allclose(grads["w"], wanted[2], rtol=1e-5)

@@ -4,13 +4,11 @@ Of stacked gradients each device or element must have its own, of the shape of t
 parameters.
 """
 
-from collections.abc import Hashable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from jax import lax
 
 from optax_avg import _leaves, _mesh
 from optax_avg.robust._options import AxisName, Number
@@ -150,7 +148,7 @@ def check_rows(
     if axis_name is not None:
         _mesh.require_mapped(_mesh.axis_names(axis_name))
         gradients = [(name, x) for name, x in leaves if _leaves.is_gradient(x)]
-        _check_varying(gradients, _mesh.axis_names(axis_name))
+        _mesh.require_own(gradients, _mesh.axis_names(axis_name))
     if params is None:
         return
     parts = _leaves.parts_like(updates, params)
@@ -184,24 +182,3 @@ def _check_shape(
         raise kind(
             f"{name} has shape {stacked} for a parameter of shape {shape}; {advice}"
         )
-
-
-def _check_varying(
-    gradients: list[tuple[str, Leaf]], names: tuple[Hashable, ...]
-) -> None:
-    """Raises if a gradient is the same on all devices, by its type in ``shard_map``.
-
-    Types say nothing with ``check_vma=False`` and under ``vmap`` or ``pmap``. In these
-    cases the index of the device does not vary either.
-    """
-    typed = [a for a in names if a in _mesh.varying_axes(lax.axis_index(a))]
-    for name, x in gradients:
-        same = [a for a in typed if a not in _mesh.varying_axes(jnp.asarray(x))]
-        if same:
-            over = repr(same[0] if len(same) == 1 else tuple(same))
-            raise ValueError(
-                f"{name} does not vary over {over}: jax.grad has summed it over the "
-                "devices, so that there is nothing left to choose from. Take gradients "
-                f"at jax.lax.pcast(params, {over}, to='varying'), or pass "
-                "check_vma=False to shard_map."
-            )

@@ -5,7 +5,7 @@ are joined. Across devices each one holds all rows of its share of the coordinat
 """
 
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -90,7 +90,7 @@ def place(layout: Layout, located: list[jax.Array], tree: Tree) -> Tree:
     new = _parts(layout, tree)
     for group, x in zip(layout.groups, located, strict=True):
         if layout.axis_name is not None:
-            x = everywhere(x, layout.axis_name).reshape(-1)
+            x = _mesh.everywhere(x, layout.axis_name).reshape(-1)
         begin = 0
         for i in group:
             shape = layout.shapes[i]
@@ -101,17 +101,6 @@ def place(layout: Layout, located: list[jax.Array], tree: Tree) -> Tree:
             new[i] = part.astype(new[i].dtype)
             begin += size
     return jax.tree.structure(tree, is_leaf=_leaves.is_absent).unflatten(new)
-
-
-def everywhere(x: jax.Array, axis_name: AxisName) -> jax.Array:
-    """``x`` of every device on every device, alike on all: shape (devices, ...)."""
-    x = _mesh.vary(x, _mesh.axis_names(axis_name))
-    namespace: Any = lax
-    if not _mesh.varying_axes(x):
-        return lax.all_gather(x, axis_name)
-    if hasattr(lax, "all_gather_invariant"):  # before jax 0.10
-        return namespace.all_gather_invariant(x, axis_name)
-    return namespace.all_gather(x, axis_name, to="invarying")
 
 
 def _stacked(names: list[tuple[str, Leaf]], axis: int | None) -> ByPosition:

@@ -83,7 +83,7 @@ def row_norms(
     norms = _numerics.square_roots(squares)
     if axis_name is None:
         return norms
-    shares = _layout.everywhere(norms, axis_name).T
+    shares = _mesh.everywhere(norms, axis_name).T
     return _numerics.square_roots(
         lambda factors: jnp.sum(
             (shares if factors is None else shares * factors[:, None]) ** 2, axis=1

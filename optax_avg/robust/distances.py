@@ -8,12 +8,11 @@ distance is a value: :class:`Distance` takes the step of your own.
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 
 from optax_avg import _checks, _mesh, _numerics
 from optax_avg.robust._gradients import clip_factor
@@ -369,24 +368,10 @@ def _spectral(delta: Leaves, tau: Number) -> Step:
         if not d.size:
             steps.append(d)
             continue
-        matrix = _unsharded(d).reshape(-1, d.shape[-1] if d.ndim > 1 else 1)
+        matrix = _mesh.unsharded(d).reshape(-1, d.shape[-1] if d.ndim > 1 else 1)
         u, s, vt = jnp.linalg.svd(matrix, full_matrices=False)
         cut = jnp.where(jnp.all(s <= tau), matrix, (u * jnp.minimum(s, tau)[None]) @ vt)
-        steps.append(_sharded_like(d, cut.reshape(d.shape)))
+        steps.append(_mesh.sharded_like(d, cut.reshape(d.shape)))
         largest.append(jnp.max(s))
     tops = jnp.stack(largest[1:] or largest)
     return Step(steps, jnp.mean((tops <= tau).astype(tops.dtype)), jnp.mean(tops))
-
-
-def _unsharded(x: jax.Array) -> jax.Array:
-    """A copy on every device under explicit sharding, because SVD takes no other."""
-    return jax.sharding.reshard(x, PartitionSpec()) if any(_spec(x)) else x
-
-
-def _sharded_like(x: jax.Array, y: jax.Array) -> jax.Array:
-    return jax.sharding.reshard(y, PartitionSpec(*_spec(x))) if any(_spec(x)) else y
-
-
-def _spec(x: jax.Array) -> tuple[Any, ...]:
-    sharding: Any = jax.typeof(x).sharding
-    return tuple(sharding.spec)
