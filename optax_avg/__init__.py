@@ -59,9 +59,10 @@ Families of plain functions
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
     landscape       curvature, sharpness, barriers and planes of a loss
+    frameworks      whole models of Flax nnx, Flax linen and Equinox
 """
 
-from optax_avg import landscape, merging, posthoc, rules, schedules, weights
+from optax_avg import frameworks, landscape, merging, posthoc, rules, schedules, weights
 from optax_avg.averages import AverageOptions, AverageState, memories
 from optax_avg.averages.links import (
     average,
@@ -205,6 +206,7 @@ __all__ = [
     "esam",
     "fisher_sam",
     "flag_aggregator",
+    "frameworks",
     "friendly_sam",
     "gam",
     "gam_hvp",
