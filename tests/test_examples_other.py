@@ -163,3 +163,16 @@ def test_loop_learns_and_averages(script, monkeypatch, capsys):
     live, averaged = np.array([row[1:] for row in rows], float).T
     assert min(live[-1], averaged[-1]) > 0.8  # chance is 0.1
     assert (live != averaged).any()
+
+
+def test_resnet_reads_the_average_in_three_ways(monkeypatch, capsys):
+    tiny = ["--epochs", "2", "--images", "512", "--width", "4"]
+    monkeypatch.setattr(sys, "argv", ["resnet_nnx.py", *tiny])
+    runpy.run_path(str(EXAMPLES / "resnet_nnx.py"), run_name="__main__")
+    rows = capsys.readouterr().out.splitlines()[1:]
+    found = np.array([row.split() for row in rows], float)
+    assert found.shape == (2, 5)
+    assert found[-1, 1] > 0.2  # chance is 0.1
+    recomputed, stale = found[-1, 4], found[-1, 2]
+    assert recomputed > 0.2
+    assert recomputed != stale
