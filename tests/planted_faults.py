@@ -1830,7 +1830,8 @@ FAULTS = {
     "the perturbed pass leaves its statistics": Fault(
         "optax_avg/frameworks/nnx.py",
         "        nnx.update(pieces.nodes, _known(after, rest))\n",
-        "        nnx.update(pieces.nodes, at(params, rest, pieces)[0][1][1])\n",
+        "        there = jax.tree.map(lambda x: x + 0.1, params)\n"
+        "        nnx.update(pieces.nodes, at(there, rest, pieces)[0][1][1])\n",
         f"{NNX} -k clean_pass",
     ),
     "the clean pass leaves nothing": Fault(

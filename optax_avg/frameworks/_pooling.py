@@ -120,7 +120,8 @@ def number_of_values(
     """
     given = inspect.signature(fn).bind(*args, **kwargs).arguments
     mask = given.pop("mask", None)
-    x = next(leaf for leaf in jax.tree.leaves(dict(given)) if jnp.ndim(leaf))
+    leaves = jax.tree.leaves(list(given.values()))
+    x = next(leaf for leaf in leaves if getattr(leaf, "ndim", 0))
     seen = x.size if mask is None else jnp.sum(jnp.broadcast_to(mask, x.shape))
     count = seen / features
     axes = getattr(layer, "axis_name", None)
@@ -184,13 +185,36 @@ def population(
         return stats
     first, batches = _first(batches, exact)
     pools, order = sweep(stats, list(stats), _PROBE, [first])
-    called = [name for name in dict.fromkeys(order) if name in stats]
+    called = _called(pools, order, exact)
     momenta = {name: _momenta(name, pools[name]) for name in called}
     for group in [[name] for name in called] if exact else [called] * bool(called):
         pools, _ = sweep(stats, group, 0.0, batches)
         for name in group:
             stats[name] = _moments(pools[name], momenta[name], stats[name])
     return stats
+
+
+def _called(
+    pools: Mapping[Hashable, Pool], order: Sequence[Hashable], exact: bool
+) -> list[Hashable]:
+    """The layers that were called, in the order of their first calls.
+
+    Raises:
+      ValueError: If the order is needed, and a program that was compiled before hides
+        it.
+    """
+    called = [name for name in dict.fromkeys(order) if name in pools]
+    hidden = [
+        name
+        for name, pool in pools.items()
+        if name not in called and np.any(np.asarray(pool.pool_count) > 0)
+    ]
+    if hidden and exact:
+        raise ValueError(
+            f"exact=True needs the order of the layers, and that of {hidden} is hidden "
+            "in a function that was compiled before; pass one without jax.jit."
+        )
+    return called + hidden
 
 
 def _first(batches: Iterable[Any], exact: bool) -> tuple[Any, Iterable[Any]]:
