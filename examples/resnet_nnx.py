@@ -1,4 +1,4 @@
-"""A small ResNet in Flax nnx: an average, and the statistics of BatchNorm that it needs.
+"""A small ResNet in Flax nnx: an average, and the BatchNorm statistics that it needs.
 
 Four ways to read the same training: the live parameters; the averaged ones with the
 statistics that training left, which belong to the live ones; with an average of the
@@ -106,13 +106,14 @@ def main() -> None:
             train_step(model, optimizer, x, y)
             stats_state = absorb(model, stats_state)
         average = oa.frameworks.nnx.averaged_model(model, optimizer)
-        found = [accuracy(each, images.test_x, images.test_y) for each in (model, average)]
+        test = images.test_x, images.test_y
+        found = [accuracy(each, *test) for each in (model, average)]
         stats = nnx.state(model, nnx.BatchStat)
         nnx.update(average, oa.averaged_params(stats_state, stats))
-        found.append(accuracy(average, images.test_x, images.test_y))
+        found.append(accuracy(average, *test))
         pieces = (x for x, _ in batches(x_train, y_train, 64, rng))
         oa.frameworks.nnx.recompute_batch_stats(average, pieces)
-        found.append(accuracy(average, images.test_x, images.test_y))
+        found.append(accuracy(average, *test))
         print(f"{epoch:5d}  " + "  ".join(f"{x:.4f}" for x in found))
 
 

@@ -79,7 +79,7 @@ def select(tree: Any, where: Where | None) -> Any:
 
     if where is None:
         return jax.tree.map(keep, tree)
-    if callable(where):
+    if _is_predicate(where):
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: keep(leaf) if where(path, leaf) else optax.MaskedNode(),
             tree,
@@ -97,6 +97,13 @@ def select(tree: Any, where: Where | None) -> Any:
             f"where has {shown(where)} and params {shown(tree)}; pass bools for a "
             "prefix of params, or a function (key_path, leaf) -> bool."
         ) from error
+
+
+def _is_predicate(where: Any) -> bool:
+    """Whether ``where`` is a function; a model of Equinox that holds bools is a tree."""
+    leaves = jax.tree.leaves(where)
+    is_tree = bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
+    return callable(where) and not is_tree
 
 
 def refuse_none_selected(tree: Any, where: Where | None, otherwise: str) -> None:

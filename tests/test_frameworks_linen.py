@@ -1,5 +1,7 @@
 """Flax linen: a TrainState that hands arguments on, and checkpoints of averages."""
 
+from typing import Any
+
 import flax.serialization
 import jax
 import jax.numpy as jnp
@@ -9,7 +11,6 @@ import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
 from flax.training import train_state
-from typing import Any
 
 import optax_avg as oa
 

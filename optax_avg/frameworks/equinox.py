@@ -226,7 +226,10 @@ def recompute_batch_stats(
 
     def sweep(stats, names, start, batches):
         order: list[Any] = []
-        pools = {name: eqx.nn.StateIndex(_pooling.empty_pool(stats[name][0])) for name in names}
+        pools = {
+            name: eqx.nn.StateIndex(_pooling.empty_pool(stats[name][0]))
+            for name in names
+        }
         entries = _entries(state)
         for name, layer in layers.items():
             record = name in names

@@ -1,7 +1,7 @@
 """Averages and statistics of normalisation for Flax linen.
 
-    state.apply_gradients(grads=grads, grad_fn=grad_fn) hands ``grad_fn`` on:
-    updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
+state.apply_gradients(grads=grads, grad_fn=grad_fn) hands ``grad_fn`` on:
+updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
 """
 
 import dataclasses

@@ -169,9 +169,7 @@ def value_and_grad(
 
     def at(params, rest, pieces):
         def loss(params):
-            nodes = nnx.merge(
-                pieces.graphdef, nnx.State({0: params}), rest, copy=True
-            )
+            nodes = nnx.merge(pieces.graphdef, nnx.State({0: params}), rest, copy=True)
             args, kwargs = _arguments(pieces, nodes[1:])
             out = loss_fn(nodes[0], *args, **kwargs)
             value, aux = out if has_aux else (out, None)
@@ -368,7 +366,9 @@ def _recording(kind: Any) -> Any:
     """The class of a layer, of which a call goes through :func:`_call_recorded`."""
 
     def call(self, *args, **kwargs):
-        return _call_recorded(self, functools.partial(kind.__call__, self), args, kwargs)
+        return _call_recorded(
+            self, functools.partial(kind.__call__, self), args, kwargs
+        )
 
     return type(kind)(kind.__name__, (kind,), {"__call__": call})
 
