@@ -26,9 +26,9 @@ class Block(nnx.Module):
     def __init__(self, width_in: int, width: int, stride: int, rngs: nnx.Rngs) -> None:
         size = {"kernel_size": (3, 3), "use_bias": False, "rngs": rngs}
         self.conv1 = nnx.Conv(width_in, width, strides=stride, **size)
-        self.norm1 = nnx.BatchNorm(width, rngs=rngs)
+        self.norm1 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.conv2 = nnx.Conv(width, width, **size)
-        self.norm2 = nnx.BatchNorm(width, rngs=rngs)
+        self.norm2 = nnx.BatchNorm(width, momentum=0.9, rngs=rngs)
         self.shortcut = nnx.Conv(
             width_in, width, (1, 1), strides=stride, use_bias=False, rngs=rngs
         )

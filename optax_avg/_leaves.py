@@ -100,7 +100,7 @@ def select(tree: Any, where: Where | None) -> Any:
 
 
 def _is_predicate(where: Any) -> bool:
-    """Whether ``where`` is a function; a model of Equinox that holds bools is a tree."""
+    """Whether it is a function. A model of Equinox that holds bools is a tree."""
     leaves = jax.tree.leaves(where)
     is_tree = bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
     return callable(where) and not is_tree

@@ -517,18 +517,3 @@ def test_a_batch_in_parts_on_devices_is_one_batch():
     ]
     model = oa.frameworks.nnx.recompute_batch_stats(norm_nnx(3), data)
     check(of_nnx(model), data)
-
-
-# Beside the parameters
-
-
-def test_statistics_averaged_as_the_parameters_are():
-    """The other way: an average of the statistics, with the same weights."""
-    tx = oa.ema_params(0.5)
-    stats = {"mean": jnp.array([0.0]), "var": jnp.array([1.0])}
-    state = tx.init(stats)
-    zeros = jax.tree.map(jnp.zeros_like, stats)
-    for mean in (2.0, 4.0):
-        _, state = tx.update(zeros, state, {**stats, "mean": jnp.array([mean])})
-    averaged = oa.averaged_params(state, stats)
-    np.testing.assert_allclose(averaged["mean"], [(0.25 * 2 + 0.5 * 4) / 0.75], 1e-6)

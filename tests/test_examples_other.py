@@ -166,13 +166,13 @@ def test_loop_learns_and_averages(script, monkeypatch, capsys):
 
 
 def test_resnet_reads_the_average_in_three_ways(monkeypatch, capsys):
-    tiny = ["--epochs", "2", "--images", "512", "--width", "4"]
+    monkeypatch.syspath_prepend(EXAMPLES)
+    tiny = ["--epochs", "2", "--width", "8"]
     monkeypatch.setattr(sys, "argv", ["resnet_nnx.py", *tiny])
     runpy.run_path(str(EXAMPLES / "resnet_nnx.py"), run_name="__main__")
     rows = capsys.readouterr().out.splitlines()[1:]
     found = np.array([row.split() for row in rows], float)
     assert found.shape == (2, 5)
-    assert found[-1, 1] > 0.2  # chance is 0.1
-    recomputed, stale = found[-1, 4], found[-1, 2]
-    assert recomputed > 0.2
-    assert recomputed != stale
+    _, live, stale, averaged, recomputed = found[-1]
+    assert recomputed > 0.6  # chance is 0.1; 0.82 to 0.90 with three seeds
+    assert len({live, stale, averaged, recomputed}) == 4

@@ -6,6 +6,10 @@ the library nor this package needs one of the frameworks.
 
 import importlib
 from types import ModuleType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:  # what type checkers cannot see in __getattr__
+    from optax_avg.frameworks import equinox, linen, nnx
 
 __all__ = ["equinox", "linen", "nnx"]
 

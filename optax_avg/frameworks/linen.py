@@ -7,7 +7,7 @@ updates, opt_state = tx.update(grads, opt_state, params, grad_fn=grad_fn)
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping
-from typing import Any
+from typing import Any, Self
 
 import jax
 import jax.numpy as jnp
@@ -41,7 +41,7 @@ class TrainState(train_state.TrainState):
       (0.5, 0.0)
     """
 
-    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> "TrainState":
+    def apply_gradients(self, *, grads: Any, **kwargs: Any) -> Self:
         """One step of the optimizer.
 
         Args:
@@ -70,7 +70,7 @@ class TrainState(train_state.TrainState):
         given = optax.GradientTransformation(
             tx.init, functools.partial(tx.update, **extra)
         )
-        stepped = train_state.TrainState.apply_gradients(
+        stepped: Any = train_state.TrainState.apply_gradients(
             self.replace(tx=given), grads=grads, **replaced
         )
         return stepped.replace(tx=tx)
