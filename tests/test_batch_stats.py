@@ -435,6 +435,91 @@ def test_stacked_layers():
     check((stats["mean"][1], stats["var"][1]), wanted)
 
 
+class StackNnx(nnx.Module):
+    """The same in Flax nnx."""
+
+    def __init__(self, rngs):
+        @nnx.split_rngs(splits=2)
+        @nnx.vmap(in_axes=0, out_axes=0)
+        def blocks(rngs):
+            return nnx.BatchNorm(3, rngs=rngs)
+
+        self.blocks = blocks(rngs)
+
+    def __call__(self, x):
+        @nnx.scan(in_axes=(0, nnx.Carry), out_axes=nnx.Carry)
+        def through(block, x):
+            return 2.0 * block(x) + 1.0
+
+        return through(self.blocks, x)
+
+
+def test_stacked_layers_of_nnx():
+    model = oa.frameworks.nnx.recompute_batch_stats(StackNnx(nnx.Rngs(0)), DATA)
+    mean, var = of_nnx(model.blocks)
+    check((mean[0], var[0]), DATA)
+    wanted = []
+    for x in DATA:
+        m, v = moments([x])
+        wanted.append(2.0 * (np.asarray(x) - m) / np.sqrt(v + 1e-5) + 1.0)
+    check((mean[1], var[1]), wanted)
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_a_shared_layer_of_equinox(mode):
+    class Twice(eqx.Module):
+        norm: eqx.nn.BatchNorm
+        dropout: eqx.nn.Dropout
+
+        def __init__(self):
+            self.norm = eqx.nn.BatchNorm(3, "batch", mode=mode)
+            self.dropout = eqx.nn.Dropout(0.5)  # without a key: must be off
+
+        def __call__(self, x, state):
+            x, state = self.norm(x, state)
+            return self.norm(jnp.tanh(2.0 * self.dropout(x)), state)
+
+    model, state = eqx.nn.make_with_state(Twice)()
+    found = oa.frameworks.equinox.recompute_batch_stats(model, state, DATA)
+    second = []
+    for x in DATA:
+        mean, var = moments([x])
+        x = (np.asarray(x, np.float64) - mean) / np.sqrt(var + 1e-5)
+        second.append(np.tanh(2.0 * x))
+    norm = model.norm
+    index = norm.batch_state_index if mode == "batch" else norm.ema_state_index
+    check(found.get(index), [*DATA, *second])
+
+
+def test_layers_of_equinox_with_several_axes():
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, ("a", "b"), mode="batch")
+    with pytest.raises(ValueError, match="join several axes; pass forward="):
+        oa.frameworks.equinox.recompute_batch_stats(model, state, DATA)
+
+    def forward(model, state, x):
+        over = {"in_axes": (0, None), "out_axes": (0, None)}
+        each = jax.vmap(jax.vmap(model, axis_name="b", **over), axis_name="a", **over)
+        return each(x, state)[1]
+
+    batches = [x.reshape(-1, 1, 3) for x in DATA]
+    found = oa.frameworks.equinox.recompute_batch_stats(model, state, batches, forward)
+    check(found.get(model.batch_state_index), DATA)
+
+
+def test_an_order_that_a_compiled_program_hides():
+    layer = nn.BatchNorm(use_running_average=True)
+    variables = variables_of(layer, DATA[0])
+    compiled = jax.jit(layer.apply, static_argnames="mutable")
+    apply_fn = lambda variables, x, mutable: compiled(
+        variables, x, mutable=tuple(mutable)
+    )
+    again = oa.frameworks.linen.recompute_batch_stats
+    for _ in range(2):
+        check(of_linen(again(apply_fn, variables, DATA)), DATA)
+    with pytest.raises(ValueError, match=r"pass one without jax\.jit"):
+        again(apply_fn, variables, DATA, exact=True)
+
+
 def test_models_without_such_layers_pass_through():
     model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
     assert oa.frameworks.nnx.recompute_batch_stats(model, DATA) is model
@@ -506,6 +591,24 @@ def test_layers_join_a_mapped_axis():
 
     found = oa.frameworks.linen.recompute_batch_stats(masked, variables, batches[2:])
     check(of_linen(found), [data[2][masks[2]]])
+
+
+def test_pmap():
+    layer = nn.BatchNorm(use_running_average=True, axis_name="d")
+    alone = nn.BatchNorm(use_running_average=True)
+    variables = variables_of(alone, DATA[0])
+    copies = jax.tree.map(lambda x: jnp.stack([x] * 4), variables)
+
+    def apply_fn(variables, x, mutable):
+        each = lambda variables, x: layer.apply(variables, x, mutable=mutable)
+        return jax.pmap(each, axis_name="d", devices=jax.devices()[:4])(variables, x)
+
+    data = [jnp.concatenate([x] * 4) + jnp.arange(4.0 * len(x))[:, None] for x in DATA]
+    batches = [x.reshape(4, -1, 3) for x in data]
+    found = oa.frameworks.linen.recompute_batch_stats(apply_fn, copies, batches)
+    mean, var = of_linen(found)
+    for i in range(4):
+        check((mean[i], var[i]), data)
 
 
 def test_a_batch_in_parts_on_devices_is_one_batch():

@@ -10,7 +10,7 @@ import optax
 import orbax.checkpoint as ocp
 import pytest
 from flax import linen as nn
-from flax.training import train_state
+from flax.training import checkpoints, train_state
 
 import optax_avg as oa
 
@@ -126,6 +126,14 @@ def test_msgpack_round_trip():
     again, wanted = stepped(restored, 2), stepped(state, 2)
     equal(again.params, wanted.params)
     equal(again.averaged_params("ema"), wanted.averaged_params("ema"))
+
+
+def test_checkpoints_of_flax(tmp_path):
+    state = stepped(new(averages()))
+    checkpoints.save_checkpoint(tmp_path, state, 3)
+    restored = checkpoints.restore_checkpoint(tmp_path, new(averages()))
+    assert int(restored.step) == 3
+    equal(restored.opt_state, state.opt_state)
 
 
 def test_orbax_round_trip(tmp_path):
