@@ -1888,6 +1888,30 @@ FAULTS = {
         'if "haiku" in origins and not hasattr(params, "unfreeze"):',
         f"{NNX} -k told_what_to_pass",
     ),
+    "narrow statistics are summed as narrow": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "jnp.full(jnp.shape(like), start, _numerics.float32_or_wider(like.dtype))",
+        "jnp.full(jnp.shape(like), start, like.dtype)",
+        f"{BATCH_STATS} -k narrow_statistics",
+    ),
+    "a hidden order is any order": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "    if hidden and exact:\n",
+        "    if hidden and not exact:\n",
+        f"{BATCH_STATS} -k compiled_program_hides",
+    ),
+    "devices count their own values": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "return count if axes is None else lax.psum(count, axes)",
+        "return count",
+        f"{BATCH_STATS} -k join_a_mapped_axis",
+    ),
+    "a tree of bools that can be called is a function": Fault(
+        "optax_avg/_leaves.py",
+        "return callable(where) and not is_tree",
+        "return callable(where)",
+        f"{EQUINOX} -k like_the_model",
+    ),
 }
 
 

@@ -620,3 +620,15 @@ def test_a_batch_in_parts_on_devices_is_one_batch():
     ]
     model = oa.frameworks.nnx.recompute_batch_stats(norm_nnx(3), data)
     check(of_nnx(model), data)
+
+
+@pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float16])
+def test_narrow_statistics_are_summed_in_float32(dtype):
+    layer = norm_nnx(3, momentum=0.99)
+    for stat in (layer.mean, layer.var):
+        stat.set_value(stat[...].astype(dtype))
+    oa.frameworks.nnx.recompute_batch_stats(layer, DATA)
+    mean, var = of_nnx(layer)
+    assert mean.dtype == var.dtype == dtype
+    eps = float(jnp.finfo(dtype).eps)
+    check((mean.astype(jnp.float32), var.astype(jnp.float32)), DATA, rtol=eps)

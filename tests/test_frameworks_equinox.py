@@ -137,6 +137,18 @@ def test_value_and_grad_is_sam_of_the_clean_pass(jitted):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_global_perturbation_is_that_of_the_whole_batch():
+    model = mlp()
+    loss = lambda model, x, y: ((jax.vmap(model)(x) - y) ** 2).mean()
+    over = {"axis_name": "d", "perturbation": "global"}
+    sharp = value_and_grad(loss, oa.rules.sam(0.3), **over)
+    parts = X.reshape(2, 3, 3), Y.reshape(2, 3, 2)
+    _, found = jax.vmap(lambda x, y: sharp(model, x, y), axis_name="d")(*parts)
+    _, wanted = value_and_grad(loss, oa.rules.sam(0.3))(model, X, Y)
+    for a, b in zip(arrays(found), arrays(wanted), strict=True):
+        np.testing.assert_allclose(a, np.stack([b, b]), rtol=1e-4, atol=1e-6)
+
+
 def test_a_rule_with_a_state():
     model = mlp()
     rule = oa.rules.sam(lambda step: 0.3 / (1.0 + step))

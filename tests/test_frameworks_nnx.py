@@ -328,6 +328,43 @@ def test_rules_without_a_state_need_none():
         value_and_grad(loss_fn, rule)(model, X, Y)
 
 
+@pytest.mark.parametrize("perturbation", ["global", "local"])
+def test_gradients_over_a_mapped_axis(perturbation):
+    """A global perturbation is that of the whole batch, a local one is each part's."""
+    graphdef, state = nnx.split(nnx.Linear(3, 2, rngs=nnx.Rngs(0)))
+    over = {"axis_name": "d", "perturbation": perturbation}
+    sharp = value_and_grad(loss_fn, oa.rules.sam(0.3), **over)
+    plain = value_and_grad(loss_fn, oa.rules.sam(0.3))
+    model = lambda: nnx.merge(graphdef, state, copy=True)
+    parts = X.reshape(2, 3, 3), Y.reshape(2, 3, 2)
+    values, found = jax.vmap(lambda x, y: sharp(model(), x, y), axis_name="d")(*parts)
+    value, wanted = plain(model(), X, Y)
+    if perturbation == "local":
+        each = [plain(model(), x, y)[1] for x, y in zip(*parts)]
+        wanted = jax.tree.map(lambda *leaves: sum(leaves) / 2, *each)
+    np.testing.assert_allclose(values, [value, value], rtol=1e-5)
+    for a, b in zip(arrays(found), arrays(wanted), strict=True):
+        np.testing.assert_allclose(a, np.stack([b, b]), rtol=1e-4, atol=1e-6)
+
+
+def test_a_perturbation_as_a_link():
+    """The other form in an nnx.Optimizer: ``grad_fn`` of plain parameters."""
+    model, twin = (nnx.Linear(3, 2, rngs=nnx.Rngs(0)) for _ in range(2))
+    tx = optax.chain(oa.sam(0.3), optax.sgd(0.1))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    graphdef, _, rest = nnx.split(model, nnx.Param, ...)
+
+    def grad_fn(arrays):
+        whole = lambda arrays: nnx.merge(graphdef, arrays, rest, copy=True)
+        return jax.grad(lambda arrays: loss_fn(whole(arrays), X, Y))(arrays)
+
+    optimizer.update(model, nnx.grad(loss_fn)(model, X, Y), grad_fn=grad_fn)
+    _, grads = value_and_grad(loss_fn, oa.rules.sam(0.3))(twin, X, Y)
+    nnx.Optimizer(twin, optax.sgd(0.1), wrt=nnx.Param).update(twin, grads)
+    for a, b in zip(arrays(nnx.state(model)), arrays(nnx.state(twin)), strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
 def test_mixups():
     with pytest.raises(TypeError, match="arguments are swapped"):
         value_and_grad(oa.rules.sam(0.1), loss_fn)

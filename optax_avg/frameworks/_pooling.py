@@ -39,6 +39,7 @@ __all__ = [
     "empty_pool",
     "number_of_values",
     "population",
+    "started",
 ]
 
 _PROBE = 2.0**100
@@ -73,8 +74,13 @@ Sweep = Callable[
 
 def empty_pool(like: jax.Array) -> Pool:
     """The pool of a layer that has seen nothing, in the shape of its mean."""
-    zeros = jnp.zeros(jnp.shape(like), _numerics.float32_or_wider(like.dtype))
+    zeros = started(like, 0.0)
     return Pool(zeros, zeros, zeros, zeros)
+
+
+def started(like: jax.Array, start: float) -> jax.Array:
+    """What the calls of a layer start from, in float32 or wider."""
+    return jnp.full(jnp.shape(like), start, _numerics.float32_or_wider(like.dtype))
 
 
 def absorbed(pool: Pool, count: Any, mean: jax.Array, var: jax.Array) -> Pool:

@@ -234,7 +234,7 @@ def recompute_batch_stats(
         for name, layer in layers.items():
             record = name in names
             entries[name] = (
-                tuple(jnp.full_like(x, start) for x in stats[name])
+                tuple(_pooling.started(x, start) for x in stats[name])
                 if record
                 else stats[name]
             )

@@ -10,7 +10,6 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Self
 
 import jax
-import jax.numpy as jnp
 import optax
 from flax import core
 from flax import linen as nn
@@ -201,7 +200,9 @@ def _replaced(tree: Any, stats: Any, path: tuple[str, ...] = ()) -> Any:
 def _to_record(tree: Any, stats: Any, names: Any, start: float) -> Any:
     """The collection in which some layers have a pool, and start from a number."""
     started = {
-        name: tuple(jnp.full_like(x, start) for x in found) if name in names else found
+        name: tuple(_pooling.started(x, start) for x in found)
+        if name in names
+        else found
         for name, found in stats.items()
     }
     tree = _replaced(tree, started)

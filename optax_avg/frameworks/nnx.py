@@ -12,7 +12,6 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple, Protocol, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 
 from optax_avg import _mesh, _mixups
@@ -354,7 +353,8 @@ def _norm_layers(model: Any) -> dict[Any, Any]:
 def _start_to_record(layer: Any, stats: Any, record: bool, start: float) -> None:
     """Makes a layer record what it sees, or use the statistics that it has."""
     for variable, value in zip((layer.mean, layer.var), stats, strict=True):
-        variable[...] = jnp.full_like(value, start) if record else value
+        # An assignment to [...] would keep the dtype.
+        variable.set_value(_pooling.started(value, start) if record else value)
     if record:
         for name, zeros in _pooling.empty_pool(stats[0])._asdict().items():
             setattr(layer, name, nnx.BatchStat(zeros))
