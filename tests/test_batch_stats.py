@@ -593,7 +593,7 @@ def test_layers_join_a_mapped_axis():
     check(of_linen(found), [data[2][masks[2]]])
 
 
-# Before jax 0.9 a pmap inside jit warns of slow transfers.
+# jax 0.8 warns that a pmap inside jit moves data.
 @pytest.mark.filterwarnings("ignore:The function jit\\(step\\) includes a pmap")
 def test_pmap():
     layer = nn.BatchNorm(use_running_average=True, axis_name="d")

@@ -299,6 +299,7 @@ def recompute_batch_stats(
       exact: Whether every layer sees its inputs as in evaluation, where the layers
         before it normalise by the statistics of the population. Takes as many passes
         and compilations as there are layers, and ``batches`` that can be read again.
+        Needs layers that have ``use_running_average``.
         Layers that ``nnx.scan`` or ``nnx.vmap`` have stacked count as one.
 
     Returns:
