@@ -61,9 +61,11 @@ Families of plain functions
     optimizers      the small optimizers of the papers, each a chain of links
     landscape       curvature, sharpness, barriers and planes of a loss
     losses          losses that leave examples out, weights of the examples of a batch
+    frameworks      whole models of Flax nnx, Flax linen and Equinox
 """
 
 from optax_avg import (
+    frameworks,
     landscape,
     losses,
     merging,
@@ -216,6 +218,7 @@ __all__ = [
     "esam",
     "fisher_sam",
     "flag_aggregator",
+    "frameworks",
     "friendly_sam",
     "gam",
     "gam_hvp",

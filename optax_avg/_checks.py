@@ -17,7 +17,9 @@ def require_params(name: str, params: optax.Params | None) -> None:
     """Raises if ``update`` was called without the parameters."""
     if params is None:
         raise ValueError(
-            f"{name} needs the parameters; call tx.update(updates, state, params)."
+            f"{name} needs the parameters; call tx.update(updates, state, params). "
+            "Flax's TrainState and nnx.Optimizer pass them; with Equinox they are "
+            "eqx.filter(model, eqx.is_inexact_array), with Haiku the params."
         )
 
 

@@ -1,6 +1,6 @@
 """Which leaves of a tree are there, and trees that are made leaf by leaf."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, TypeVar
 
 import jax
@@ -79,7 +79,7 @@ def select(tree: Any, where: Where | None) -> Any:
 
     if where is None:
         return jax.tree.map(keep, tree)
-    if callable(where):
+    if _is_predicate(where):
         return jax.tree_util.tree_map_with_path(
             lambda path, leaf: keep(leaf) if where(path, leaf) else optax.MaskedNode(),
             tree,
@@ -97,6 +97,13 @@ def select(tree: Any, where: Where | None) -> Any:
             f"where has {shown(where)} and params {shown(tree)}; pass bools for a "
             "prefix of params, or a function (key_path, leaf) -> bool."
         ) from error
+
+
+def _is_predicate(where: Any) -> bool:
+    """Whether it is a function. A model of Equinox that holds bools is a tree."""
+    leaves = jax.tree.leaves(where)
+    is_tree = bool(leaves) and all(isinstance(leaf, bool) for leaf in leaves)
+    return callable(where) and not is_tree
 
 
 def refuse_none_selected(tree: Any, where: Where | None, otherwise: str) -> None:
@@ -159,7 +166,7 @@ def align(tree: Any, params: Any, what: str = "average") -> list[Any]:
     paths = jax.tree.flatten_with_path(params)[0]
     if len(named) != len(parts) or len(aligned) != len(paths):
         static = any(callable(leaf) for _, leaf in paths)
-        hint = FILTER if static else "pass the parameters that are trained"
+        hint = FILTER if static else _way_out(params)
         raise ValueError(
             f"params has {len(paths)} leaves and the {what} {len(named)}; {hint}."
         )
@@ -178,6 +185,21 @@ def align(tree: Any, params: Any, what: str = "average") -> list[Any]:
                 f"its {what} {value.shape}; pass the parameters that are trained."
             )
     return [found and found[1] for found in aligned]
+
+
+def _way_out(params: Any) -> str:
+    """What to pass as parameters, in the terms of the framework that they come from."""
+    origins = {base.__module__.partition(".")[0] for base in type(params).__mro__}
+    if "equinox" in origins:
+        return FILTER
+    if "flax" in origins and not hasattr(params, "unfreeze"):
+        return (
+            "pass nnx.state(model, nnx.Param), with the filter that the optimizer has "
+            "as wrt=, or call oa.frameworks.nnx.averaged_model(model, optimizer)"
+        )
+    if isinstance(params, Mapping) and "params" in params:
+        return "pass variables['params'], without the other collections"
+    return "pass the parameters that are trained"
 
 
 def same_names(a: KeyPath, b: KeyPath) -> bool:

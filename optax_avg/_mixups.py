@@ -151,7 +151,8 @@ def refuse_no_grad_fn(name: str, grad_fn: object) -> None:
     if grad_fn is None:
         raise ValueError(
             f"{name} needs the gradient as a function; {call} Where the call is not "
-            "yours, as in Flax's TrainState, take the gradients by "
+            "yours, as in Flax's TrainState, use oa.frameworks.linen.TrainState, which "
+            "hands grad_fn on, or take the gradients by "
             "oa.sharpness_aware(jax.value_and_grad(loss), rule) without this link."
         )
     if not callable(grad_fn):

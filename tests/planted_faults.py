@@ -72,6 +72,10 @@ LOSSES = "tests/test_losses.py"
 OPTIMIZERS_A = "tests/test_optimizers_adaptive.py"
 FEEDBACK = "tests/test_error_feedback.py"
 BSAM = "tests/test_bsam.py"
+BATCH_STATS = "tests/test_batch_stats.py"
+NNX = "tests/test_frameworks_nnx.py"
+LINEN = "tests/test_frameworks_linen.py"
+EQUINOX = "tests/test_frameworks_equinox.py"
 
 FAULTS = {
     "pre-update parameters are averaged": Fault(
@@ -2165,6 +2169,169 @@ FAULTS = {
         '_sight.report("bsam", received=updates, emitted=steps)',
         "pass",
         f"{BSAM} -k check_of_chains",
+    ),
+    "variances of batches are averaged without their means": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "pool.pool_within / var_scale + pool.pool_between / scale**2",
+        "pool.pool_within / var_scale",
+        f"{BATCH_STATS} -k two_batches_of_one_feature",
+    ),
+    "spread between batches is scaled once": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "pool.pool_between / scale**2",
+        "pool.pool_between / scale",
+        f"{BATCH_STATS} -k two_batches_of_one_feature",
+    ),
+    "all batches weigh the same": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "    count = seen / features\n",
+        "    count = 1.0 + 0 * seen / features\n",
+        f"{BATCH_STATS} -k two_batches_of_one_feature",
+    ),
+    "an empty batch is absorbed": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "jnp.where(w > 0, new, old)",
+        "jnp.where(w > -1, new, old)",
+        f"{BATCH_STATS} -k pool_is_the_population",
+    ),
+    "momenta are those that float32 has": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "[float(str(number)) for number in numbers]",
+        "[float(number) for number in numbers]",
+        f"{BATCH_STATS} -k as_they_were_written",
+    ),
+    "masked values count": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "x.size if mask is None else jnp.sum(jnp.broadcast_to(mask, x.shape))",
+        "x.size",
+        f"{BATCH_STATS} -k masked",
+    ),
+    "exact is the one pass": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "[[name] for name in called] if exact else",
+        "[[name] for name in called] if not stats else",
+        f"{BATCH_STATS} -k later_layers",
+    ),
+    "an iterator loses its first batch": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "itertools.chain([first], iterator)",
+        "iterator",
+        f"{BATCH_STATS} -k read_once",
+    ),
+    "a layer of nnx keeps what its last call left": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "    layer.mean[...], layer.var[...] = start\n    return out",
+        "    return out",
+        f"{BATCH_STATS} -k shared_layers_of_nnx",
+    ),
+    "statistics of nnx are computed with Dropout": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "        copy.eval()\n",
+        "        copy.train()\n",
+        f"{BATCH_STATS} -k shared_layers_of_nnx",
+    ),
+    "a call within a call of linen counts twice": Fault(
+        "optax_avg/frameworks/linen.py",
+        "            or layer.path in inside\n",
+        "",
+        f"{BATCH_STATS} -k counts_once",
+    ),
+    "a layer of linen keeps what its last call left": Fault(
+        "optax_avg/frameworks/linen.py",
+        'kept = {"mean": start[0], "var": start[1], **pool._asdict()}',
+        "kept = pool._asdict()",
+        f"{BATCH_STATS} -k shared_layers_of_linen",
+    ),
+    "Equinox divides the statistics by a count of zero": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "jnp.array(2**30)",
+        "jnp.array(1)",
+        f"{BATCH_STATS} -k two_batches_in_equinox",
+    ),
+    "the perturbed pass leaves its statistics": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "        nnx.update(pieces.nodes, _known(after, rest))\n",
+        "        there = jax.tree.map(lambda x: x + 0.1, params)\n"
+        "        nnx.update(pieces.nodes, at(there, rest, pieces)[0][1][1])\n",
+        f"{NNX} -k clean_pass",
+    ),
+    "the clean pass leaves nothing": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "        nnx.update(pieces.nodes, _known(after, rest))\n",
+        "",
+        f"{NNX} -k clean_pass",
+    ),
+    "rules with a schedule start anew at each step": Fault(
+        "optax_avg/frameworks/_memory.py",
+        "any(x is clock for line in traced.eqns for x in line.invars)",
+        "False",
+        f"{NNX} -k rules_with_a_state",
+    ),
+    "variables of a rule stay as they were": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "                variable[...] = leaf\n",
+        "                _ = leaf\n",
+        f"{NNX} -k rules_with_a_state",
+    ),
+    "an averaged model shares arrays with the model": Fault(
+        "optax_avg/frameworks/nnx.py",
+        'return leaf.copy() if hasattr(leaf, "copy") else leaf',
+        "return leaf",
+        f"{NNX} -k shares_no_array",
+    ),
+    "an averaged model has all parameters averaged": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "nnx.split(model, optimizer.wrt, ...)",
+        "nnx.split(model, nnx.Param, ...)",
+        f"{NNX} -k averaged_model_of_some_variables",
+    ),
+    "extra arguments are lost in linen": Fault(
+        "optax_avg/frameworks/linen.py",
+        "functools.partial(tx.update, **extra)",
+        "tx.update",
+        f"{LINEN} -k extra_arguments_reach",
+    ),
+    "a step of linen keeps the optimizer of one call": Fault(
+        "optax_avg/frameworks/linen.py",
+        "return stepped.replace(tx=tx)",
+        "return stepped",
+        f"{LINEN} -k extra_arguments_reach",
+    ),
+    "Equinox forgets the state of a rule": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "return inner(params, rule_state, rest, args, kwargs)",
+        "return inner(params, inner.init(params), rest, args, kwargs)",
+        f"{EQUINOX} -k rule_with_a_state",
+    ),
+    "models of nnx get no hint": Fault(
+        "optax_avg/_leaves.py",
+        'if "flax" in origins and not hasattr(params, "unfreeze"):',
+        'if "haiku" in origins and not hasattr(params, "unfreeze"):',
+        f"{NNX} -k told_what_to_pass",
+    ),
+    "narrow statistics are summed as narrow": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "jnp.full(jnp.shape(like), start, _numerics.float32_or_wider(like.dtype))",
+        "jnp.full(jnp.shape(like), start, like.dtype)",
+        f"{BATCH_STATS} -k narrow_statistics",
+    ),
+    "a hidden order is any order": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "    if hidden and exact:\n",
+        "    if hidden and not exact:\n",
+        f"{BATCH_STATS} -k compiled_program_hides",
+    ),
+    "devices count their own values": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "return count if axes is None else lax.psum(count, axes)",
+        "return count",
+        f"{BATCH_STATS} -k join_a_mapped_axis",
+    ),
+    "a tree of bools that can be called is a function": Fault(
+        "optax_avg/_leaves.py",
+        "return callable(where) and not is_tree",
+        "return callable(where)",
+        f"{EQUINOX} -k like_the_model",
     ),
 }
 

@@ -1,9 +1,12 @@
 """The recipes of docs/recipes.md, against hand-made numbers."""
 
+from pathlib import Path
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 
 import optax_avg as oa
 
@@ -229,3 +232,110 @@ def test_gaqat_freezes_scales_whose_gradients_keep_their_sign():
         wanted = smooth + kept * task
         np.testing.assert_allclose(grads["s"], wanted[:2], rtol=1e-5)
         np.testing.assert_allclose(grads["w"], wanted[2], rtol=1e-5)
+
+
+def test_statistics_of_batchnorm_averaged_beside_the_parameters():
+    beside = oa.ema_params(0.5)
+    batch_stats = {"mean": jnp.zeros(1), "var": jnp.ones(1)}
+    beside_state = beside.init(batch_stats)
+    for mean in (2.0, 4.0):
+        batch_stats = {**batch_stats, "mean": jnp.array([mean])}
+        zeros = jax.tree.map(jnp.zeros_like, batch_stats)
+        _, beside_state = beside.update(zeros, beside_state, batch_stats)
+    stats = oa.averaged_params(beside_state, batch_stats)
+    np.testing.assert_allclose(stats["mean"], [(0.25 * 2 + 0.5 * 4) / 0.75], 1e-6)
+    np.testing.assert_allclose(stats["var"], [1.0], 1e-6)
+
+
+def mean_of(seen):
+    return jax.tree.map(lambda *leaves: np.mean(leaves, axis=0), *seen)
+
+
+def close(found, wanted):
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6),
+        found,
+        wanted,
+    )
+
+
+def test_haiku():
+    hk = pytest.importorskip("haiku", reason="needs dm-haiku; pip install dm-haiku")
+
+    def network(x, is_training):
+        x = hk.BatchNorm(True, True, 0.9)(hk.Linear(4)(x), is_training)
+        return hk.Linear(1)(x)
+
+    model = hk.transform_with_state(network)
+    x = jnp.asarray(np.random.default_rng(0).normal(size=(8, 3)), jnp.float32)
+    params, state = model.init(jax.random.key(0), x, True)
+    tx = optax.chain(optax.adam(0.01), oa.polyak_average())
+    opt_state, seen = tx.init(params), []
+
+    def loss(params, state):
+        out, state = model.apply(params, state, None, x, True)
+        return jnp.mean(out**2), state
+
+    for _ in range(3):
+        grads, state = jax.grad(loss, has_aux=True)(params, state)
+        updates, opt_state = tx.update(grads, opt_state, params)
+        params = optax.apply_updates(params, updates)
+        seen.append(params)
+    averaged = oa.averaged_params(opt_state, params)
+    close(averaged, mean_of(seen))
+    assert model.apply(averaged, state, None, x, is_training=False)[0].shape == (8, 1)
+    with pytest.raises(ValueError, match="with Haiku the params"):
+        tx.update(grads, opt_state)
+
+
+def test_numpyro():
+    numpyro = pytest.importorskip("numpyro", reason="needs numpyro; pip install it")
+    dist = numpyro.distributions
+
+    def model(data):
+        scale = numpyro.sample("scale", dist.LogNormal(0.0, 1.0))
+        numpyro.sample("data", dist.Normal(0.0, scale), obs=data)
+
+    def guide(data):
+        median = numpyro.param("median", 1.0, constraint=dist.constraints.positive)
+        numpyro.sample("scale", dist.LogNormal(jnp.log(median), 0.1))
+
+    tx = optax.chain(optax.adam(0.05), oa.polyak_average())
+    svi = numpyro.infer.SVI(model, guide, tx, numpyro.infer.Trace_ELBO())
+    data = jnp.array([2.0, -2.0, 1.5])
+    svi_state, seen = svi.init(jax.random.key(0), data), []
+    for _ in range(4):
+        svi_state, _ = svi.update(svi_state, data)
+        seen.append(svi.get_params(svi_state))
+    params = svi_state.optim_state[1][0]
+    averaged = svi.constrain_fn(oa.averaged_params(svi_state.optim_state, params))
+    logs = mean_of([{"median": np.log(each["median"])} for each in seen])
+    close(averaged, {"median": np.exp(logs["median"])})
+
+
+def test_keras(monkeypatch):
+    monkeypatch.setenv("KERAS_BACKEND", "jax")
+    keras = pytest.importorskip("keras", reason="needs Keras 3; pip install keras")
+    text = (Path(__file__).parent.parent / "docs" / "recipes.md").read_text()
+    code = text[text.index("class Average(") : text.index("callback = Average(")]
+    spaces = {"keras": keras, "jax": jax, "jnp": jnp}
+    exec(code, spaces)
+    seen = []
+
+    class Watch(keras.callbacks.Callback):
+        def on_train_batch_end(self, batch, logs=None):
+            seen.append([np.array(v.value) for v in self.model.trainable_variables])
+
+    layers = [keras.layers.Dense(4), keras.layers.Dense(1)]
+    model = keras.Sequential([keras.layers.Input((3,)), *layers])
+    model.compile(optimizer="adam", loss="mse")
+    x = np.random.default_rng(0).normal(size=(16, 3)).astype("float32")
+    callback = spaces["Average"](oa.polyak_average())
+    watched = {"callbacks": [callback, Watch()], "verbose": 0}
+    with jax.numpy_rank_promotion("allow"):  # a bias of Keras is a vector
+        model.fit(x, x[:, :1], batch_size=4, epochs=2, **watched)
+    weights = [variable.value for variable in model.trainable_variables]
+    averaged = oa.averaged_params(callback.state, weights)
+    assert len(seen) == 8
+    assert not np.allclose(seen[0][0], seen[-1][0])
+    close(averaged, mean_of(seen))
