@@ -69,9 +69,9 @@ def error_feedback(
     - ``"econtrol"``: ``c_i = C(eta e_i + g_i - h_i)``, then ``e_i <- e_i + g_i - h_i -
       c_i`` and ``h_i <- h_i + c_i``; result ``mean_i h_i``.
 
-    Memories start at zero. The first ``h_i`` is therefore ``C(g_i)``, as in algorithm 2
-    of EF21; the authors' code sends the first gradient whole instead. ``"econtrol"``
-    with ``eta = 0`` is EF21.
+    Memories start at zero, so that the first message is compressed as all others are.
+    The code of the authors of EF21 sends the first gradient whole instead.
+    ``"econtrol"`` with ``eta = 0`` is EF21.
 
     Inside ``shard_map`` with ``axis_name`` the compressed messages really travel:
     values and places of :func:`top_k`, bits of :func:`sign`, factors of
