@@ -58,7 +58,7 @@ Families of plain functions
     memories        what an average keeps of the iterates: running, window, corrected
     weights         w(t), the one number that tells one average from another
     schedules       learning-rate schedules that belong with averaging
-    optimizers      the small optimizers of the papers: error feedback, Bayes-SAM
+    optimizers      the small optimizers of the papers, each a chain of links
     landscape       curvature, sharpness, barriers and planes of a loss
 """
 
