@@ -86,10 +86,10 @@ def error_feedback(
     Parameters that are sharded over a further axis of ``shard_map`` have memories that
     are sharded alike, and ``k`` and ``rank`` are those of a shard.
 
-    Without ``axis_name`` there is one worker. ``"ef"`` with :func:`top_k` before Adam is
-    the compression of MicroAdam. MicroAdam saves memory by two further means, which are
-    not built here: it keeps the error in 4 bits, and a window of sparse gradients in
-    place of Adam's statistics.
+    Without ``axis_name`` there is one worker. ``"ef"`` with :func:`top_k` before Adam
+    is the compression of MicroAdam. MicroAdam saves memory by two further means, which
+    are not built here: it keeps the error in 4 bits, and a window of sparse gradients
+    in place of Adam's statistics.
 
     EF and EF21 keep one tree like the parameters, EControl two. With ``axis_name`` EF21
     and EControl keep one more, the mean of the estimates.
