@@ -142,12 +142,12 @@ def as_f32(tree):
 def test_every_public_transformation_has_a_case():
     names = {
         name
-        for room in (oa, oa.optimizers)
-        for name in room.__all__
-        if inspect.isfunction(getattr(room, name))
+        for family in (oa, oa.optimizers)
+        for name in family.__all__
+        if inspect.isfunction(getattr(family, name))
         and re.search(
             "GradientTransformation|Aggregator",
-            str(inspect.signature(getattr(room, name)).return_annotation),
+            str(inspect.signature(getattr(family, name)).return_annotation),
         )
     }
     covered = {case.factory.__name__ for case in CASES.values()}

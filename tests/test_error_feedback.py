@@ -525,3 +525,14 @@ def test_complex_parameters_are_refused():
 def test_they_stand_in_the_family():
     for name in ("bsam", "error_feedback", "top_k", "random_k", "sign", "low_rank"):
         assert inspect.isfunction(getattr(oa.optimizers, name))
+
+
+def test_pmap_is_vmap():
+    tx = error_feedback(top_k(2), "econtrol", eta=0.25, axis_name="d")
+    rows = jax.tree.map(np.float32, gradients(12)[0])
+    params = like_one(rows)
+    both = []
+    for mapped in (jax.pmap, jax.vmap):
+        state = mapped(lambda _: tx.init(params), axis_name="d")(jnp.arange(WORKERS))
+        both.append(mapped(tx.update, axis_name="d")(rows, state))
+    chex.assert_trees_all_close(*both, rtol=1e-5, atol=1e-6)

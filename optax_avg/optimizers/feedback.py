@@ -69,9 +69,9 @@ def error_feedback(
     - ``"econtrol"``: ``c_i = C(eta e_i + g_i - h_i)``, then ``e_i <- e_i + g_i - h_i -
       c_i`` and ``h_i <- h_i + c_i``; result ``mean_i h_i``.
 
-    Memories start at zero. The first ``h_i`` is therefore ``C(g_i)``, as in algorithm 2
-    of EF21; the authors' code sends the first gradient whole instead. ``"econtrol"``
-    with ``eta = 0`` is EF21.
+    Memories start at zero, so that the first message is compressed as all others are.
+    The code of the authors of EF21 sends the first gradient whole instead.
+    ``"econtrol"`` with ``eta = 0`` is EF21.
 
     Inside ``shard_map`` with ``axis_name`` the compressed messages really travel:
     values and places of :func:`top_k`, bits of :func:`sign`, factors of
@@ -86,10 +86,13 @@ def error_feedback(
     Parameters that are sharded over a further axis of ``shard_map`` have memories that
     are sharded alike, and ``k`` and ``rank`` are those of a shard.
 
-    Without ``axis_name`` there is one worker, whose memory is on the device: ``"ef"``
-    with :func:`top_k` before Adam is the compression of MicroAdam. What MicroAdam gains
-    in memory it gains by more: it keeps the error in 4 bits and Adam's statistics as a
-    window of sparse gradients. Neither is done here.
+    Without ``axis_name`` there is one worker. ``"ef"`` with :func:`top_k` before Adam
+    is the compression of MicroAdam. MicroAdam saves memory by two further means, which
+    are not built here: it keeps the error in 4 bits, and a window of sparse gradients
+    in place of Adam's statistics.
+
+    EF and EF21 keep one tree like the parameters, EControl two. With ``axis_name`` EF21
+    and EControl keep one more, the mean of the estimates.
 
     Learning rates stand behind this link, so that errors are in units of the gradient.
     In the classic algorithm they are in units of the step: for a learning rate that
