@@ -330,7 +330,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     args = parse_args(argv)
     began = time.perf_counter()
     table = Table(title=f"mean and 95 % interval over {args.seeds} seeds")
-    table.add_column("optimizer")
+    table.add_column("optimizer", no_wrap=True)
     found: dict[str, dict[str, Any]] = {name: {} for name in args.methods}
     with Progress(transient=True) as progress:
         bar = progress.add_task("", total=len(args.tasks) * len(args.methods))
@@ -352,7 +352,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     for name, tasks in found.items():
         rows = [tasks[title][kind] for title in args.tasks for kind in ("live", "ema")]
         table.add_row(name, *map(cell, rows))
-    Console(width=None if Console().is_terminal else 150).print(table)
+    Console(width=None if Console().is_terminal else 180).print(table)
     print("* the best learning rate is an end of the grid")
     numbers = {
         "settings": {
