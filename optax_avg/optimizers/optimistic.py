@@ -62,10 +62,12 @@ def optimistic_amsgrad(
     z/sum(z)``, ``(U'U + reg I) z = 1`` and the ``r`` newest differences ``g_i -
     g_{i-1}`` as the columns of ``U``, over all leaves together. Until ``r + 1``
     gradients are known, and where the system has no solution in this precision, the
-    prediction is the newest gradient. With ``r = 1`` it always is.
+    prediction is the newest gradient. With ``r = 1`` it always is. Inside ``shard_map``
+    each device predicts from the parts of the leaves that it has.
 
-    The authors' code predicts leaf by leaf, squares ``g - m`` in place of ``g``,
-    corrects biases, and predicts zeros at first.
+    The authors' code predicts otherwise: it extrapolates the parameters, leaf by leaf,
+    and takes the gradient of a second model there. It also squares ``g - m`` in place
+    of ``g``, and corrects biases.
 
     Args:
       learning_rate: Learning rate, not negative: a float or a schedule.
