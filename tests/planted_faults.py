@@ -1946,8 +1946,8 @@ FAULTS = {
     ),
     "multi-momentum takes a vector of clusters": Fault(
         "optax_avg/optimizers/variance.py",
-        "one = whole and jnp.ndim(cluster) == 0",
-        "one = whole",
+        "one = jnp.ndim(cluster) == 0",
+        "one = True",
         f"{OPTIMIZERS_A} -k needs_a_cluster",
     ),
     "shares of clusters may be NaN": Fault(

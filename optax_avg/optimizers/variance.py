@@ -240,7 +240,8 @@ def _like_gradients(before: optax.Updates, updates: optax.Updates) -> optax.Upda
             f"of shape {g.shape}; pass a tree like the gradient."
         )
 
-    kept = [one(*pair, part) for pair, part in zip(named, parts, strict=True)]
+    places = zip(named, parts, strict=True)
+    kept = [one(path, g, part) for (path, g), part in places]
     return present(jax.tree.unflatten(structure, kept))
 
 
@@ -274,15 +275,15 @@ def _number_of_cluster(cluster: jax.Array | int | None, num: int) -> Any:
     """The number of the cluster, checked where it is known.
 
     Raises:
-      ValueError: If there is none, or it is out of range.
+      ValueError: If it is not one integer, or out of range.
     """
     number = isinstance(cluster, (int, np.integer, np.ndarray, jax.Array))
-    whole = number and jnp.issubdtype(jnp.result_type(cluster), jnp.integer)
-    one = whole and jnp.ndim(cluster) == 0
-    if not one or (not isinstance(cluster, core.Tracer) and not 0 <= cluster < num):
-        raise ValueError(
-            "multi_momentum needs the cluster of the batch, one integer from 0 to "
-            f"{num - 1}, got {cluster!r}; call tx.update(updates, state, params, "
-            "cluster=0)."
-        )
-    return cluster
+    if number and jnp.issubdtype(jnp.result_type(cluster), jnp.integer):
+        one = jnp.ndim(cluster) == 0
+        if one and (isinstance(cluster, core.Tracer) or 0 <= cluster < num):
+            return cluster
+    raise ValueError(
+        "multi_momentum needs the cluster of the batch, one integer from 0 to "
+        f"{num - 1}, got {cluster!r}; call tx.update(updates, state, params, "
+        "cluster=0)."
+    )
