@@ -1842,6 +1842,12 @@ FAULTS = {
         "solved = enough | jnp.all(jnp.isfinite(c))",
         f"{OPTIMIZERS_A} -k 'equals_the_paper or are_finite'",
     ),
+    "predictions from dependent gradients are noise": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "jnp.maximum(reg, least) * eye",
+        "reg * eye",
+        f"{OPTIMIZERS_A} -k dependent_gradients",
+    ),
     "cautious steps oppose the gradient": Fault(
         "optax_avg/optimizers/signs.py",
         "~(jnp.sign(u) * jnp.sign(g).astype(u.dtype) >= 0)",

@@ -345,6 +345,20 @@ def test_the_prediction_finds_the_limit_of_a_linear_sequence():
     np.testing.assert_allclose(found, limit, rtol=1e-2)
 
 
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e6])
+def test_predictions_from_dependent_gradients_are_not_noise(size):
+    """Five differences of four numbers, in float32."""
+    r, rng = 5, np.random.default_rng(0)
+    coefficients = jax.jit(lambda g: _coefficients([g], r, 1e-3, jnp.asarray(True)))
+    for _ in range(30):
+        known = rng.normal(size=(r + 1, 4)).astype(np.float32)
+        found = np.asarray(coefficients(jnp.asarray(size * known))) @ known[1:]
+        grads = [g.astype(np.float64) for g in known]
+        largest = (np.diff(np.stack(grads), axis=0) ** 2).sum(1).max()
+        reg = max(1e-3 / size**2, 10 * r * 2.0**-23 * largest)
+        np.testing.assert_allclose(found, reference.predicted(grads, r, reg), atol=0.3)
+
+
 def test_predictions_of_equal_or_huge_gradients_are_finite():
     tx = opt.optimistic_amsgrad(0.1, r=3)
     update = jax.jit(tx.update)
