@@ -55,7 +55,8 @@ def mars(
       x_1``, and the authors' code with a last gradient of zero.
     * In the exact form ``g_before`` is the gradient of this batch at the parameters
       before the last step: call ``tx.update(grads, state, params,
-      grads_at_previous=...)``.
+      grads_at_previous=...)``. ``optax.MultiSteps`` passes that of the last small batch
+      alone; take the means of both kinds of gradients yourself instead.
 
     MARS-AdamW is ``optax.chain(mars(0.025, 0.95), optax.adamw(3e-3, b1=0.95,
     b2=0.99))``, both moments from ``c`` as in the authors' code. By default that code
