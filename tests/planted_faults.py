@@ -1972,6 +1972,12 @@ FAULTS = {
         "solved = enough | jnp.all(jnp.isfinite(c))",
         f"{OPTIMIZERS_A} -k 'equals_the_paper or are_finite'",
     ),
+    "predictions from dependent gradients are noise": Fault(
+        "optax_avg/optimizers/optimistic.py",
+        "jnp.maximum(reg, least) * eye",
+        "reg * eye",
+        f"{OPTIMIZERS_A} -k dependent_gradients",
+    ),
     "cautious steps oppose the gradient": Fault(
         "optax_avg/optimizers/signs.py",
         "~(jnp.sign(u) * jnp.sign(g).astype(u.dtype) >= 0)",
@@ -1998,8 +2004,8 @@ FAULTS = {
     ),
     "Grams keeps the sign of the update": Fault(
         "optax_avg/optimizers/signs.py",
-        "lambda g, u: -jnp.sign(g).astype(u.dtype) * jnp.abs(u)",
-        "lambda g, u: u",
+        "turned = -jnp.sign(g).astype(u.dtype) * jnp.abs(u)",
+        "turned = u",
         f"{OPTIMIZERS_A} -k equals_the_paper",
     ),
     "MARS corrects the first gradient": Fault(
@@ -2016,7 +2022,7 @@ FAULTS = {
     ),
     "exact MARS compares with the last batch": Fault(
         "optax_avg/optimizers/variance.py",
-        "before = present(grads_at_previous)",
+        "before = _like_gradients(grads_at_previous, updates)",
         "before = state.mars_gradient",
         f"{OPTIMIZERS_A} -k exact_mars",
     ),
@@ -2040,7 +2046,7 @@ FAULTS = {
     ),
     "updates of the optimizers are wide": Fault(
         "optax_avg/optimizers/_wide.py",
-        "else made.astype(update.dtype)",
+        "else made.astype(jnp.result_type(update))",
         "else made",
         f"{OPTIMIZERS_A} -k memories_are_wide",
     ),
@@ -2055,6 +2061,42 @@ FAULTS = {
         "((d - b * g) / (1 + b * mu))",
         "((d - (state.nag_step > 0) * b * g) / (1 + b * mu))",
         f"{OPTIMIZERS_A} -k 'number_of_its_authors or iterates_of_the_paper'",
+    ),
+    "the last gradient of an optimizer is an alias": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "copy = lambda x, old: jnp.array(x, old.dtype, copy=True)",
+        "copy = lambda x, old: x.astype(old.dtype)",
+        f"{OPTIMIZERS_A} -k last_gradient",
+    ),
+    "the last gradient of an optimizer is as narrow as the newest": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "copy = lambda x, old: jnp.array(x, old.dtype, copy=True)",
+        "copy = lambda x, old: jnp.array(x, copy=True)",
+        f"{OPTIMIZERS_A} -k last_gradient",
+    ),
+    "Grams takes a direction where the optimizer takes no step": Fault(
+        "optax_avg/optimizers/signs.py",
+        "return jnp.where(u == 0, u, turned)",
+        "return turned",
+        f"{OPTIMIZERS_A} -k skips",
+    ),
+    "multi-momentum takes a vector of clusters": Fault(
+        "optax_avg/optimizers/variance.py",
+        "one = jnp.ndim(cluster) == 0",
+        "one = True",
+        f"{OPTIMIZERS_A} -k needs_a_cluster",
+    ),
+    "shares of clusters may be NaN": Fault(
+        "optax_avg/optimizers/variance.py",
+        "np.all(shares >= 0) and abs(shares.sum() - 1) <= 1e-5",
+        "np.all(~(shares < 0)) and not abs(shares.sum() - 1) > 1e-5",
+        f"{OPTIMIZERS_A} -k wrong_arguments",
+    ),
+    "exact MARS compares with gradients of any shape": Fault(
+        "optax_avg/optimizers/variance.py",
+        "jnp.shape(part) == g.shape",
+        "True",
+        f"{OPTIMIZERS_A} -k parameters_before_must",
     ),
     "memories of the optimizers lie whole on every device": Fault(
         "optax_avg/optimizers/_wide.py",

@@ -291,7 +291,7 @@ def keep(updates, state, params=None):
 
 @pytest.mark.parametrize("wrapper", [opt.cautious, opt.grams])
 def test_wrappers_pass_a_gradient_that_is_not_finite_on(wrapper):
-    """So that ``optax.apply_if_finite`` around them sees it."""
+    """They do not hide it."""
     tx = wrapper(optax.adam(0.1))
     g = jnp.array([1.0, jnp.nan])
     updates, _ = tx.update(g, tx.init(g))
@@ -343,6 +343,20 @@ def test_the_prediction_finds_the_limit_of_a_linear_sequence():
         c = _coefficients(known, 2, 1e-9, jnp.asarray(True))
     found = np.asarray(c) @ np.stack(grads[-2:])
     np.testing.assert_allclose(found, limit, rtol=1e-2)
+
+
+@pytest.mark.parametrize("size", [1.0, 1e2, 1e3, 1e6])
+def test_predictions_from_dependent_gradients_are_not_noise(size):
+    """Five differences of four numbers, in float32."""
+    r, rng = 5, np.random.default_rng(0)
+    coefficients = jax.jit(lambda g: _coefficients([g], r, 1e-3, jnp.asarray(True)))
+    for _ in range(30):
+        known = rng.normal(size=(r + 1, 4)).astype(np.float32)
+        found = np.asarray(coefficients(jnp.asarray(size * known))) @ known[1:]
+        grads = [g.astype(np.float64) for g in known]
+        largest = (np.diff(np.stack(grads), axis=0) ** 2).sum(1).max()
+        reg = max(1e-3 / size**2, 10 * r * 2.0**-23 * largest)
+        np.testing.assert_allclose(found, reference.predicted(grads, r, reg), atol=0.3)
 
 
 def test_predictions_of_equal_or_huge_gradients_are_finite():
@@ -407,7 +421,8 @@ def test_multi_momentum_takes_out_what_differs_between_the_clusters():
 def test_multi_momentum_needs_a_cluster():
     tx = opt.multi_momentum(2, 0.5)
     g = jnp.ones(2)
-    for cluster in (None, 2, -1):
+    wrong = (None, 2, -1, jnp.array(2), np.array(-1), 0.5, True, jnp.array([0, 1]))
+    for cluster in wrong:
         with pytest.raises(ValueError, match="needs the cluster of the batch"):
             tx.update(g, tx.init(g), cluster=cluster)
 
@@ -471,6 +486,8 @@ WRONG = {
     "num_clusters": lambda: opt.multi_momentum(0, 0.5),
     "probabilities": lambda: opt.multi_momentum(2, 0.5, [0.5, 0.6]),
     "2 shares": lambda: opt.multi_momentum(2, 0.5, [1.0]),
+    "shares that sum": lambda: opt.multi_momentum(2, 0.5, [np.nan, 1.0]),
+    "got 0.9": lambda: opt.aggregated_momentum(0.1, 0.9),
 }
 
 
@@ -478,6 +495,65 @@ WRONG = {
 def test_wrong_arguments_are_named(match):
     with pytest.raises(ValueError, match=match):
         WRONG[match]()
+
+
+def test_decays_may_be_an_array():
+    grads = gradients(13)
+    for betas in (np.array(BETAS), jnp.array(BETAS)):
+        found = run(opt.aggregated_momentum(0.1, betas), grads)
+        check(found, reference.aggregated_momentum(grads, 0.1, BETAS), 1e-6)
+
+
+@pytest.mark.parametrize("name", ["diffgrad", "mars"])
+def test_the_last_gradient_is_kept_as_a_copy_in_the_dtype_of_the_memory(name):
+    """Or the state could not be donated beside the gradient."""
+    tx = PAIRS[name][0]()
+    with jax.enable_x64(True):
+        x, g = jnp.ones(2, jnp.float64), jnp.ones(2, jnp.float32)
+        state = tx.init(x)
+        _, after = tx.update(g, state)
+        chex.assert_trees_all_equal_shapes_and_dtypes(after, state)
+        _, after = tx.update(x, state)
+        places = {leaf.unsafe_buffer_pointer() for leaf in jax.tree.leaves(after)}
+        assert x.unsafe_buffer_pointer() not in places
+
+
+def test_gradients_may_be_python_numbers():
+    tx = opt.laprop(0.1)
+    updates, _ = tx.update({"a": 0.5}, tx.init({"a": 1.0}))
+    assert float(updates["a"]) == pytest.approx(-0.1, rel=1e-5)
+
+
+@pytest.mark.parametrize("wrapper", [opt.cautious, opt.grams])
+def test_a_step_that_the_optimizer_skips_is_skipped(wrapper):
+    tx = wrapper(optax.apply_if_finite(optax.adam(0.1), 3))
+    g = jnp.array([1.0, -1.0])
+    _, state = tx.update(g, tx.init(g))
+    updates, _ = tx.update(jnp.array([jnp.nan, 1.0]), state)
+    assert not updates.any()
+
+
+@pytest.mark.parametrize("name", ["masked", "partition"])
+def test_exact_mars_of_a_part_of_the_parameters(name):
+    mars, g = opt.mars(0.5, 0.75), jnp.array([0.1, -0.2])
+    tx = {
+        "masked": lambda: optax.masked(mars, {"a": True, "b": False}),
+        "partition": lambda: optax.partition(
+            {"x": mars, "y": optax.identity()}, {"a": "x", "b": "y"}
+        ),
+    }[name]()
+    grads, before = {"a": g, "b": g}, {"a": 0.5 * g, "b": g}
+    updates, _ = tx.update(grads, tx.init(grads), grads, grads_at_previous=before)
+    np.testing.assert_allclose(updates["a"], 1.75 * g, rtol=1e-6)
+    chex.assert_trees_all_equal(updates["b"], g)
+
+
+def test_gradients_at_the_parameters_before_must_be_like_the_gradient():
+    tx, g = opt.mars(), jnp.ones(2)
+    grads = {"a": g, "b": g}
+    for before in ({"a": g, "b": None}, {"a": g}, {"a": g, "b": jnp.ones(1)}):
+        with pytest.raises(ValueError, match="grads_at_previous"):
+            tx.update(grads, tx.init(grads), grads_at_previous=before)
 
 
 SCHEDULED = {

@@ -27,6 +27,12 @@ def present(tree: optax.Params) -> optax.Params:
     return jax.tree.map(one, tree, is_leaf=_leaves.is_absent)
 
 
+def remembered(tree: optax.Updates, memory: optax.Updates) -> optax.Updates:
+    """A copy in the dtypes of a memory, never an alias: states may be donated."""
+    copy = lambda x, old: jnp.array(x, old.dtype, copy=True)
+    return jax.tree.map(copy, tree, memory)
+
+
 def next_step(step: jax.Array) -> jax.Array:
     """One more; it stops at the largest integer."""
     return jnp.asarray(optax.safe_increment(step))
@@ -93,4 +99,5 @@ def _laid_out_like(memory: jax.Array, leaf: jax.Array) -> jax.Array:
 
 def _back(update: Any, made: Any) -> Any:
     """The update that was made, in the dtype in which the gradient came."""
-    return update if _leaves.is_masked(made) else made.astype(update.dtype)
+    # Python numbers have no dtype of their own.
+    return update if _leaves.is_masked(made) else made.astype(jnp.result_type(update))

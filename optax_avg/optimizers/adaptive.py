@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import optax
 
 from optax_avg import _checks
-from optax_avg.optimizers._wide import Number, in_float32, next_step
+from optax_avg.optimizers._wide import Number, in_float32, next_step, remembered
 
 __all__ = [
     "AdamomentumState",
@@ -274,7 +274,8 @@ def scale_by_diffgrad(
             updates,
         )
         out = jax.tree.map(jnp.multiply, xi, made)
-        return out, FrictionState(adam_state, updates)
+        newest = remembered(updates, state.last_gradient)
+        return out, FrictionState(adam_state, newest)
 
     return in_float32(optax.GradientTransformation(init_fn, update_fn))
 

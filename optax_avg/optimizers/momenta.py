@@ -5,7 +5,7 @@ Gravity      V <- V + w(t) (zeta(g) - V)
 NAG-GS       x <- (x + lr v)/(1 + lr),  with v drawn to x and down the gradient
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -39,7 +39,7 @@ class AggregatedState(NamedTuple):
 
 
 def scale_by_aggregated_momentum(
-    betas: Sequence[Number] = (0.0, 0.9, 0.99),
+    betas: Iterable[Number] = (0.0, 0.9, 0.99),
 ) -> optax.GradientTransformationExtraArgs:
     """Aggregated momentum without its learning rate.
 
@@ -69,9 +69,12 @@ def scale_by_aggregated_momentum(
       Lucas et al., "Aggregated Momentum: Stability Through Passive Damping", 2018,
       1804.00325.
     """
-    if not betas:
-        raise ValueError("betas must hold at least one decay; pass (0.0, 0.9, 0.99).")
-    decays = [_checks.within("betas", b, 0, 1, closed_high=False) for b in betas]
+    given = [] if isinstance(betas, (int, float)) else list(betas)
+    if not given:
+        raise ValueError(
+            f"betas must hold at least one decay, got {betas!r}; pass (0.0, 0.9, 0.99)."
+        )
+    decays = [_checks.within("betas", b, 0, 1, closed_high=False) for b in given]
 
     def init_fn(params: optax.Params) -> AggregatedState:
         return AggregatedState(tuple(optax.tree.zeros_like(params) for _ in decays))
@@ -91,7 +94,7 @@ def scale_by_aggregated_momentum(
 
 
 def aggregated_momentum(
-    learning_rate: optax.ScalarOrSchedule, betas: Sequence[Number] = (0.0, 0.9, 0.99)
+    learning_rate: optax.ScalarOrSchedule, betas: Iterable[Number] = (0.0, 0.9, 0.99)
 ) -> optax.GradientTransformationExtraArgs:
     """Aggregated momentum (AggMo): the mean of several velocities.
 

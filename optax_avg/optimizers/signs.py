@@ -80,7 +80,8 @@ def grams(
 
     ``u <- -sign(g) |u|``, element by element. The authors' Grams is
     ``grams(optax.adam(1e-3))``. Decoupled weight decay inside ``inner`` is a part of
-    ``u``; :func:`cautious` says how to leave it out.
+    ``u``; :func:`cautious` says how to leave it out. Where ``u`` is zero it stays zero,
+    even if the gradient is NaN, as when ``inner`` is ``optax.apply_if_finite``.
 
     Args:
       inner: A whole optimizer, or its last link.
@@ -105,9 +106,12 @@ def grams(
       Cao et al., "Grams: Gradient Descent with Adaptive Momentum Scaling", 2024,
       2412.17107.
     """
-    return _changed(
-        "grams", inner, lambda g, u: -jnp.sign(g).astype(u.dtype) * jnp.abs(u)
-    )
+
+    def one(g: jax.Array, u: jax.Array) -> jax.Array:
+        turned = -jnp.sign(g).astype(u.dtype) * jnp.abs(u)
+        return jnp.where(u == 0, u, turned)
+
+    return _changed("grams", inner, one)
 
 
 def _changed(

@@ -13,9 +13,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from jax import core
+from jax.tree_util import KeyPath
 
-from optax_avg import _checks, _numerics
-from optax_avg.optimizers._wide import Number, in_float32, next_step, present
+from optax_avg import _checks, _leaves, _numerics
+from optax_avg.optimizers._wide import (
+    Number,
+    in_float32,
+    next_step,
+    present,
+    remembered,
+)
 
 __all__ = ["ClusterState", "MarsState", "mars", "multi_momentum"]
 
@@ -47,10 +55,13 @@ def mars(
       x_1``, and the authors' code with a last gradient of zero.
     * In the exact form ``g_before`` is the gradient of this batch at the parameters
       before the last step: call ``tx.update(grads, state, params,
-      grads_at_previous=...)``.
+      grads_at_previous=...)``. ``optax.MultiSteps`` passes that of the last small batch
+      alone; take the means of both kinds of gradients yourself instead.
 
     MARS-AdamW is ``optax.chain(mars(0.025, 0.95), optax.adamw(3e-3, b1=0.95,
-    b2=0.99))``, both moments from ``c`` as in the authors' code.
+    b2=0.99))``, both moments from ``c`` as in the authors' code. By default that code
+    takes MARS for matrices alone, and plain AdamW for all other leaves. Inside
+    ``shard_map`` the norm is over the parts of the leaves that a device has.
 
     Args:
       gamma: Strength of the correction, not negative.
@@ -63,7 +74,8 @@ def mars(
       optimizer.
 
     Raises:
-      ValueError: If an argument is out of range.
+      ValueError: If an argument is out of range, or if ``grads_at_previous`` is not
+        like the gradient.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -101,7 +113,7 @@ def mars(
                 lambda old, g: jnp.where(first, g, old), state.mars_gradient, updates
             )
         else:
-            before = present(grads_at_previous)
+            before = _like_gradients(grads_at_previous, updates)
         c = jax.tree.map(
             lambda g, old: (g + factor * (g - old)).astype(g.dtype), updates, before
         )
@@ -109,7 +121,8 @@ def mars(
             _to_unit_ball(c) if scope == "global" else jax.tree.map(_to_unit_ball, c)
         )
         step = next_step(state.mars_step)
-        return clipped, MarsState(step, updates)
+        newest = remembered(updates, state.mars_gradient)
+        return clipped, MarsState(step, newest)
 
     return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
@@ -146,7 +159,8 @@ def multi_momentum(
 
     Returns:
       A transformation with the state :class:`ClusterState` that stands before the
-      optimizer; ``update`` needs ``cluster=``, the number of the batch's cluster.
+      optimizer; ``update`` needs ``cluster=``, the number of the batch's cluster. Under
+      ``jax.jit`` a number out of range is not seen, and moves no momentum.
 
     Raises:
       ValueError: If an argument is out of range, or if ``update`` gets no cluster.
@@ -203,6 +217,35 @@ def multi_momentum(
     return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
 
 
+def _like_gradients(before: optax.Updates, updates: optax.Updates) -> optax.Updates:
+    """The leaves of ``before`` that stand where ``updates`` has gradients.
+
+    Raises:
+      ValueError: If one is missing or has another shape.
+    """
+    named, structure = jax.tree.flatten_with_path(updates, is_leaf=_leaves.is_masked)
+    parts = _leaves.parts_like(updates, before)
+    if len(parts) != len(named):
+        raise ValueError(
+            f"grads_at_previous has {len(parts)} leaves and the gradient {len(named)}; "
+            "pass a tree like the gradient."
+        )
+
+    def one(path: KeyPath, g: Any, part: Any) -> Any:
+        if _leaves.is_masked(g):
+            return g
+        if _leaves.is_gradient(part) and jnp.shape(part) == g.shape:
+            return part
+        raise ValueError(
+            f"grads_at_previous{jax.tree_util.keystr(path)} is not like the gradient, "
+            f"of shape {g.shape}; pass a tree like the gradient."
+        )
+
+    places = zip(named, parts, strict=True)
+    kept = [one(path, g, part) for (path, g), part in places]
+    return present(jax.tree.unflatten(structure, kept))
+
+
 def _to_unit_ball(tree: optax.Updates) -> optax.Updates:
     """``v/max(|v|, 1)`` over all leaves."""
     n = _numerics.norm(tree)
@@ -219,7 +262,9 @@ def _shares(num: int, probabilities: Sequence[float] | None) -> np.ndarray:
     if probabilities is None:
         return np.full(num, 1 / num)
     shares = np.asarray(probabilities, float)
-    if shares.shape != (num,) or np.any(shares < 0) or abs(shares.sum() - 1) > 1e-5:
+    if shares.shape != (num,) or not (
+        np.all(shares >= 0) and abs(shares.sum() - 1) <= 1e-5
+    ):
         raise ValueError(
             f"probabilities must be {num} shares that sum to 1, got {probabilities!r}; "
             "divide the sizes of the clusters by the size of the data."
@@ -231,12 +276,15 @@ def _number_of_cluster(cluster: jax.Array | int | None, num: int) -> Any:
     """The number of the cluster, checked where it is known.
 
     Raises:
-      ValueError: If there is none, or it is out of range.
+      ValueError: If it is not one integer, or out of range.
     """
-    known = isinstance(cluster, (int, np.integer))
-    if cluster is None or (known and not 0 <= cluster < num):
-        raise ValueError(
-            f"multi_momentum needs the cluster of the batch, from 0 to {num - 1}, got "
-            f"{cluster!r}; call tx.update(updates, state, params, cluster=0)."
-        )
-    return cluster
+    number = isinstance(cluster, (int, np.integer, np.ndarray, jax.Array))
+    if number and jnp.issubdtype(jnp.result_type(cluster), jnp.integer):
+        one = jnp.ndim(cluster) == 0
+        if one and (isinstance(cluster, core.Tracer) or 0 <= cluster < num):
+            return cluster
+    raise ValueError(
+        "multi_momentum needs the cluster of the batch, one integer from 0 to "
+        f"{num - 1}, got {cluster!r}; call tx.update(updates, state, params, "
+        "cluster=0)."
+    )
