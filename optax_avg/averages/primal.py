@@ -119,8 +119,9 @@ def primal_average(
       where: Leaves to average, as in :class:`optax_avg.AverageOptions`. The others are
         trained by the optimizer alone.
       nonfinite: ``"skip"`` leaves out the elements of an update that are not finite:
-        ``z`` stays as it is there. The optimizer's own moments stay broken;
-        ``optax.apply_if_finite`` around all restores them. ``"keep"`` does not check.
+        ``z`` stays as it is there. The optimizer's own moments stay broken, unless
+        ``optax.apply_if_finite`` around all keeps such gradients from them. ``"keep"``
+        does not check.
         With ``beta = 0`` the parameters take such an element, and the average leaves
         it out, as in :func:`optax_avg.average`.
 
