@@ -2279,6 +2279,30 @@ FAULTS = {
         "return leaf",
         f"{NNX} -k shares_no_array",
     ),
+    "an averaged model shares the parameters that are not averaged": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "averages, rest = jax.tree.map(_copied, (averages, rest))",
+        "rest = jax.tree.map(_copied, rest)",
+        f"{NNX} -k leaves_out_are_copied",
+    ),
+    "passes of Equinox share a state": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "        args, kwargs = jax.tree.map(lambda x: x, (args, kwargs))\n",
+        "",
+        f"{EQUINOX} -k every_pass_uses_up",
+    ),
+    "derived layers of Equinox lose what they add": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "_recording_kind(type(layer))",
+        "_recording_kind(eqx.nn.BatchNorm)",
+        f"{BATCH_STATS} -k derived_layer_of_equinox",
+    ),
+    "a model that is not called keeps its statistics": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "    if not called:\n",
+        "    if not called and exact:\n",
+        f"{BATCH_STATS} -k models_that_are_not_called",
+    ),
     "an averaged model has all parameters averaged": Fault(
         "optax_avg/frameworks/nnx.py",
         "nnx.split(model, optimizer.wrt, ...)",

@@ -491,6 +491,41 @@ def test_a_shared_layer_of_equinox(mode):
     check(found.get(index), [*DATA, *second])
 
 
+class OwnEquinox(eqx.nn.BatchNorm):
+    """A layer of the user's, without an argument for the mode."""
+
+    def __call__(self, x, state):
+        x, state = super().__call__(2.0 * x, state)
+        return x + 5.0, state
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_derived_layer_of_equinox(mode, exact):
+    class Both(eqx.Module):
+        first: OwnEquinox
+        second: eqx.nn.BatchNorm
+
+        def __init__(self):
+            self.first = OwnEquinox(3, "batch", mode=mode)
+            self.second = eqx.nn.BatchNorm(3, "batch", mode="batch")
+
+        def __call__(self, x, state):
+            x, state = self.first(x, state)
+            return self.second(x, state)
+
+    model, state = eqx.nn.make_with_state(Both)()
+    found = oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, exact=exact)
+    twice, norm = [2.0 * np.asarray(x, np.float64) for x in DATA], model.first
+    wanted = []
+    for x in twice:
+        mean, var = moments(twice if exact else [x])
+        wanted.append((x - mean) / np.sqrt(var + 1e-5) + 5.0)
+    index = norm.batch_state_index if mode == "batch" else norm.ema_state_index
+    check(found.get(index), twice)
+    check(found.get(model.second.batch_state_index), wanted, rtol=1e-4)
+
+
 def test_layers_of_equinox_with_several_axes():
     model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, ("a", "b"), mode="batch")
     with pytest.raises(ValueError, match="join several axes; pass forward="):
@@ -540,6 +575,29 @@ def test_layers_that_are_not_called_keep_their_statistics():
         )
         check(of_nnx(model.first), DATA)
         np.testing.assert_array_equal(model.second.mean[...], [3.0, 4.0])
+
+
+def test_models_that_are_not_called():
+    nothing = r"let forward or apply_fn call the model that it is given"
+    with pytest.raises(ValueError, match=nothing):
+        oa.frameworks.nnx.recompute_batch_stats(norm_nnx(3), DATA, lambda model, x: x)
+    layer = nn.BatchNorm(use_running_average=True)
+    with pytest.raises(ValueError, match=nothing):
+        oa.frameworks.linen.recompute_batch_stats(
+            lambda variables, x, mutable: (x, variables),
+            variables_of(layer, DATA[0]),
+            DATA,
+        )
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    with pytest.raises(ValueError, match=nothing):
+        oa.frameworks.equinox.recompute_batch_stats(
+            model, state, DATA, lambda model, state, x: state
+        )
+
+
+def test_statistics_are_not_computed_under_jit():
+    with pytest.raises(TypeError, match=r"outside of jax\.jit"):
+        nnx.jit(oa.frameworks.nnx.recompute_batch_stats)(norm_nnx(3), DATA)
 
 
 # Devices

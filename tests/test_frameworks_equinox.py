@@ -137,6 +137,28 @@ def test_value_and_grad_is_sam_of_the_clean_pass(jitted):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_state_that_every_pass_uses_up():
+    """Without ``vmap`` a model marks the state that it was given as old."""
+
+    class Counting(eqx.Module):
+        w: jax.Array
+        calls: eqx.nn.StateIndex
+
+        def __init__(self):
+            self.w, self.calls = jnp.array(2.0), eqx.nn.StateIndex(jnp.array(0))
+
+        def __call__(self, state):
+            state = state.set(self.calls, state.get(self.calls) + 1)
+            return 0.5 * self.w**2, state
+
+    model, state = eqx.nn.make_with_state(Counting)()
+    loss = lambda model, state: model(state)
+    sharp = value_and_grad(loss, oa.rules.sam(0.5), has_aux=True)
+    (_, after), grads = sharp(model, state)
+    assert int(after.get(model.calls)) == 1
+    np.testing.assert_allclose(grads.w, 2.5)
+
+
 def test_a_global_perturbation_is_that_of_the_whole_batch():
     model = mlp()
     loss = lambda model, x, y: ((jax.vmap(model)(x) - y) ** 2).mean()

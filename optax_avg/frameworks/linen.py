@@ -118,6 +118,8 @@ def recompute_batch_stats(
     Args:
       apply_fn: ``model.apply``, or a function that is called like it:
         ``(variables, batch, mutable=["batch_stats"], **kwargs) -> (out, updated)``.
+        For batches ``(x, y)`` it is ``lambda variables, batch, **kwargs:
+        model.apply(variables, batch[0], **kwargs)``.
       variables: All variables, such as ``{"params": oa.averaged_params(opt_state,
         params), "batch_stats": batch_stats}``.
       batches: One pass of data; an iterator will do. They go through ``jax.jit``.
@@ -133,7 +135,9 @@ def recompute_batch_stats(
       The variables with new ``batch_stats``.
 
     Raises:
-      ValueError: If there is no batch, or a layer does not follow its batch.
+      TypeError: If it is called under ``jax.jit``.
+      ValueError: If there is no batch, a batch passes no layer of normalisation, or a
+        layer does not follow its batch.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
