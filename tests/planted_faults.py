@@ -2315,6 +2315,12 @@ FAULTS = {
         "tx.update",
         f"{LINEN} -k extra_arguments_reach",
     ),
+    "statistics go to the optimizer": Fault(
+        "optax_avg/frameworks/linen.py",
+        "        if _STATS in extra:\n",
+        "        if _STATS in replaced:\n",
+        f"{LINEN} -k no_field_takes",
+    ),
     "a step of linen keeps the optimizer of one call": Fault(
         "optax_avg/frameworks/linen.py",
         "return stepped.replace(tx=tx)",

@@ -595,6 +595,14 @@ def test_models_that_are_not_called():
         )
 
 
+def test_a_forward_that_returns_more_than_the_state():
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    over = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
+    forward = lambda model, state, x: jax.vmap(model, **over)(x, state)
+    with pytest.raises(TypeError, match=r"of \(out, state\) take the second"):
+        oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, forward)
+
+
 def test_statistics_are_not_computed_under_jit():
     with pytest.raises(TypeError, match=r"outside of jax\.jit"):
         nnx.jit(oa.frameworks.nnx.recompute_batch_stats)(norm_nnx(3), DATA)

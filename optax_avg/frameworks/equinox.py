@@ -210,7 +210,8 @@ def recompute_batch_stats(
       The state with new statistics. Training can go on from it.
 
     Raises:
-      TypeError: If it is called under ``jax.jit``.
+      TypeError: If it is called under ``jax.jit``, or ``forward`` returns something
+        else than a state.
       ValueError: If there is no batch, a batch passes no layer of normalisation, or
         ``forward`` is needed.
 
@@ -254,6 +255,11 @@ def recompute_batch_stats(
         moving = _state_of(entries)
         for batch in batches:
             moving = step(recording, moving, batch)
+            if not isinstance(moving, eqx.nn.State):
+                raise TypeError(
+                    "forward must return the state after the call alone. It returned "
+                    f"{type(moving).__name__}; of (out, state) take the second."
+                )
         return {name: moving.get(index) for name, index in pools.items()}, order
 
     before = _entries(state)

@@ -52,7 +52,8 @@ class TrainState(train_state.TrainState):
           The state after the step.
 
         Raises:
-          TypeError: If there are extra arguments, and ``tx`` takes none.
+          TypeError: If there are extra arguments, and ``tx`` takes none, or
+            ``batch_stats``, and the state has no such field.
         """
         fields = {field.name for field in dataclasses.fields(self)}
         extra = {name: x for name, x in kwargs.items() if name not in fields}
@@ -60,6 +61,11 @@ class TrainState(train_state.TrainState):
         tx = self.tx
         if not extra:
             return super().apply_gradients(grads=grads, **replaced)
+        if _STATS in extra:
+            raise TypeError(
+                f"this state has no field {_STATS}, and an optimizer would forget it; "
+                "derive a class from TrainState with a line batch_stats: Any."
+            )
         if not isinstance(tx, optax.GradientTransformationExtraArgs):
             raise TypeError(
                 f"{sorted(extra)} are no fields of the state, and this tx takes no "
