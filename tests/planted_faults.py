@@ -2244,8 +2244,8 @@ FAULTS = {
     ),
     "Equinox divides the statistics by a count of zero": Fault(
         "optax_avg/frameworks/equinox.py",
-        "jnp.array(2**30)",
-        "jnp.array(1)",
+        "jnp.full_like(entries[marker], 2**30)",
+        "jnp.full_like(entries[marker], 1)",
         f"{BATCH_STATS} -k two_batches_in_equinox",
     ),
     "the perturbed pass leaves its statistics": Fault(
@@ -2296,6 +2296,18 @@ FAULTS = {
         "_recording_kind(type(layer))",
         "_recording_kind(eqx.nn.BatchNorm)",
         f"{BATCH_STATS} -k derived_layer_of_equinox",
+    ),
+    "the counts of an ensemble of Equinox are one": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "jnp.full_like(entries[marker], 2**30)",
+        "jnp.array(2**30)",
+        f"{BATCH_STATS} -k stacked_models_of_equinox",
+    ),
+    "reading the momenta multiplies zero by infinity": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "(1 - w) * pool.pool_between + (1 - w) * w * e * e",
+        "(1 - w) * (pool.pool_between + w * e**2)",
+        f"{BATCH_STATS} -k nothing_on_the_way",
     ),
     "a model that is not called keeps its statistics": Fault(
         "optax_avg/frameworks/_pooling.py",

@@ -526,6 +526,27 @@ def test_a_derived_layer_of_equinox(mode, exact):
     check(found.get(model.second.batch_state_index), wanted, rtol=1e-4)
 
 
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_stacked_models_of_equinox(mode):
+    """An ensemble has a statistic and a count for each member."""
+    new = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    each = eqx.filter_vmap(lambda _: new(3, "batch", mode=mode))
+    model, state = each(jnp.arange(2))
+
+    def forward(model, state, x):
+        over = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
+        x = 2.0 * x
+        return eqx.filter_vmap(lambda *pair: jax.vmap(pair[0], **over)(x, pair[1])[1])(
+            model, state
+        )
+
+    found = oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, forward)
+    assert jax.tree.map(jnp.shape, found) == jax.tree.map(jnp.shape, state)
+    index = model.batch_state_index if mode == "batch" else model.ema_state_index
+    for mean, var in zip(*found.get(index)):
+        check((mean, var), [2.0 * x for x in DATA])
+
+
 def test_layers_of_equinox_with_several_axes():
     model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, ("a", "b"), mode="batch")
     with pytest.raises(ValueError, match="join several axes; pass forward="):
@@ -601,6 +622,12 @@ def test_a_forward_that_returns_more_than_the_state():
     forward = lambda model, state, x: jax.vmap(model, **over)(x, state)
     with pytest.raises(TypeError, match=r"of \(out, state\) take the second"):
         oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, forward)
+
+
+def test_nothing_on_the_way_is_nan():
+    with jax.debug_nans(True):
+        model = oa.frameworks.nnx.recompute_batch_stats(norm_nnx(3), DATA)
+    check(of_nnx(model), DATA)
 
 
 def test_statistics_are_not_computed_under_jit():

@@ -103,7 +103,8 @@ def absorbed(pool: Pool, count: Any, mean: jax.Array, var: jax.Array) -> Pool:
         n,
         pool.pool_mean + w * e,
         pool.pool_within + w * (var - pool.pool_within),
-        (1 - w) * (pool.pool_between + w * e**2),
+        # e^2 overflows at _PROBE; in this order 0 does not meet infinity.
+        (1 - w) * pool.pool_between + (1 - w) * w * e * e,
     )
     return jax.tree.map(
         lambda new, old: jnp.where(w > 0, new, old).astype(old.dtype), new, pool

@@ -244,7 +244,7 @@ def recompute_batch_stats(
                 if record
                 else stats[name]
             )
-            entries |= _settled(layer, to_record=record)
+            entries |= _settled(layer, entries, to_record=record)
         entries |= {index.marker: index.init for index in pools.values()}
         recording = jax.tree.map(
             lambda node: _recording(node, pools, order) if _is_norm(node) else node,
@@ -266,7 +266,7 @@ def recompute_batch_stats(
     stats = {name: before[name] for name in layers}
     found = _pooling.population(sweep, stats, batches, exact)
     for name, layer in layers.items():
-        before |= {name: found[name], **_settled(layer, to_record=False)}
+        before |= {name: found[name], **_settled(layer, before, to_record=False)}
     return _state_of(before)
 
 
@@ -330,12 +330,14 @@ def _index(layer: Any) -> Any:
     return layer.ema_state_index
 
 
-def _settled(layer: Any, to_record: bool) -> dict[Any, jax.Array]:
+def _settled(layer: Any, entries: Any, to_record: bool) -> dict[Any, jax.Array]:
     """What a layer keeps beside its statistics so that these are taken as they are."""
     if layer.ema_first_time_index is not None:
-        return {layer.ema_first_time_index.marker: jnp.array(to_record)}
+        marker = layer.ema_first_time_index.marker
+        return {marker: jnp.full_like(entries[marker], to_record)}
     # Inference divides by 1 - momentum^counter, which is 1 then, and stays so.
-    return {layer.batch_counter.marker: jnp.array(2**30)}
+    marker = layer.batch_counter.marker
+    return {marker: jnp.full_like(entries[marker], 2**30)}
 
 
 def _entries(state: eqx.nn.State) -> dict[Any, Any]:
