@@ -2267,6 +2267,12 @@ FAULTS = {
         "False",
         f"{NNX} -k rules_with_a_state",
     ),
+    "the state of any rule will do": Fault(
+        "optax_avg/frameworks/_memory.py",
+        '[getattr(x, "shape", None) for x in given] != [x.shape for x in wanted]',
+        "given is wanted",
+        f"{EQUINOX} -k state_of_another_rule",
+    ),
     "variables of a rule stay as they were": Fault(
         "optax_avg/frameworks/nnx.py",
         "                variable[...] = leaf\n",

@@ -187,6 +187,14 @@ def test_a_rule_with_a_state():
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
 
 
+def test_a_state_of_another_rule():
+    model, rules = mlp(), (oa.rules.sam(lambda step: 0.1), oa.rules.momentum_sam(0.1))
+    sharp = [value_and_grad(plain_loss, rule) for rule in rules]
+    for one, other in (sharp, sharp[::-1]):
+        with pytest.raises(ValueError, match="rule_state is not that of this rule"):
+            one(model, rule_state=other.init(model))
+
+
 def test_radii_and_where_like_the_model():
     model = mlp()
     radius = jax.tree.map(lambda _: 0.3, trainable(model))

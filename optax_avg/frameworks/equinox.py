@@ -125,7 +125,7 @@ def value_and_grad(
     Raises:
       TypeError: If ``rule`` is no rule, or ``loss`` cannot be called.
       ValueError: If ``perturbation`` names no axis. The returned function raises it if
-        a rule that needs its state gets none.
+        a rule that needs its state gets none, or that of another rule.
 
     Example:
       >>> import equinox as eqx, jax, jax.numpy as jnp, optax_avg as oa
@@ -159,6 +159,8 @@ def value_and_grad(
     def sharp(model, *args, rule_state=None, **kwargs):
         params, rest = eqx.partition(model, eqx.is_inexact_array)
         if rule_state is not None:
+            wanted = jax.eval_shape(inner.init, params)
+            _memory.refuse_other_state(*map(jax.tree.leaves, (rule_state, wanted)))
             return inner(params, rule_state, rest, args, kwargs)
         _memory.refuse_forgetting(
             rule,

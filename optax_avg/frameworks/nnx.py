@@ -218,11 +218,7 @@ def _given(rule_state: Any, start: Any) -> Any:
     """
     leaves, structure = jax.tree.flatten(start)
     given = jax.tree.leaves(rule_state, is_leaf=_is_node)
-    if [getattr(x, "shape", None) for x in given] != [x.shape for x in leaves]:
-        raise ValueError(
-            "rule_state is not that of this rule and model; call rule_state = "
-            "sharp.init(model)."
-        )
+    _memory.refuse_other_state(given, leaves)
     return structure.unflatten([variable[...] for variable in given])
 
 
