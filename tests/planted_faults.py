@@ -2286,8 +2286,8 @@ FAULTS = {
     ),
     "Equinox divides the statistics by a count of zero": Fault(
         "optax_avg/frameworks/equinox.py",
-        "jnp.array(2**30)",
-        "jnp.array(1)",
+        "jnp.full_like(entries[marker], 2**30)",
+        "jnp.full_like(entries[marker], 1)",
         f"{BATCH_STATS} -k two_batches_in_equinox",
     ),
     "the perturbed pass leaves its statistics": Fault(
@@ -2309,6 +2309,12 @@ FAULTS = {
         "False",
         f"{NNX} -k rules_with_a_state",
     ),
+    "the state of any rule will do": Fault(
+        "optax_avg/frameworks/_memory.py",
+        '[getattr(x, "shape", None) for x in given] != [x.shape for x in wanted]',
+        "given is wanted",
+        f"{EQUINOX} -k state_of_another_rule",
+    ),
     "variables of a rule stay as they were": Fault(
         "optax_avg/frameworks/nnx.py",
         "                variable[...] = leaf\n",
@@ -2321,6 +2327,42 @@ FAULTS = {
         "return leaf",
         f"{NNX} -k shares_no_array",
     ),
+    "an averaged model shares the parameters that are not averaged": Fault(
+        "optax_avg/frameworks/nnx.py",
+        "averages, rest = jax.tree.map(_copied, (averages, rest))",
+        "rest = jax.tree.map(_copied, rest)",
+        f"{NNX} -k leaves_out_are_copied",
+    ),
+    "passes of Equinox share a state": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "        args, kwargs = jax.tree.map(lambda x: x, (args, kwargs))\n",
+        "",
+        f"{EQUINOX} -k every_pass_uses_up",
+    ),
+    "derived layers of Equinox lose what they add": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "_recording_kind(type(layer))",
+        "_recording_kind(eqx.nn.BatchNorm)",
+        f"{BATCH_STATS} -k derived_layer_of_equinox",
+    ),
+    "the counts of an ensemble of Equinox are one": Fault(
+        "optax_avg/frameworks/equinox.py",
+        "jnp.full_like(entries[marker], 2**30)",
+        "jnp.array(2**30)",
+        f"{BATCH_STATS} -k stacked_models_of_equinox",
+    ),
+    "reading the momenta multiplies zero by infinity": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "(1 - w) * pool.pool_between + (1 - w) * w * e * e",
+        "(1 - w) * (pool.pool_between + w * e**2)",
+        f"{BATCH_STATS} -k nothing_on_the_way",
+    ),
+    "a model that is not called keeps its statistics": Fault(
+        "optax_avg/frameworks/_pooling.py",
+        "    if not called:\n",
+        "    if not called and exact:\n",
+        f"{BATCH_STATS} -k models_that_are_not_called",
+    ),
     "an averaged model has all parameters averaged": Fault(
         "optax_avg/frameworks/nnx.py",
         "nnx.split(model, optimizer.wrt, ...)",
@@ -2332,6 +2374,12 @@ FAULTS = {
         "functools.partial(tx.update, **extra)",
         "tx.update",
         f"{LINEN} -k extra_arguments_reach",
+    ),
+    "statistics go to the optimizer": Fault(
+        "optax_avg/frameworks/linen.py",
+        "        if _STATS in extra:\n",
+        "        if _STATS in replaced:\n",
+        f"{LINEN} -k no_field_takes",
     ),
     "a step of linen keeps the optimizer of one call": Fault(
         "optax_avg/frameworks/linen.py",

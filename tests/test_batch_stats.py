@@ -491,6 +491,63 @@ def test_a_shared_layer_of_equinox(mode):
     check(found.get(index), [*DATA, *second])
 
 
+class OwnEquinox(eqx.nn.BatchNorm):
+    """A layer of the user's, without an argument for the mode."""
+
+    def __call__(self, x, state):
+        x, state = super().__call__(2.0 * x, state)
+        return x + 5.0, state
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+@pytest.mark.parametrize("exact", [False, True])
+def test_a_derived_layer_of_equinox(mode, exact):
+    class Both(eqx.Module):
+        first: OwnEquinox
+        second: eqx.nn.BatchNorm
+
+        def __init__(self):
+            self.first = OwnEquinox(3, "batch", mode=mode)
+            self.second = eqx.nn.BatchNorm(3, "batch", mode="batch")
+
+        def __call__(self, x, state):
+            x, state = self.first(x, state)
+            return self.second(x, state)
+
+    model, state = eqx.nn.make_with_state(Both)()
+    found = oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, exact=exact)
+    twice, norm = [2.0 * np.asarray(x, np.float64) for x in DATA], model.first
+    wanted = []
+    for x in twice:
+        mean, var = moments(twice if exact else [x])
+        wanted.append((x - mean) / np.sqrt(var + 1e-5) + 5.0)
+    index = norm.batch_state_index if mode == "batch" else norm.ema_state_index
+    check(found.get(index), twice)
+    check(found.get(model.second.batch_state_index), wanted, rtol=1e-4)
+
+
+@pytest.mark.parametrize("mode", ["batch", "ema"])
+def test_stacked_models_of_equinox(mode):
+    """An ensemble has a statistic and a count for each member."""
+    new = eqx.nn.make_with_state(eqx.nn.BatchNorm)
+    each = eqx.filter_vmap(lambda _: new(3, "batch", mode=mode))
+    model, state = each(jnp.arange(2))
+
+    def forward(model, state, x):
+        over = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
+        x = 2.0 * x
+        return eqx.filter_vmap(lambda *pair: jax.vmap(pair[0], **over)(x, pair[1])[1])(
+            model, state
+        )
+
+    found = oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, forward)
+    for a, b in zip(jax.tree.leaves(found), jax.tree.leaves(state), strict=True):
+        assert a.shape == b.shape
+    index = model.batch_state_index if mode == "batch" else model.ema_state_index
+    for mean, var in zip(*found.get(index)):
+        check((mean, var), [2.0 * x for x in DATA])
+
+
 def test_layers_of_equinox_with_several_axes():
     model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, ("a", "b"), mode="batch")
     with pytest.raises(ValueError, match="join several axes; pass forward="):
@@ -540,6 +597,43 @@ def test_layers_that_are_not_called_keep_their_statistics():
         )
         check(of_nnx(model.first), DATA)
         np.testing.assert_array_equal(model.second.mean[...], [3.0, 4.0])
+
+
+def test_models_that_are_not_called():
+    nothing = r"let forward or apply_fn call the model that it is given"
+    with pytest.raises(ValueError, match=nothing):
+        oa.frameworks.nnx.recompute_batch_stats(norm_nnx(3), DATA, lambda model, x: x)
+    layer = nn.BatchNorm(use_running_average=True)
+    with pytest.raises(ValueError, match=nothing):
+        oa.frameworks.linen.recompute_batch_stats(
+            lambda variables, x, mutable: (x, variables),
+            variables_of(layer, DATA[0]),
+            DATA,
+        )
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    with pytest.raises(ValueError, match=nothing):
+        oa.frameworks.equinox.recompute_batch_stats(
+            model, state, DATA, lambda model, state, x: state
+        )
+
+
+def test_a_forward_that_returns_more_than_the_state():
+    model, state = eqx.nn.make_with_state(eqx.nn.BatchNorm)(3, "batch", mode="batch")
+    over = {"axis_name": "batch", "in_axes": (0, None), "out_axes": (0, None)}
+    forward = lambda model, state, x: jax.vmap(model, **over)(x, state)
+    with pytest.raises(TypeError, match=r"of \(out, state\) take the second"):
+        oa.frameworks.equinox.recompute_batch_stats(model, state, DATA, forward)
+
+
+def test_nothing_on_the_way_is_nan():
+    with jax.debug_nans(True):
+        model = oa.frameworks.nnx.recompute_batch_stats(norm_nnx(3), DATA)
+    check(of_nnx(model), DATA)
+
+
+def test_statistics_are_not_computed_under_jit():
+    with pytest.raises(TypeError, match=r"outside of jax\.jit"):
+        nnx.jit(oa.frameworks.nnx.recompute_batch_stats)(norm_nnx(3), DATA)
 
 
 # Devices

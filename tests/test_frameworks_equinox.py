@@ -137,6 +137,28 @@ def test_value_and_grad_is_sam_of_the_clean_pass(jitted):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
 
 
+def test_a_state_that_every_pass_uses_up():
+    """Without ``vmap`` a model marks the state that it was given as old."""
+
+    class Counting(eqx.Module):
+        w: jax.Array
+        calls: eqx.nn.StateIndex
+
+        def __init__(self):
+            self.w, self.calls = jnp.array(2.0), eqx.nn.StateIndex(jnp.array(0))
+
+        def __call__(self, state):
+            state = state.set(self.calls, state.get(self.calls) + 1)
+            return 0.5 * self.w**2, state
+
+    model, state = eqx.nn.make_with_state(Counting)()
+    loss = lambda model, state: model(state)
+    sharp = value_and_grad(loss, oa.rules.sam(0.5), has_aux=True)
+    (_, after), grads = sharp(model, state)
+    assert int(after.get(model.calls)) == 1
+    np.testing.assert_allclose(grads.w, 2.5)
+
+
 def test_a_global_perturbation_is_that_of_the_whole_batch():
     model = mlp()
     loss = lambda model, x, y: ((jax.vmap(model)(x) - y) ** 2).mean()
@@ -163,6 +185,14 @@ def test_a_rule_with_a_state():
         np.testing.assert_allclose(value, wanted, rtol=1e-6)
         for a, b in zip(arrays(grads), arrays(gradient), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-7)
+
+
+def test_a_state_of_another_rule():
+    model, rules = mlp(), (oa.rules.sam(lambda step: 0.1), oa.rules.momentum_sam(0.1))
+    sharp = [value_and_grad(plain_loss, rule) for rule in rules]
+    for one, other in (sharp, sharp[::-1]):
+        with pytest.raises(ValueError, match="rule_state is not that of this rule"):
+            one(model, rule_state=other.init(model))
 
 
 def test_radii_and_where_like_the_model():

@@ -95,6 +95,13 @@ def test_arguments_that_nobody_takes():
         stepped(new(plain), 1, valu=1.0)
 
 
+def test_statistics_that_no_field_takes():
+    """A chain takes any extra argument, and would drop them without a word."""
+    state = new(optax.chain(optax.sgd(0.1), oa.ema_params(0.9)))
+    with pytest.raises(TypeError, match="a line batch_stats: Any"):
+        stepped(state, 1, batch_stats={"mean": jnp.zeros(2)})
+
+
 def test_averaged_params():
     state = stepped(new(averages()))
     for name in ("ema", "window", "narrow"):

@@ -119,6 +119,17 @@ def test_averaged_model_shares_no_array_with_the_model():
     equal(nnx.state(average), wanted)
 
 
+def test_parameters_that_the_average_leaves_out_are_copied():
+    model = nnx.Linear(3, 2, rngs=nnx.Rngs(0))
+    kernels = lambda params: jax.tree.map(lambda x: x.ndim == 2, params)
+    tx = optax.chain(optax.sgd(0.1), optax.masked(oa.ema_params(0.9), kernels))
+    optimizer = nnx.Optimizer(model, tx, wrt=nnx.Param)
+    average = average_of(model, optimizer)
+    bias = np.array(model.bias[...])
+    model.bias[...].delete()
+    np.testing.assert_array_equal(average.bias[...], bias)
+
+
 def test_averaged_model_of_some_variables():
     model = Net()
     head = nnx.All(nnx.Param, nnx.PathContains("head"))
@@ -316,6 +327,17 @@ def test_rules_with_a_state(name, jitted):
         for a, b in zip(step, arrays(grads), strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-6)
     assert any(not np.allclose(a, b) for a, b in zip(found[0], found[1]))
+
+
+def test_a_state_of_another_rule():
+    model = Net()
+    schedule = oa.rules.sam(lambda step: 0.1 / (1.0 + step))
+    sharp = [
+        value_and_grad(loss_fn, rule) for rule in (schedule, oa.rules.momentum_sam(0.1))
+    ]
+    for one, other in (sharp, sharp[::-1]):
+        with pytest.raises(ValueError, match="rule_state is not that of this rule"):
+            one(model, X, Y, rule_state=other.init(model))
 
 
 def test_rules_without_a_state_need_none():

@@ -9,7 +9,7 @@ import optax
 from optax_avg import _leaves, _numerics
 from optax_avg.sharpness import RuleState, SharpnessRule
 
-__all__ = ["refuse_forgetting"]
+__all__ = ["refuse_forgetting", "refuse_other_state"]
 
 
 def refuse_forgetting(rule: SharpnessRule, params: optax.Params, call: str) -> None:
@@ -27,6 +27,23 @@ def refuse_forgetting(rule: SharpnessRule, params: optax.Params, call: str) -> N
         raise ValueError(
             "this rule has a memory or a schedule, and so its state has to be kept "
             f"from step to step; call {call}."
+        )
+
+
+def refuse_other_state(given: list[Any], wanted: list[Any]) -> None:
+    """Raises if the arrays of a state are not those of this rule and model.
+
+    Args:
+      given: Leaves of the state that came.
+      wanted: Leaves of one before the first step.
+
+    Raises:
+      ValueError: If their number or shapes differ.
+    """
+    if [getattr(x, "shape", None) for x in given] != [x.shape for x in wanted]:
+        raise ValueError(
+            "rule_state is not that of this rule and model; call rule_state = "
+            "sharp.init(model)."
         )
 
 

@@ -29,6 +29,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.core import Tracer
 
 from optax_avg import _numerics
 
@@ -102,7 +103,8 @@ def absorbed(pool: Pool, count: Any, mean: jax.Array, var: jax.Array) -> Pool:
         n,
         pool.pool_mean + w * e,
         pool.pool_within + w * (var - pool.pool_within),
-        (1 - w) * (pool.pool_between + w * e**2),
+        # e^2 overflows at _PROBE; in this order 0 does not meet infinity.
+        (1 - w) * pool.pool_between + (1 - w) * w * e * e,
     )
     return jax.tree.map(
         lambda new, old: jnp.where(w > 0, new, old).astype(old.dtype), new, pool
@@ -183,17 +185,28 @@ def population(
       The statistics of the population. Layers that are not called keep theirs.
 
     Raises:
-      ValueError: If there is no batch, a layer cannot be read, or ``exact`` meets
-        batches that can be read once only.
+      TypeError: If it is called under ``jax.jit``.
+      ValueError: If there is no batch, a batch passes no layer, a layer cannot be
+        read, or ``exact`` meets batches that can be read once only.
     """
     stats = dict(stats)
     if not stats:
         return stats
+    if any(isinstance(x, Tracer) for x in jax.tree.leaves(stats)):
+        raise TypeError(
+            "recompute_batch_stats compiles the model itself and reads results between "
+            "its batches; call it outside of jax.jit."
+        )
     first, batches = _first(batches, exact)
     pools, order = sweep(stats, list(stats), _PROBE, [first])
     called = _called(pools, order, exact)
     momenta = {name: _momenta(name, pools[name]) for name in called}
-    for group in [[name] for name in called] if exact else [called] * bool(called):
+    if not called:
+        raise ValueError(
+            "the first batch passes no layer of normalisation, so that all would keep "
+            "their statistics; let forward or apply_fn call the model that it is given."
+        )
+    for group in [[name] for name in called] if exact else [called]:
         pools, _ = sweep(stats, group, 0.0, batches)
         for name in group:
             stats[name] = _moments(pools[name], momenta[name], stats[name])

@@ -125,7 +125,7 @@ def value_and_grad(
     Raises:
       TypeError: If ``rule`` is no rule, or ``loss`` cannot be called.
       ValueError: If ``perturbation`` names no axis. The returned function raises it if
-        a rule that needs its state gets none.
+        a rule that needs its state gets none, or that of another rule.
 
     Example:
       >>> import equinox as eqx, jax, jax.numpy as jnp, optax_avg as oa
@@ -147,6 +147,8 @@ def value_and_grad(
     _mixups.refuse_no_function("loss", loss)
 
     def at(params, rest, args, kwargs):
+        # A pass uses up an eqx.nn.State, so that each gets its own.
+        args, kwargs = jax.tree.map(lambda x: x, (args, kwargs))
         whole = lambda params: loss(eqx.combine(params, rest), *args, **kwargs)
         return eqx.filter_value_and_grad(whole, has_aux=has_aux)(params)
 
@@ -157,6 +159,8 @@ def value_and_grad(
     def sharp(model, *args, rule_state=None, **kwargs):
         params, rest = eqx.partition(model, eqx.is_inexact_array)
         if rule_state is not None:
+            wanted = jax.eval_shape(inner.init, params)
+            _memory.refuse_other_state(*map(jax.tree.leaves, (rule_state, wanted)))
             return inner(params, rule_state, rest, args, kwargs)
         _memory.refuse_forgetting(
             rule,
@@ -198,7 +202,8 @@ def recompute_batch_stats(
       state: Its state. It stays valid.
       batches: One pass of data; an iterator will do. They go through ``jax.jit``.
       forward: ``(model, state, batch) -> state`` after the call. By default the model
-        is called as ``model(x, state)`` on each example of the batch.
+        is called as ``model(x, state)`` on each example of the batch. For batches
+        ``(x, y)`` pass the ``x`` alone, such as ``(x for x, y in batches)``.
       exact: Whether every layer sees its inputs as in evaluation, where the layers
         before it normalise by the statistics of the population. Takes as many passes
         and compilations as there are layers, and ``batches`` that can be read again.
@@ -207,7 +212,10 @@ def recompute_batch_stats(
       The state with new statistics. Training can go on from it.
 
     Raises:
-      ValueError: If there is no batch, or ``forward`` is needed.
+      TypeError: If it is called under ``jax.jit``, or ``forward`` returns something
+        else than a state.
+      ValueError: If there is no batch, a batch passes no layer of normalisation, or
+        ``forward`` is needed.
 
     Example:
       >>> import equinox as eqx, jax.numpy as jnp, optax_avg as oa
@@ -238,7 +246,7 @@ def recompute_batch_stats(
                 if record
                 else stats[name]
             )
-            entries |= _settled(layer, to_record=record)
+            entries |= _settled(layer, entries, to_record=record)
         entries |= {index.marker: index.init for index in pools.values()}
         recording = jax.tree.map(
             lambda node: _recording(node, pools, order) if _is_norm(node) else node,
@@ -249,51 +257,63 @@ def recompute_batch_stats(
         moving = _state_of(entries)
         for batch in batches:
             moving = step(recording, moving, batch)
+            if not isinstance(moving, eqx.nn.State):
+                raise TypeError(
+                    "forward must return the state after the call alone. It returned "
+                    f"{type(moving).__name__}; of (out, state) take the second."
+                )
         return {name: moving.get(index) for name, index in pools.items()}, order
 
     before = _entries(state)
     stats = {name: before[name] for name in layers}
     found = _pooling.population(sweep, stats, batches, exact)
     for name, layer in layers.items():
-        before |= {name: found[name], **_settled(layer, to_record=False)}
+        before |= {name: found[name], **_settled(layer, before, to_record=False)}
     return _state_of(before)
 
 
-class _Recording(eqx.nn.BatchNorm):
-    """A layer whose pool absorbs what it sees, while its statistics stay.
+@functools.cache
+def _recording_kind(kind: Any) -> Any:
+    """The class of a layer whose pool absorbs what it sees, while its statistics stay.
 
-    Attributes:
-      pool: Where in the state its pool is; None if it uses the statistics it has.
-      called: What every call calls.
+    It may be one of the user's, derived from ``eqx.nn.BatchNorm``.
     """
 
-    pool: Any
-    called: Callable[[], None] = eqx.field(static=True)
+    class Recording(kind):
+        pool: Any  # where in the state its pool is; None: it uses the statistics it has
+        called: Callable[[], None] = eqx.field(static=True)
 
-    def __call__(self, x, state, *, key=None, inference=None):
-        del inference
-        self.called()
-        if self.pool is None:
-            return super().__call__(x, state, key=key, inference=True)
-        index = _index(self)
-        start = state.get(index)
-        out, state = super().__call__(x, state, key=key, inference=False)
-        count = x.size / self.input_size * lax.psum(1, self.axis_name)
-        seen = _pooling.absorbed(state.get(self.pool), count, *state.get(index))
-        state = state.set(self.pool, seen).set(index, start)
-        if self.ema_first_time_index is not None:
-            state = state.set(self.ema_first_time_index, jnp.array(True))
-        return out, state
+        def __call__(self, x, state, *args, **kwargs):
+            kwargs.pop("inference", None)  # the attribute says it
+            self.called()
+            if self.pool is None:
+                return super().__call__(x, state, *args, **kwargs)
+            index = _index(self)
+            start = state.get(index)
+            out, state = super().__call__(x, state, *args, **kwargs)
+            count = x.size / self.input_size * lax.psum(1, self.axis_name)
+            seen = _pooling.absorbed(state.get(self.pool), count, *state.get(index))
+            state = state.set(self.pool, seen).set(index, start)
+            if self.ema_first_time_index is not None:
+                state = state.set(self.ema_first_time_index, jnp.array(True))
+            return out, state
+
+    return Recording
 
 
-def _recording(layer: Any, pools: Any, order: list[Any]) -> _Recording:
+def _recording(layer: Any, pools: Any, order: list[Any]) -> Any:
     """The same layer, which records if it has a pool."""
     marker = _index(layer).marker
-    new = object.__new__(_Recording)
-    for name, value in vars(layer).items():
+    new = object.__new__(_recording_kind(type(layer)))
+    pool = pools.get(marker)
+    fields = {
+        **vars(layer),
+        "inference": pool is None,
+        "pool": pool,
+        "called": functools.partial(order.append, marker),
+    }
+    for name, value in fields.items():
         object.__setattr__(new, name, value)
-    object.__setattr__(new, "pool", pools.get(marker))
-    object.__setattr__(new, "called", functools.partial(order.append, marker))
     return new
 
 
@@ -312,12 +332,14 @@ def _index(layer: Any) -> Any:
     return layer.ema_state_index
 
 
-def _settled(layer: Any, to_record: bool) -> dict[Any, jax.Array]:
+def _settled(layer: Any, entries: Any, to_record: bool) -> dict[Any, jax.Array]:
     """What a layer keeps beside its statistics so that these are taken as they are."""
     if layer.ema_first_time_index is not None:
-        return {layer.ema_first_time_index.marker: jnp.array(to_record)}
+        marker = layer.ema_first_time_index.marker
+        return {marker: jnp.full_like(entries[marker], to_record)}
     # Inference divides by 1 - momentum^counter, which is 1 then, and stays so.
-    return {layer.batch_counter.marker: jnp.array(2**30)}
+    marker = layer.batch_counter.marker
+    return {marker: jnp.full_like(entries[marker], 2**30)}
 
 
 def _entries(state: eqx.nn.State) -> dict[Any, Any]:

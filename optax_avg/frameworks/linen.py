@@ -52,7 +52,8 @@ class TrainState(train_state.TrainState):
           The state after the step.
 
         Raises:
-          TypeError: If there are extra arguments, and ``tx`` takes none.
+          TypeError: If there are extra arguments, and ``tx`` takes none, or
+            ``batch_stats``, and the state has no such field.
         """
         fields = {field.name for field in dataclasses.fields(self)}
         extra = {name: x for name, x in kwargs.items() if name not in fields}
@@ -60,6 +61,11 @@ class TrainState(train_state.TrainState):
         tx = self.tx
         if not extra:
             return super().apply_gradients(grads=grads, **replaced)
+        if _STATS in extra:
+            raise TypeError(
+                f"this state has no field {_STATS}, and an optimizer would forget it; "
+                "derive a class from TrainState with a line batch_stats: Any."
+            )
         if not isinstance(tx, optax.GradientTransformationExtraArgs):
             raise TypeError(
                 f"{sorted(extra)} are no fields of the state, and this tx takes no "
@@ -118,6 +124,8 @@ def recompute_batch_stats(
     Args:
       apply_fn: ``model.apply``, or a function that is called like it:
         ``(variables, batch, mutable=["batch_stats"], **kwargs) -> (out, updated)``.
+        For batches ``(x, y)`` it is ``lambda variables, batch, **kwargs:
+        model.apply(variables, batch[0], **kwargs)``.
       variables: All variables, such as ``{"params": oa.averaged_params(opt_state,
         params), "batch_stats": batch_stats}``.
       batches: One pass of data; an iterator will do. They go through ``jax.jit``.
@@ -133,7 +141,9 @@ def recompute_batch_stats(
       The variables with new ``batch_stats``.
 
     Raises:
-      ValueError: If there is no batch, or a layer does not follow its batch.
+      TypeError: If it is called under ``jax.jit``.
+      ValueError: If there is no batch, a batch passes no layer of normalisation, or a
+        layer does not follow its batch.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa

@@ -99,7 +99,9 @@ def averaged_model(model: Model, optimizer: Any, name: str | None = None) -> Mod
         )
     graphdef, params, rest = nnx.split(model, optimizer.wrt, ...)
     averages = averaged_params(optimizer, params, name)
-    return nnx.merge(graphdef, averages, jax.tree.map(_copied, rest), copy=True)
+    # Parameters that the average leaves out come from the model.
+    averages, rest = jax.tree.map(_copied, (averages, rest))
+    return nnx.merge(graphdef, averages, rest, copy=True)
 
 
 def _copied(leaf: Any) -> Any:
@@ -144,7 +146,7 @@ def value_and_grad(
     Raises:
       TypeError: If ``rule`` is no rule, or ``loss_fn`` cannot be called.
       ValueError: If ``perturbation`` names no axis. The returned function raises it if
-        a rule that needs its variables gets none.
+        a rule that needs its variables gets none, or those of another rule.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
@@ -191,8 +193,7 @@ def value_and_grad(
                 "sharp(model, *args, rule_state=rule_state)",
             )
         else:
-            structure = jax.tree.structure(start)
-            start = structure.unflatten([variable[...] for variable in rule_state])
+            start = _given(rule_state, start)
         (value, (aux, after)), grads, state = inner(params, start, rest, pieces)
         nnx.update(pieces.nodes, _known(after, rest))
         if rule_state is not None:
@@ -207,6 +208,18 @@ def value_and_grad(
     named: Any = sharp
     named.init = init
     return named
+
+
+def _given(rule_state: Any, start: Any) -> Any:
+    """The state in variables, in the structure of one before the first step.
+
+    Raises:
+      ValueError: If the variables are not those of this rule.
+    """
+    leaves, structure = jax.tree.flatten(start)
+    given = jax.tree.leaves(rule_state, is_leaf=_is_node)
+    _memory.refuse_other_state(given, leaves)
+    return structure.unflatten([variable[...] for variable in given])
 
 
 class _Pieces(NamedTuple):
@@ -295,7 +308,8 @@ def recompute_batch_stats(
       model: The model. Its statistics are changed in place, nothing else is.
       batches: One pass of data; an iterator will do. They go through ``jax.jit``.
       forward: ``(model, batch) -> anything``, which calls the model; ``model(batch)``
-        by default.
+        by default. For batches ``(x, y)`` it is ``lambda model, batch:
+        model(batch[0])``.
       exact: Whether every layer sees its inputs as in evaluation, where the layers
         before it normalise by the statistics of the population. Takes as many passes
         and compilations as there are layers, and ``batches`` that can be read again.
@@ -306,7 +320,9 @@ def recompute_batch_stats(
       The same model.
 
     Raises:
-      ValueError: If there is no batch, or a layer does not follow its batch.
+      TypeError: If it is called under ``jax.jit``.
+      ValueError: If there is no batch, a batch passes no layer of normalisation, or a
+        layer does not follow its batch.
 
     Example:
       >>> import jax.numpy as jnp, optax_avg as oa
