@@ -2122,6 +2122,12 @@ FAULTS = {
         "num_examples=state.num_examples",
         f"{BSAM} -k injected",
     ),
+    "memories of workers are broadcast": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "if jnp.shape(g) != jnp.shape(memory):",
+        "if False:",
+        f"{FEEDBACK} -k not_broadcast",
+    ),
     "the random places are those of the first step": Fault(
         "optax_avg/optimizers/feedback.py",
         "jax.random.fold_in(jax.random.fold_in(key, step), leaf)",

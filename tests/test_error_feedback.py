@@ -537,6 +537,21 @@ def test_memories_of_several_workers_on_a_device_are_refused():
         jax.vmap(tx.update, in_axes=(0, None), axis_name="d")(jnp.ones((3, 2)), state)
 
 
+@each_variant
+@pytest.mark.parametrize("workers", [1, 3])
+def test_memories_of_workers_are_not_broadcast(variant, workers):
+    tx = error_feedback(top_k(1), variant, eta=ETA[variant], axis_name="d")
+    state = simulated(tx)[0](jnp.zeros(2), workers)
+    rows = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)  # as shard_map has it
+    alone = error_feedback(top_k(1), variant, eta=ETA[variant])
+    state = alone.init(jnp.zeros(2))._replace(
+        compression_error=rows(state.compression_error) if variant != "ef21" else (),
+        estimate=rows(state.estimate) if variant != "ef" else (),
+    )
+    with pytest.raises(ValueError, match=r"shape \(2,\), and its memory.*init anew"):
+        alone.update(jnp.ones(2), state)
+
+
 @pytest.mark.parametrize("call", ["init", "update"])
 def test_axes_must_be_mapped(call):
     tx = error_feedback(top_k(1), axis_name="d")

@@ -358,3 +358,29 @@ def test_compressed_gradients_among_devices():
     for _ in range(200):  # on CPU many steps at once wait for each other for ever
         params, state = jax.block_until_ready(step(params, state, batch))
     np.testing.assert_allclose(params, target, atol=1e-2)
+
+
+def test_compressed_gradients_as_they_are_pasted():
+    """The code of the recipe itself, on a batch that no device holds yet."""
+    if not hasattr(jax.lax, "pcast"):
+        pytest.skip("jax.lax.pcast is not there before jax 0.9")
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    recipe = text.partition("## Compressed gradients among devices")[2]
+    code = recipe.partition("```python\n")[2].partition("```")[0]
+    loss = lambda p, batch: jnp.mean((batch[0] @ p - batch[1]) ** 2)
+    names = {
+        "jax": jax,
+        "optax": optax,
+        "oa": oa,
+        "P": P,
+        "loss": loss,
+        "functools": functools,
+    }
+    exec(code, names)
+    x = np.random.default_rng(4).normal(size=(64, 8)).astype(np.float32)
+    params, batch = jnp.zeros(8), (x, x @ np.arange(8, dtype=np.float32))
+    init, step = names["init"], names["step"]
+    state, start = init(params), loss(params, batch)
+    for _ in range(30):
+        params, state = jax.block_until_ready(step(params, state, batch))
+    assert loss(params, batch) < 0.5 * start

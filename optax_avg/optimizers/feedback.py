@@ -121,7 +121,7 @@ def error_feedback(
       ValueError: If ``variant`` is unknown, or ``eta`` is out of range, missing for
         EControl or given to another variant. In ``init``, if a leaf is complex. In
         ``init`` and ``update``, if ``axis_name`` is not mapped; in ``update`` also if a
-        gradient is the same on all devices of it.
+        gradient is the same on all devices of it, or if a memory has another shape.
       TypeError: If ``compressor`` is none.
 
     Example:
@@ -207,6 +207,8 @@ def error_feedback(
         estimates = _opened(state.estimate, axes)
         means = _opened(state.mean_estimate, ())
         strength = 1 if eta is None else _checks.at_step(eta, state.feedback_step)
+        for memory in (errors, estimates):
+            _require_shapes([(leaves[i], memory[i]) for i in there if memory])
         wides = [_numerics.wide(leaves[i]) for i in there]
         drifts = [g - estimates[i] if estimates else g for i, g in zip(there, wides)]
         signals = [
@@ -303,6 +305,21 @@ def _opened(memory: Memory, axes: Sequence[Any]) -> list[Any]:
                 "number of workers do not fit: call init anew."
             )
     return [x if _leaves.is_absent(x) else x[0] for x in leaves]
+
+
+def _require_shapes(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Raises unless each gradient has the shape of its memory.
+
+    Raises:
+      ValueError: If one has another, which NumPy's rules might broadcast.
+    """
+    for g, memory in pairs:
+        if jnp.shape(g) != jnp.shape(memory):
+            raise ValueError(
+                f"a gradient has shape {jnp.shape(g)}, and its memory in the state of "
+                f"error_feedback has {jnp.shape(memory)}; call init anew. A state of "
+                "several workers has a first axis of them and needs axis_name."
+            )
 
 
 def _closed(leaves: list[Any], memory: Memory, axes: Sequence[Any]) -> Memory:
