@@ -2146,6 +2146,30 @@ FAULTS = {
         "_numerics.all_finite(",
         f"{FEEDBACK} -k not_finite_waits",
     ),
+    "sums of a gradient that a worker sends may overflow": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "jnp.abs(v) < limit",
+        "jnp.isfinite(v)",
+        f"{FEEDBACK} -k 'too_large and low_rank'",
+    ),
+    "the rows of every leaf are its first axis": Fault(
+        "optax_avg/optimizers/compressors.py",
+        "splits = range(1, len(shape))",
+        "splits = [1]",
+        f"{FEEDBACK} -k 'rows_and_columns or kernels_of'",
+    ),
+    "the noise of Bayes-SAM keeps the first number of examples": Fault(
+        "optax_avg/optimizers/bayes.py",
+        "num_examples=jnp.asarray(num_data, jnp.float32)",
+        "num_examples=state.num_examples",
+        f"{BSAM} -k injected",
+    ),
+    "memories of workers are broadcast": Fault(
+        "optax_avg/optimizers/feedback.py",
+        "if jnp.shape(g) != jnp.shape(memory):",
+        "if False:",
+        f"{FEEDBACK} -k not_broadcast",
+    ),
     "the random places are those of the first step": Fault(
         "optax_avg/optimizers/feedback.py",
         "jax.random.fold_in(jax.random.fold_in(key, step), leaf)",

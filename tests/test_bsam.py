@@ -81,6 +81,17 @@ def test_the_noise_has_the_variance_of_the_posterior():
     assert np.abs(apart).max() < 0.05
 
 
+def test_the_noise_follows_a_number_of_examples_that_is_injected():
+    x = jnp.zeros(20_000)
+    tx = optax.inject_hyperparams(bsam)(learning_rate=0.0, num_data=100.0)
+    state = tx.init(x)
+    state.hyperparams["num_data"] = jnp.float32(1e4)
+    points = []
+    _, state = tx.update(x, state, x, grad_fn=recording(points))
+    assert np.var(points[0]) == pytest.approx(1e-4, rel=0.05)
+    assert float(state.inner_state.num_examples) == 1e4
+
+
 def test_other_keys_give_other_noise():
     def first(key):
         points = []

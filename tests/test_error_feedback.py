@@ -419,6 +419,59 @@ def test_a_worker_whose_gradient_is_not_finite_waits(variant, check_vma):
     assert after.left_out.tolist() == [0, 0, 0, 0, 0, 1, 0, 0]
 
 
+@each_variant
+@pytest.mark.parametrize("name", COMPRESSORS)
+@pytest.mark.parametrize("size", [1e38, 3e38])
+def test_a_gradient_that_is_finite_but_too_large_does_no_lasting_harm(
+    name, variant, size
+):
+    tx = error_feedback(COMPRESSORS[name][0], variant, eta=ETA[variant])
+    g = jnp.ones((6, 5))
+    state, update = tx.init(g), jax.jit(tx.update)
+    for sign_of in (1, -1, 1, -1):
+        found, state = update(sign_of * size * g, state)
+        chex.assert_tree_all_finite((found, state.compression_error, state.estimate))
+    assert int(state.left_out) == 4
+    found, state = update(g, state)
+    assert int(state.left_out) == 4
+    assert np.any(np.asarray(found) != 0)
+
+
+def test_tiny_and_large_gradients_are_not_left_out():
+    for name, (compressor, _) in COMPRESSORS.items():
+        for size in (1e-30, 1e30):
+            tx = error_feedback(compressor, "ef")
+            g = size * jnp.outer(jnp.arange(1.0, 7.0), jnp.arange(1.0, 6.0))
+            found, state = tx.update(g, tx.init(g))
+            assert int(state.left_out) == 0, name
+            left = state.compression_error / size
+            sent = found / size
+            np.testing.assert_allclose(sent + left, g / size, rtol=1e-5)
+            assert squares(left) < squares(np.asarray(g) / size)
+
+
+@pytest.mark.parametrize(
+    ("shape", "sides"),
+    [
+        ((3, 3, 64, 128), (576, 128)),  # a kernel of Flax
+        ((128, 64, 3, 3), (128, 576)),  # a kernel of Equinox
+        ((12, 64, 32), (768, 32)),  # layers that lax.scan goes through
+        ((7, 2, 4), (7, 8)),
+    ],
+)
+def test_rows_and_columns_of_kernels(shape, sides):
+    v = jax.ShapeDtypeStruct(shape, jnp.float32)
+    assert bytes_sent(low_rank(2), v) == 4 * 2 * sum(sides)
+
+
+def test_kernels_of_low_rank_are_sent_exactly():
+    rng = np.random.default_rng(13)
+    m = rng.normal(size=(72, 2)) @ rng.normal(size=(2, 16))
+    kernel = jnp.asarray(m.reshape(3, 3, 8, 16), jnp.float32)
+    found = decoded(low_rank(2), kernel, jax.random.key(1))
+    np.testing.assert_allclose(found, kernel, rtol=1e-4, atol=1e-4)
+
+
 def test_memories_lie_as_the_parameters_do():
     """Workers along one axis of the mesh, parts of the parameters along the other."""
     mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
@@ -482,6 +535,21 @@ def test_memories_of_several_workers_on_a_device_are_refused():
     state = simulated(tx)[0](jnp.zeros(2), 3)
     with pytest.raises(ValueError, match="must number one worker; call init inside"):
         jax.vmap(tx.update, in_axes=(0, None), axis_name="d")(jnp.ones((3, 2)), state)
+
+
+@each_variant
+@pytest.mark.parametrize("workers", [1, 3])
+def test_memories_of_workers_are_not_broadcast(variant, workers):
+    tx = error_feedback(top_k(1), variant, eta=ETA[variant], axis_name="d")
+    state = simulated(tx)[0](jnp.zeros(2), workers)
+    rows = lambda tree: jax.tree.map(lambda x: x[:, 0], tree)  # as shard_map has it
+    alone = error_feedback(top_k(1), variant, eta=ETA[variant])
+    state = alone.init(jnp.zeros(2))._replace(
+        compression_error=rows(state.compression_error) if variant != "ef21" else (),
+        estimate=rows(state.estimate) if variant != "ef" else (),
+    )
+    with pytest.raises(ValueError, match=r"shape \(2,\), and its memory.*init anew"):
+        alone.update(jnp.ones(2), state)
 
 
 @pytest.mark.parametrize("call", ["init", "update"])

@@ -161,7 +161,7 @@ def test_udim():
             return mean_loss(params, x, y) + rho * optax.tree.norm(slope)
 
         ascent = jax.grad(raised)(x)
-        return x + step * jax.vmap(lambda g: g / jnp.linalg.norm(g))(ascent)
+        return x + step * jax.vmap(lambda g: g / (jnp.linalg.norm(g) + 1e-12))(ascent)
 
     def inconsistency(params, x, there, y):
         each = jax.vmap(jax.grad(loss), (None, 0, 0))
@@ -358,3 +358,49 @@ def test_compressed_gradients_among_devices():
     for _ in range(200):  # on CPU many steps at once wait for each other for ever
         params, state = jax.block_until_ready(step(params, state, batch))
     np.testing.assert_allclose(params, target, atol=1e-2)
+
+
+def pasted(heading):
+    """The first code of a recipe, as it stands."""
+    text = (Path(__file__).parents[1] / "docs" / "recipes.md").read_text()
+    recipe = text.partition(f"## {heading}")[2]
+    return recipe.partition("```python\n")[2].partition("```")[0]
+
+
+def test_udim_as_it_is_pasted_survives_an_example_without_slope():
+    x, y = jnp.array([[0.0, 0.0], [1.0, 2.0]]), jnp.array([0.0, 1.0])
+    loss = lambda w, x, y: (x @ w - y) ** 2 / 2
+    params, rho, step, lam = jnp.array([0.5, 0.5]), 0.1, 0.1, 1.0
+    names = {"jax": jax, "jnp": jnp, "optax": optax, "oa": oa, "loss": loss}
+    names |= {"params": params, "x": x, "y": y, "rho": rho, "step": step, "lam": lam}
+    before, call, after = pasted("UDIM").partition("value, grads, state =")
+    exec(before, names)
+    names["state"] = names["sharp"].init(params)
+    exec(call + after, names)
+    assert np.all(np.isfinite(names["grads"]))
+    there = names["worst"](params, x, y)
+    np.testing.assert_allclose(np.linalg.norm(there - x, axis=1), [0, 0.1], rtol=1e-5)
+
+
+def test_compressed_gradients_as_they_are_pasted():
+    """The code of the recipe itself, on a batch that no device holds yet."""
+    if not hasattr(jax.lax, "pcast"):
+        pytest.skip("jax.lax.pcast is not there before jax 0.9")
+    code = pasted("Compressed gradients")
+    loss = lambda p, batch: jnp.mean((batch[0] @ p - batch[1]) ** 2)
+    names = {
+        "jax": jax,
+        "optax": optax,
+        "oa": oa,
+        "P": P,
+        "loss": loss,
+        "functools": functools,
+    }
+    exec(code, names)
+    x = np.random.default_rng(4).normal(size=(64, 8)).astype(np.float32)
+    params, batch = jnp.zeros(8), (x, x @ np.arange(8, dtype=np.float32))
+    init, step = names["init"], names["step"]
+    state, start = init(params), loss(params, batch)
+    for _ in range(30):
+        params, state = jax.block_until_ready(step(params, state, batch))
+    assert loss(params, batch) < 0.5 * start

@@ -149,6 +149,8 @@ def bsam(
         _refuse_masked(updates)
         _mixups.refuse_no_grad_fn("bsam", grad_fn)
         _mesh.require_mapped(axes)
+        # inject_hyperparams may have changed it since init.
+        state = state._replace(num_examples=jnp.asarray(num_data, jnp.float32))
         x = jax.tree.map(lambda leaf: _mesh.vary(leaf, axes), params)
         s, over = state.precision, lambda f, *trees: _leaves.over(f, params, *trees)
 

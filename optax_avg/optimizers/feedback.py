@@ -40,7 +40,8 @@ class ErrorFeedbackState(NamedTuple):
       mean_estimate: Mean of ``h_i`` over the workers, ``()`` for EF and without
         ``axis_name``.
       compressor_key: PRNG key of the compressor, ``()`` for none.
-      left_out: Number of gradients of each worker that were not finite, int32.
+      left_out: Number of gradients of each worker that were not finite or so large that
+        sums of them could overflow, int32.
     """
 
     feedback_step: jax.Array
@@ -99,7 +100,8 @@ def error_feedback(
     changes put the link behind it, ``optax.chain(optax.sgd(schedule),
     error_feedback(compressor, "ef"))``.
 
-    A worker whose gradient is not finite sends zeros in that step and keeps its memory.
+    A worker whose gradient is not finite, or so large that sums of it could overflow,
+    sends zeros in that step and keeps its memory.
 
     Args:
       compressor: A compressor, such as ``oa.optimizers.top_k(0.01)``.
@@ -119,7 +121,7 @@ def error_feedback(
       ValueError: If ``variant`` is unknown, or ``eta`` is out of range, missing for
         EControl or given to another variant. In ``init``, if a leaf is complex. In
         ``init`` and ``update``, if ``axis_name`` is not mapped; in ``update`` also if a
-        gradient is the same on all devices of it.
+        gradient is the same on all devices of it, or if a memory has another shape.
       TypeError: If ``compressor`` is none.
 
     Example:
@@ -205,12 +207,18 @@ def error_feedback(
         estimates = _opened(state.estimate, axes)
         means = _opened(state.mean_estimate, ())
         strength = 1 if eta is None else _checks.at_step(eta, state.feedback_step)
-        finite = _numerics.all_finite_here([leaves[i] for i in there])
-        for i in there:
-            g = _numerics.wide(leaves[i])
-            drift = g - estimates[i] if estimates else g
-            signal = drift + strength * errors[i] if errors else drift
-            signal = jnp.where(finite, signal, 0).astype(g.dtype)
+        for memory in (errors, estimates):
+            _require_shapes([(leaves[i], memory[i]) for i in there if memory])
+        wides = [_numerics.wide(leaves[i]) for i in there]
+        drifts = [g - estimates[i] if estimates else g for i, g in zip(there, wides)]
+        signals = [
+            (drift + strength * errors[i] if errors else drift).astype(drift.dtype)
+            for i, drift in zip(there, drifts)
+        ]
+        workers = lax.psum(1, axes) if axes else 1
+        finite = _numerics.all_finite_here([_or_infinite(v, workers) for v in signals])
+        for i, drift, signal in zip(there, drifts, signals):
+            signal = jnp.where(finite, signal, 0)
             key = _key_of(state.compressor_key, state.feedback_step, i)
             sent, result = _exchange(compressor, signal, key, axes)
             if errors:
@@ -257,6 +265,15 @@ def _exchange(
     return sent, total(messages) / messages[0].shape[0]
 
 
+def _or_infinite(v: jax.Array, workers: int) -> jax.Array:
+    """Infinity in place of elements of which sums could overflow.
+
+    Sums over elements and workers, times a Gaussian number of at most 16.
+    """
+    limit = float(jnp.finfo(v.dtype).max) / (16 * workers * max(v.size, 1))
+    return jnp.where(jnp.abs(v) < limit, v, jnp.inf)
+
+
 def _key_of(key: Key, step: jax.Array, leaf: int) -> Key:
     """The key of one leaf in one step, the same for all workers."""
     if isinstance(key, tuple):
@@ -284,9 +301,25 @@ def _opened(memory: Memory, axes: Sequence[Any]) -> list[Any]:
                 f"a memory of error_feedback has shape {leaf.shape} on this device, "
                 "where the first axis must number one worker; call init inside "
                 "shard_map and keep the state by specs such as ErrorFeedbackState(P(), "
-                "P('data'), P('data'), P(), P(), P('data'))."
+                "P('data'), P('data'), P(), P(), P('data')). Memories of another "
+                "number of workers do not fit: call init anew."
             )
     return [x if _leaves.is_absent(x) else x[0] for x in leaves]
+
+
+def _require_shapes(pairs: Sequence[tuple[Any, Any]]) -> None:
+    """Raises unless each gradient has the shape of its memory.
+
+    Raises:
+      ValueError: If one has another, which NumPy's rules might broadcast.
+    """
+    for g, memory in pairs:
+        if jnp.shape(g) != jnp.shape(memory):
+            raise ValueError(
+                f"a gradient has shape {jnp.shape(g)}, and its memory in the state of "
+                f"error_feedback has {jnp.shape(memory)}; call init anew. A state of "
+                "several workers has a first axis of them and needs axis_name."
+            )
 
 
 def _closed(leaves: list[Any], memory: Memory, axes: Sequence[Any]) -> Memory:
