@@ -3,10 +3,8 @@
 :func:`stream_average` is for models larger than memory.
 """
 
-import concurrent.futures
-import contextlib
 import functools
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, TypeVar, Unpack
 
 import jax
@@ -24,8 +22,6 @@ from optax_avg.posthoc._records import Records
 from optax_avg.posthoc._target import TargetOptions, request_of, with_target
 
 __all__ = ["Stream", "stream_average"]
-
-_T = TypeVar("_T")
 
 LEAST = 2**26  # bytes of leaves that are read together, if none is larger
 
@@ -70,31 +66,16 @@ def sum_of(reader: _disk.Reader, records: Records, parts: Sequence[Part]) -> Sum
     nbytes = len(parts) * sum(leaf.nbytes for leaf in leaves)
 
     def compute(indices: Sequence[int], shardings: _disk.Shardings) -> list[jax.Array]:
-        def read(part: Part) -> list[jax.Array]:
-            record = records[part.step]
-            return _disk.read_leaves(reader, record, part.name, indices, shardings)
-
         total: list[jax.Array] = []
-        with contextlib.closing(_one_ahead(read, parts)) as ahead:
-            for part, found in zip(parts, ahead, strict=True):
-                x = part.weight  # a Python float, so that wide leaves keep their digits
-                total = _added(x, found, total) if total else _scaled(x, found)
-                del found
+        for part in parts:
+            record = records[part.step]
+            read = _disk.read_leaves(reader, record, part.name, indices, shardings)
+            x = part.weight  # a Python float, so that wide leaves keep their digits
+            total = _added(x, read, total) if total else _scaled(x, read)
+            del read
         return total
 
     return Sum(leaves, nbytes, compute)
-
-
-def _one_ahead(read: Callable[[Part], _T], parts: Sequence[Part]) -> Generator[_T]:
-    """Yields ``read(part)`` for each part while a thread reads the next one."""
-    with concurrent.futures.ThreadPoolExecutor(1) as thread:
-        coming = thread.submit(read, parts[0])
-        for part in parts[1:]:
-            found = coming.result()
-            coming = thread.submit(read, part)
-            yield found
-            del found
-        yield coming.result()
 
 
 @jax.jit
@@ -187,6 +168,9 @@ def _places(leaves: list[Leaf], entries: list[tuple[KeyPath, ArrayLike]]) -> lis
             "averaged."
         )
     return floats
+
+
+_T = TypeVar("_T")
 
 
 class Stream(NamedTuple):
