@@ -328,3 +328,11 @@ def test_what_is_no_optimizer_is_refused():
     for factory in (optimizers.project_radial, optimizers.norm_preserving):
         with pytest.raises(TypeError, match="needs an optimizer"):
             factory(oa.rules.sam())
+
+
+def test_the_share_of_weight_decay_keeps_its_digits():
+    with jax.enable_x64(True):
+        w, g = jnp.array([[3.0], [4.0]]), jnp.array([[4.0], [-3.0]])  # orthogonal
+        tx = oa.optimizers.project_radial(optax.identity(), weight_decay=1.0)
+        updates, _ = tx.update(g, tx.init(w), w)
+        np.testing.assert_allclose(updates, g + 0.1 * w, rtol=1e-14)

@@ -81,7 +81,7 @@ def project_radial(
         if not (_leaves.is_gradient(p) and _leaves.is_gradient(g)):
             return p
         wide_p, wide_w = _numerics.wide(p), _numerics.wide(w)
-        q, ratio = wide_p, jnp.float32(1)
+        q, ratio = wide_p, jnp.ones([], wide_w.dtype)
         if w.ndim >= 2 and w.size:
             wide_g = _numerics.wide(g)
             q, is_radial = _projected(wide_p, wide_g, wide_w, delta, channel_axis)
