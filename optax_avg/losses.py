@@ -218,7 +218,9 @@ def z_error_loss(
     Args:
       losses: Loss of each example, shape (n,).
       z_max: Largest number of deviations, positive.
-      scores: One number an example, shape (n,). The default is the losses.
+      scores: One number an example, shape (n,). The default is the losses. For a
+        regression the residuals, with their signs, can be passed: examples far from the
+        mean residual are then left out.
       labels: The class of each example, shape (n,).
 
     Returns:
