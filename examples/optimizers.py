@@ -36,8 +36,12 @@ from text import Transformer, bits_per_byte, evaluation_batches, read_corpus
 
 import optax_avg as oa
 
-RATES = tuple(float(10 ** (k / 2)) for k in range(-8, 1))  # 1e-4 to 1
+RATES = tuple(float(10 ** (k / 2)) for k in range(-8, 3))  # 1e-4 to 10
 DECAY = 0.98
+NOTES = """\
+* The best learning rate is an end of the grid: another beyond it may be better still.
+u_dog has no learning rate: it finds its step sizes by itself. What is tried for it is a
+factor on them, 1 by default."""
 CONTEXT = 32  # bytes that the transformer sees
 
 Params = Any
@@ -353,7 +357,7 @@ def main(argv: Sequence[str] | None = None) -> None:
         rows = [tasks[title][kind] for title in args.tasks for kind in ("live", "ema")]
         table.add_row(name, *map(cell, rows))
     Console(width=None if Console().is_terminal else 180).print(table)
-    print("* the best learning rate is an end of the grid")
+    print(NOTES)
     numbers = {
         "settings": {
             "rates": list(args.rates),

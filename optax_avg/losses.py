@@ -66,7 +66,12 @@ def adaptive_k(
     The threshold is that of the authors' code. It starts near 3, tends to 1 while the
     losses change slowly, and has no unit: it is made for the cross entropy. Divide
     losses of another scale by their usual size. The authors train by the plain mean
-    for the first epochs, in which labels that are wrong have not been learned yet.
+    for the first epochs (30 of 80 on MNIST), in which labels that are wrong have not
+    been learned yet. The memory is not updated in these epochs; do the same here.
+
+    There are two differences. The authors' code evaluates the chosen examples a second
+    time, with a new draw of dropout; here the losses of one pass serve for both. If no
+    example is left, their code goes on with the loss of an earlier batch.
 
     Args:
       losses: Loss of each example, shape (n,).
@@ -218,7 +223,9 @@ def z_error_loss(
     Args:
       losses: Loss of each example, shape (n,).
       z_max: Largest number of deviations, positive.
-      scores: One number an example, shape (n,). The default is the losses.
+      scores: One number an example, shape (n,). The default is the losses. For a
+        regression the residuals, with their signs, can be passed: examples far from the
+        mean residual are then left out.
       labels: The class of each example, shape (n,).
 
     Returns:

@@ -25,6 +25,7 @@ def test_run(example, tmp_path, capsys, monkeypatch):
     assert numbers["settings"]["rates"] == [1e-3, 1e-2]
     assert list(numbers["found"]) == methods
     printed = capsys.readouterr().out
+    assert example.NOTES in printed
     for name, tasks in numbers["found"].items():
         assert name in printed
         for kinds in tasks.values():
@@ -49,6 +50,13 @@ def test_the_best_rate(example):
     half = 12.7062 * np.sqrt(2) / np.sqrt(2)
     assert row == (5.0, pytest.approx(half, rel=1e-5), 0.2, False)
     assert example.best(choice[:2], score[:2], (0.1, 0.2)).at_end_of_grid
+
+
+def test_the_rates(example):
+    """They reach 10, in steps of half a power of ten, and hold u_dog's default of 1."""
+    assert (min(example.RATES), max(example.RATES)) == (1e-4, 10.0)
+    assert 1.0 in example.RATES
+    np.testing.assert_allclose(np.diff(np.log10(example.RATES)), 0.5)
 
 
 def test_every_optimizer_is_compared(example):
