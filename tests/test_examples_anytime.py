@@ -178,7 +178,9 @@ def test_schedule_free_in_lanes(example, lab):
 
     def expected(rate, beta, seed):
         of_step = schedule(rate, beta)
-        tx = contrib.schedule_free(optax.adam(of_step, b1=0.0), of_step, b1=beta)
+        # Optax counts steps from 0 in Adam, and from 1 in schedule_free.
+        weighed = lambda count: of_step(count - 1)
+        tx = contrib.schedule_free(optax.adam(of_step, b1=0.0), weighed, b1=beta)
 
         def step(carry, number):
             params, state = carry
