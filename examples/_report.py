@@ -23,6 +23,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from rich.console import Console
 from rich.table import Table
+from scipy import stats
 
 import optax_avg as oa
 
@@ -49,6 +50,14 @@ def stack(runs: Sequence[Sequence[Mapping[str, float]]]) -> dict[str, np.ndarray
 def spread(values: np.ndarray) -> float:
     """Standard deviation over seeds, NaN of one seed."""
     return float(values.std(ddof=1)) if len(values) > 1 else math.nan
+
+
+def half_interval(values: np.ndarray) -> np.ndarray:
+    """Half of the 95 % interval of the mean over seeds, the first axis; NaN of one."""
+    n = len(values)
+    if n == 1:
+        return np.full(values.shape[1:], np.nan)
+    return stats.t.ppf(0.975, n - 1) * values.std(axis=0, ddof=1) / np.sqrt(n)
 
 
 def summarize(curves: Curves) -> dict[str, dict[str, float]]:

@@ -27,9 +27,11 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _data import load_images
+from _lanes import Batch, Params, adam, advance, begin
 from _report import (
     check_writable,
     fail,
+    half_interval,
     interruptible,
     positive,
     print_measures,
@@ -39,7 +41,6 @@ from digits import Network
 from flax import nnx
 from matplotlib.figure import Figure
 from rich.progress import Progress
-from scipy import stats
 from text import Transformer, bits_per_byte, evaluation_batches, read_corpus
 
 import optax_avg as oa
@@ -51,8 +52,6 @@ WIDTHS = 0.05, 0.10  # of the power-function EMAs
 # What is missing of the rate after a share of a cooldown.
 FALLEN = {"linear": lambda s: s, "sqrt": np.sqrt}
 
-Params = Any
-Batch = Any
 Cooldown = tuple[Literal["linear", "sqrt"], int]
 
 
@@ -158,52 +157,6 @@ def averages_of(settings: Settings) -> optax.GradientTransformationExtraArgs:
     return optax.chain(*windows, oa.power_ema(list(WIDTHS)))
 
 
-class Run(NamedTuple):
-    """What a training step changes. Every leaf of ``params`` has an axis of lanes."""
-
-    params: Params
-    adam: optax.OptState
-    averages: optax.OptState
-
-
-def advance(
-    run: Run,
-    first: jax.Array,
-    factors: jax.Array,
-    *,
-    task: Task,
-    averages: optax.GradientTransformation,
-    keys: jax.Array,
-    rates: jax.Array,
-) -> Run:
-    """Steps of all lanes; lanes of one key see the same batches.
-
-    Args:
-      run: Parameters and states.
-      first: Number of the first step, which chooses the batches.
-      factors: What the rates are multiplied by at each step.
-      task: What is learned.
-      averages: Averages that ride along.
-      keys: A key for each lane.
-      rates: A learning rate for each lane.
-    """
-
-    def step(run: Run, at: tuple[jax.Array, jax.Array]) -> tuple[Run, None]:
-        number, factor = at
-        own = jax.vmap(jax.random.fold_in, in_axes=(0, None))(keys, number)
-        batches = jax.vmap(task.batch)(own)
-        total = lambda p: jax.vmap(task.loss)(p, batches).sum()
-        directions, adam = optax.scale_by_adam().update(
-            jax.grad(total)(run.params), run.adam
-        )
-        of_lane = lambda u: -factor * rates.reshape(-1, *[1] * (u.ndim - 1)) * u
-        updates = jax.tree.map(of_lane, directions)
-        updates, state = averages.update(updates, run.averages, run.params)
-        return Run(optax.apply_updates(run.params, updates), adam, state), None
-
-    return jax.lax.scan(step, run, (first + jnp.arange(len(factors)), factors))[0]
-
-
 class Losses(NamedTuple):
     """Held-out losses, each of shape (checkpoints, seeds, rates).
 
@@ -223,29 +176,30 @@ def train(
 ) -> Losses:
     """One run, its averages, and branches from it."""
     starts = [task.start(seed) for seed in range(seeds) for _ in task.rates]
-    params = jax.tree.map(lambda *leaves: jnp.stack(leaves), *starts)
     averages, none = averages_of(settings), optax.identity()
+    rates = jnp.tile(jnp.asarray(task.rates), seeds)
     options = {
-        "task": task,
         "keys": jnp.repeat(jax.random.split(jax.random.key(0), seeds), len(task.rates)),
-        "rates": jnp.tile(jnp.asarray(task.rates), seeds),
+        "knobs": rates,
+        "batch": task.batch,
+        "loss": task.loss,
+        "make": adam,
     }
     onwards = jax.jit(partial(advance, averages=averages, **options))
     branch = jax.jit(partial(advance, averages=none, **options))
     score = jax.jit(jax.vmap(task.held_out))
     shaped = lambda p: np.asarray(score(p), float).reshape(seeds, len(task.rates))
 
-    run = Run(params, optax.scale_by_adam().init(params), averages.init(params))
+    run = begin(starts, adam, averages, rates)
     kept = {0: run}
     apart = settings.steps // settings.checkpoints
     rows: list[dict[Any, np.ndarray]] = []
 
     def cooled(cooldown: Cooldown, end: int) -> Params:
         shape, k = cooldown
-        begins = kept[end - k]
-        begins = Run(begins.params, begins.adam, none.init(params))
-        factors = 1 - FALLEN[shape](np.arange(k) / k)
-        return branch(begins, jnp.asarray(end - k), jnp.asarray(factors)).params
+        begins = kept[end - k]._replace(averages=none.init(run.params))
+        factors = jnp.asarray(1 - FALLEN[shape](np.arange(k) / k))
+        return branch(begins, jnp.asarray(end - k), jnp.outer(factors, rates)).params
 
     def foreseen(store: oa.posthoc.SnapshotStore) -> dict[Any, Params]:
         read = partial(oa.averaged_params, run.averages, run.params)
@@ -269,7 +223,7 @@ def train(
     ):
         for step in range(settings.stride, settings.steps + 1, settings.stride):
             begun = jnp.asarray(step - settings.stride)
-            run = onwards(run, begun, jnp.ones(settings.stride))
+            run = onwards(run, begun, jnp.tile(rates, (settings.stride, 1)))
             kept[step] = run._replace(averages=None)
             kept.pop(step - apart - settings.stride, None)
             store.save(None, step, run.params)
@@ -307,11 +261,7 @@ def agreement(a: np.ndarray, b: np.ndarray) -> float:
 def gap(foreseen: np.ndarray, cooled: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """The mean gap at each checkpoint, and half of its 95 % interval over seeds."""
     each = (foreseen - cooled).mean(axis=2)
-    n = each.shape[1]
-    half = np.full(len(each), np.nan)
-    if n > 1:
-        half = stats.t.ppf(0.975, n - 1) * each.std(axis=1, ddof=1) / np.sqrt(n)
-    return each.mean(axis=1), half
+    return each.mean(axis=1), half_interval(each.T)
 
 
 def label(kind: str, cooldown: Cooldown) -> str:

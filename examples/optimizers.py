@@ -25,13 +25,19 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from _data import flat_digits
-from _report import check_writable, fail, interruptible, positive, write_json
+from _report import (
+    check_writable,
+    fail,
+    half_interval,
+    interruptible,
+    positive,
+    write_json,
+)
 from flax import nnx
 from optax import contrib
 from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
-from scipy import stats
 from text import Transformer, bits_per_byte, evaluation_batches, read_corpus
 
 import optax_avg as oa
@@ -295,10 +301,7 @@ def best(choice: np.ndarray, score: np.ndarray, rates: Sequence[float]) -> Row:
     """The scores at the rate that has the best mean choice over seeds."""
     means = np.where(np.isfinite(choice).all(1), choice.mean(1), np.inf)
     i = int(means.argmin())
-    n = len(score[i])
-    half = float("nan")
-    if n > 1:
-        half = float(stats.t.ppf(0.975, n - 1) * score[i].std(ddof=1) / np.sqrt(n))
+    half = float(half_interval(score[i]))
     ends = i in (0, len(rates) - 1)
     return Row(float(score[i].mean()), half, float(rates[i]), ends)
 
