@@ -108,7 +108,7 @@ def gossip_params(
         finite = _rounds.is_finite(x, axes)
         own = {
             "x": jax.tree.map(lambda v: jnp.where(finite, v, 0), x),
-            "finite": finite.astype(jnp.float32),
+            "finite": finite.astype(float),
         }
         if correct_variance:
             own["variance"] = _rounds.variances(own["x"], axes)

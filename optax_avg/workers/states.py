@@ -91,7 +91,7 @@ def sync_state(
     def meet(state: Any) -> Any:
         floats = _leaves.select(state, None)
         finite = _rounds.is_finite(floats, axes)
-        divisor = _rounds.total(finite.astype(jnp.float32), axes)
+        divisor = _rounds.total(finite.astype(float), axes)
         share = 1 / jnp.where(divisor > 0, divisor, 1)
         means = _rounds.combined(floats, share, finite, axes)
         leaves, structure = jax.tree.flatten(state)
