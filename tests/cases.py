@@ -526,11 +526,7 @@ CALLS["bsam"] = Case(
 MEETINGS = {
     "sync_params": Case(
         oa.sync_params,
-        {
-            "axis_name": None,
-            "every": 3,
-            "outer": optax.sgd(0.7, momentum=0.9, nesterov=True),
-        },
+        {"axis_name": None, "every": 3, "outer": optax.sgd(0.7)},
         ("axis_name", "every", "outer"),
         counter="sync_step",
     ),
@@ -542,7 +538,7 @@ MEETINGS = {
     ),
     "sync_state": Case(
         oa.sync_state,
-        {"optimizer": optax.sgd(0.1, momentum=0.9), "axis_name": None, "every": 3},
+        {"optimizer": optax.sgd(0.1), "axis_name": None, "every": 3},
         ("optimizer", "axis_name", "every", "how"),
         place="alone",
         counter="synced_step",

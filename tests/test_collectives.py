@@ -161,8 +161,8 @@ NEEDS = {
     # Of the two matrices one factor is a sum, and one is gathered.
     "error_feedback_control": Needs(sums=2, gathered=2),
     # Whether the worker is finite on all of its devices, in the steps that are due.
-    **dict.fromkeys(["sync_params", "sync_state"], Needs(rare=1)),
-    "gossip_params": Needs(),
+    "sync_params": Needs(rare=1),
+    **dict.fromkeys(["gossip_params", "sync_state"], Needs()),
     # Gradients at a sample and at the ascent; both are finite, or nothing changes.
     "bsam": Needs(gradients=2, sums=1),
 }
