@@ -119,7 +119,7 @@ def gossip_params(
             share * left["finite"],
             share * right["finite"],
         ]
-        whole = sum(shares)
+        whole = jnp.asarray(sum(shares))
         shares = [s / jnp.where(whole > 0, whole, 1) for s in shares]
 
         def mixed(part: str) -> Any:

@@ -78,6 +78,9 @@ def sync_params(
     ``jax.lax.cond``. All workers take it at the same step, since they count alike. A
     state that several workers do not share step by step must not be mixed.
 
+    With ``outer``, ``mean`` or ``fedau()`` all workers must start at one point, which is
+    the first ``a``: displacements from different points have no common target.
+
     Each worker has parameters and an optimizer state of its own. Keep both with a first
     axis of the workers, sharded over ``axis_name``, and take ``x[0]`` inside
     ``shard_map``; ``pmap`` does so itself. Under ``jax.vmap`` with an ``axis_name``
