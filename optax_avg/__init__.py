@@ -14,6 +14,12 @@ Reading and moving averages
     summarize_averages          their widths and mean ages
     AverageSummary, BestAverage
 
+Workers with parameters of their own
+    sync_params     local steps, then a mean: local SGD, FedAvg, FedAU, DiLoCo
+    gossip_params   means of neighbours on a ring
+    sync_state      around the optimizer of the local steps: its state averaged or reset
+    SyncState, GossipState, SyncedState
+
 Checking the order of a chain, once before training
     check_chain
 
@@ -61,6 +67,7 @@ Families of plain functions
     optimizers      the small optimizers of the papers, each a chain of links
     landscape       curvature, sharpness, barriers and planes of a loss
     losses          losses that leave examples out, weights of the examples of a batch
+    workers         weights of workers that come and go, another number of workers
     frameworks      whole models of Flax nnx, Flax linen and Equinox
 """
 
@@ -74,6 +81,7 @@ from optax_avg import (
     rules,
     schedules,
     weights,
+    workers,
 )
 from optax_avg.averages import AverageOptions, AverageState, memories
 from optax_avg.averages.links import (
@@ -167,6 +175,14 @@ from optax_avg.sharpness.links import (
     wsam,
 )
 from optax_avg.sharpness.multi_call import MultiCallState, clean_params, multi_call
+from optax_avg.workers import (
+    GossipState,
+    SyncedState,
+    SyncState,
+    gossip_params,
+    sync_params,
+    sync_state,
+)
 
 __version__ = "0.1.0"
 
@@ -180,12 +196,15 @@ __all__ = [
     "BloopState",
     "ClipState",
     "DecoupledState",
+    "GossipState",
     "LocationState",
     "MultiCallState",
     "PrimalState",
     "RuleState",
     "SharpnessAware",
     "SharpnessRule",
+    "SyncState",
+    "SyncedState",
     "TailIndices",
     "TailState",
     "adaptive_radius",
@@ -224,6 +243,7 @@ __all__ = [
     "gam_hvp",
     "geometric_median",
     "gnp",
+    "gossip_params",
     "gradient_regularisation",
     "gsam",
     "krum",
@@ -259,6 +279,8 @@ __all__ = [
     "surgery",
     "swa",
     "switch_ema",
+    "sync_params",
+    "sync_state",
     "tail_average",
     "tail_index",
     "tail_indices",
@@ -272,6 +294,7 @@ __all__ = [
     "vclip",
     "weights",
     "window_average",
+    "workers",
     "write_back",
     "wsam",
 ]

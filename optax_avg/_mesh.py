@@ -106,6 +106,21 @@ def require_own(gradients: Sequence[tuple[str, Any]], axes: Sequence[Hashable]) 
             )
 
 
+def require_memory(kind: str) -> None:
+    """Raises unless the devices of this process have a kind of memory.
+
+    Raises:
+      ValueError: If they do not, naming those that they have.
+    """
+    device = jax.local_devices()[0]
+    kinds = sorted(memory.kind for memory in device.addressable_memories())
+    if kind not in kinds:
+        raise ValueError(
+            f"memory_kind={kind!r}: devices of the backend {device.platform!r} do not "
+            f"have it, they have {kinds}; leave memory_kind out."
+        )
+
+
 def unsharded(x: jax.Array) -> jax.Array:
     """A copy on every device under explicit sharding, for what takes no other."""
     return jax.sharding.reshard(x, PartitionSpec()) if any(_spec(x)) else x

@@ -105,6 +105,19 @@ def step_to(target: jax.Array, x: jax.Array, dtype: DTypeLike) -> jax.Array:
     return (wide(target) - wide(x)).astype(dtype)
 
 
+def ratio_of_deviations(
+    wanted: jax.Array, got: jax.Array, largest: jax.Array
+) -> jax.Array:
+    """``sqrt(wanted/got)`` of two variances.
+
+    It is 1 where ``got`` may come from the rounding of numbers of square ``largest``.
+    """
+    rounding = 4 * jnp.finfo(got.dtype).eps
+    seen = got > rounding**2 * largest
+    ratio = jnp.where(seen, wanted / jnp.where(seen, got, 1), 1)
+    return jnp.sqrt(jnp.maximum(ratio, 0))
+
+
 def join_small(
     leaves: list[jax.Array],
 ) -> tuple[list[jax.Array], Callable[[list[jax.Array]], list[jax.Array]]]:

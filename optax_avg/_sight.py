@@ -20,6 +20,7 @@ class Sight(NamedTuple):
       emitted: Updates that the link returned, where it must stand last; else None.
       rewrites: Whether the link may change the updates in another call.
       perturbs: Whether the updates lead to perturbed parameters in some calls.
+      is_average: Whether the link is an average, if it must not stand first.
     """
 
     link: str
@@ -27,6 +28,7 @@ class Sight(NamedTuple):
     emitted: Any = None
     rewrites: bool = False
     perturbs: bool = False
+    is_average: bool = True
 
 
 _SIGHTS: ContextVar[list[Sight] | None] = ContextVar("sights", default=None)

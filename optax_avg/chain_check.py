@@ -23,6 +23,7 @@ from optax_avg.robust import NotStackedError
 from optax_avg.sharpness import RuleState
 from optax_avg.sharpness.decoupled import DecoupledState
 from optax_avg.sharpness.multi_call import MultiCallState
+from optax_avg.workers import GossipState, SyncState
 
 __all__ = ["check_chain"]
 
@@ -154,6 +155,7 @@ def _accumulates(state: Any) -> bool:
 def _has_a_place(node: Any) -> bool:
     """Whether a node of the state belongs to a link that stands first or last."""
     ours = (RuleState, DecoupledState, MultiCallState, BayesState)
+    ours += (SyncState, GossipState)
     return is_average_state(node) or isinstance(node, ours)
 
 
@@ -213,7 +215,7 @@ def _miscounting(
     Those whose ``every`` and ``start`` are whole numbers of ``stride`` calls, after
     which the parameters move, absorb the right iterates all the same.
     """
-    averages = [s for s in sights if s.received is None]
+    averages = [s for s in sights if s.received is None and s.is_average]
     moved = [np.any(old.step != new.step) for old, new in zip(before, after)]
     if len(averages) == len(after):  # MultiSteps computes what it then leaves out
         averages = [s for s, has_moved in zip(averages, moved) if has_moved]

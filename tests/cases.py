@@ -522,8 +522,32 @@ CALLS["bsam"] = Case(
     place="alone",
     counter="bayes_step",
 )
+# One worker alone: rounds of several are tested with devices.
+MEETINGS = {
+    "sync_params": Case(
+        oa.sync_params,
+        {"axis_name": None, "every": 3, "outer": optax.sgd(0.7)},
+        ("axis_name", "every", "outer"),
+        counter="sync_step",
+    ),
+    "gossip_params": Case(
+        oa.gossip_params,
+        {"axis_name": None},
+        ("axis_name", "every"),
+        counter="gossip_step",
+    ),
+    "sync_state": Case(
+        oa.sync_state,
+        {"optimizer": optax.sgd(0.1), "axis_name": None, "every": 3},
+        ("optimizer", "axis_name", "every", "how"),
+        place="alone",
+        counter="synced_step",
+        needs_params=False,
+        takes_masks=True,
+    ),
+}
 CASES = AVERAGES | LINKS | CALLS | LOCATIONS | CLIPS | AGGREGATORS | SURGERY
-CASES |= OPTIMIZERS | RECIPES_B | FEEDBACK
+CASES |= OPTIMIZERS | RECIPES_B | FEEDBACK | MEETINGS
 # They share all code with another case but a formula, which has tests of its own: the
 # suite runs the longer parts of the contract on them only with the slow tests.
 SIBLINGS = {
@@ -538,6 +562,7 @@ SIBLINGS = {
     *("adamomentum", "diffgrad", "aggregated_momentum", "grams"),
     *(name for name in OPTIMIZERS if name.startswith("scale_by")),
     *("error_feedback_sign", "error_feedback_random"),
+    *("gossip_params", "sync_state"),
 }
 
 

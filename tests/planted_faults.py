@@ -57,6 +57,7 @@ MERGING = "tests/test_merging.py"
 CLI = "tests/test_cli.py"
 CHAIN_CHECK = "tests/test_chain_check.py"
 LAYOUT = "tests/test_layout.py"
+WORKERS = "tests/test_workers.py"
 OPTAX = "tests/test_optax_contract.py"
 CLI_FILES = "tests/test_cli_files.py"
 CLI_MERGE = "tests/test_cli_merge.py"
@@ -1199,7 +1200,7 @@ FAULTS = {
         f"{MERGING} -k shared_mask",
     ),
     "variance correction takes rounding for variance": Fault(
-        "optax_avg/merging/soups.py",
+        "optax_avg/_numerics.py",
         "rounding = 4 * jnp.finfo(got.dtype).eps",
         "rounding = 0",
         f"{MERGING} -k only_rounding",
@@ -2446,6 +2447,129 @@ FAULTS = {
         "return callable(where) and not is_tree",
         "return callable(where)",
         f"{EQUINOX} -k like_the_model",
+    ),
+    "a worker that does not take part counts": Fault(
+        "optax_avg/workers/sync.py",
+        "counts = finite & takes_part",
+        "counts = finite",
+        f"{WORKERS} -k 'fedau or nobody'",
+    ),
+    "a worker that is not finite counts": Fault(
+        "optax_avg/workers/sync.py",
+        "counts = finite & takes_part",
+        "counts = takes_part",
+        f"{WORKERS} -k 'comes_to_the_others or stays_out'",
+    ),
+    "the outer optimizer sees the displacement, not its negative": Fault(
+        "optax_avg/workers/sync.py",
+        "jax.tree.map(jnp.negative, z), outer_state, anchor",
+        "z, outer_state, anchor",
+        f"{WORKERS} -k 'reference and diloco'",
+    ),
+    "weights are divided by the number of workers": Fault(
+        "optax_avg/workers/sync.py",
+        "return weight, _rounds.total(jnp.where(counts, weight, 0), axes), ()",
+        "return weight, jnp.asarray(_rounds.number(axes)), ()",
+        f"{WORKERS} -k 'reference and fedavg'",
+    ),
+    "FedAU forgets that a round without its worker has passed": Fault(
+        "optax_avg/workers/participation.py",
+        "waited=jnp.where(ends, 0, waited)",
+        "waited=jnp.where(ends, 0, 0)",
+        f"{WORKERS} -k weights_of_fedau",
+    ),
+    "FedAU has no cutoff": Fault(
+        "optax_avg/workers/participation.py",
+        "ends = takes_part | (waited >= cutoff)",
+        "ends = jnp.asarray(takes_part)",
+        f"{WORKERS} -k weights_of_fedau",
+    ),
+    "a round without workers moves the outer optimizer": Fault(
+        "optax_avg/workers/sync.py",
+        "after = _rounds.chosen(present, after, state)",
+        "after = after",
+        f"{WORKERS} -k changes_nothing_common",
+    ),
+    "the displacement begins at the common point before rounding": Fault(
+        "optax_avg/workers/sync.py",
+        "_numerics.widen(p) - _numerics.widen(a.astype(p.dtype))",
+        "_numerics.widen(p) - a",
+        f"{WORKERS} -k small_outer_steps",
+    ),
+    "the collectives of a round run in every step": Fault(
+        "optax_avg/workers/gossip.py",
+        "            updates, state = lax.cond(\n"
+        "                step % every == 0,\n"
+        "                lambda u, s: meet(u, s, params, x),\n"
+        "                lambda u, s: (u, s),\n"
+        "                updates,\n"
+        "                state,\n"
+        "            )",
+        "            new = meet(updates, state, params, x)\n"
+        "            updates, state = _rounds.chosen(\n"
+        "                step % every == 0, new, (updates, state)\n"
+        "            )",
+        f"{WORKERS} -k 'between_rounds and gossip'",
+    ),
+    "gossip hears one neighbour twice": Fault(
+        "optax_avg/workers/gossip.py",
+        "for shift in (1, -1)",
+        "for shift in (1, 1)",
+        f"{WORKERS} -k 'reference and gossip'",
+    ),
+    "the share of a neighbour that is not finite is lost": Fault(
+        "optax_avg/workers/gossip.py",
+        'kept = 1 - share * (left["finite"] + right["finite"])',
+        "kept = 1 - 2 * share + 0 * left['finite']",
+        f"{WORKERS} -k gossip_leaves_out",
+    ),
+    "the variance of a mean is not restored": Fault(
+        "optax_avg/workers/_rounds.py",
+        "* (z - m)\n\n",
+        "* 0 + z\n\n",
+        f"{WORKERS} -k 'reference and variance'",
+    ),
+    "variances of a worker's parts are taken part by part": Fault(
+        "optax_avg/workers/_rounds.py",
+        "average = lambda v: lax.pmean(jnp.mean(v), others) if others else jnp.mean(v)",
+        "average = jnp.mean",
+        f"{WORKERS} -k several_devices",
+    ),
+    "one device of a worker decides alone whether it is finite": Fault(
+        "optax_avg/workers/_rounds.py",
+        "return lax.pmin(finite.astype(jnp.int32), others) > 0 if others else finite",
+        "return finite",
+        f"{WORKERS} -k several_devices",
+    ),
+    "the common point is not rounded as the parameters are": Fault(
+        "optax_avg/workers/_rounds.py",
+        "goal = _numerics.widen(target.astype(x.dtype))",
+        "goal = target",
+        f"{WORKERS} -k rounded_once",
+    ),
+    "momentum is never averaged": Fault(
+        "optax_avg/workers/states.py",
+        "return jnp.where(divisor > 0, z.astype(x.dtype), x)",
+        "return x",
+        f"{WORKERS} -k 'reference and momentum'",
+    ),
+    "new workers of FedAU have the past of others": Fault(
+        "optax_avg/workers/states.py",
+        "lambda x, first: jnp.where(is_new, first, x)",
+        "lambda x, first: x",
+        f"{WORKERS} -k no_past",
+    ),
+    "an average in host memory comes back to the device": Fault(
+        "optax_avg/averages/_rule.py",
+        "            return put(state, jax.memory.Space.Host)\n\n        known",
+        "            return state\n\n        known",
+        f"{LAYOUT} -k host_memory_stays",
+    ),
+    "missing host memory is not named": Fault(
+        "optax_avg/averages/_rule.py",
+        "_mesh.require_memory(memory_kind)",
+        "pass",
+        f"{LAYOUT} -k without_host_memory",
     ),
 }
 

@@ -160,6 +160,9 @@ NEEDS = {
     "error_feedback_random": Needs(sums=2),
     # Of the two matrices one factor is a sum, and one is gathered.
     "error_feedback_control": Needs(sums=2, gathered=2),
+    # Whether the worker is finite on all of its devices, in the steps that are due.
+    "sync_params": Needs(rare=1),
+    **dict.fromkeys(["gossip_params", "sync_state"], Needs()),
     # Gradients at a sample and at the ascent; both are finite, or nothing changes.
     "bsam": Needs(gradients=2, sums=1),
 }

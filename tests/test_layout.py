@@ -7,9 +7,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from cases import CASES, beside
 from flax import linen as nn
 from flax import nnx
-from jax.sharding import AxisType
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import optax_avg as oa
@@ -121,3 +122,101 @@ def test_window_of_nnx_variables_in_linen():
         state = oa.window_average(3).init(params)
         specs = nn.get_partition_spec(state.averages["window"].ring)
     assert specs["kernel"] == P(None, "d", None)
+
+
+@pytest.mark.filterwarnings("error:Some donated buffers were not usable")
+@pytest.mark.parametrize("spec", [P(), P("d")])
+def test_an_average_in_host_memory_stays_there(spec):
+    """Under jit, with params and state donated; the numbers are the device's."""
+    mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
+    place = NamedSharding(mesh, spec)
+    start = {"w": jnp.arange(8.0), "b": jnp.ones((4, 2))}
+    found = []
+    for kind in ("device", "pinned_host"):
+        tx = optax.chain(optax.sgd(0.1), oa.ema_params(0.9, memory_kind=kind))
+
+        def step(params, state, tx=tx):
+            updates, state = tx.update(params, state, params)
+            return optax.apply_updates(params, updates), state
+
+        params = jax.device_put(jax.tree.map(jnp.copy, start), place)
+        state = jax.jit(tx.init)(params)
+        advance = jax.jit(step, donate_argnums=(0, 1))
+        for _ in range(3):
+            old = jax.tree.leaves(state[1].averages)
+            params, state = advance(params, state)
+            assert all(x.is_deleted() for x in old if x.ndim)
+        for x in jax.tree.leaves(state[1].averages):
+            if x.ndim and kind == "pinned_host":
+                assert x.sharding.memory_kind == "pinned_host"
+                assert x.sharding.is_equivalent_to(
+                    place.with_memory_kind("pinned_host"), x.ndim
+                )
+        average = oa.averaged_params(state, params)
+        found.append(jax.tree.map(np.asarray, average))
+    jax.tree.map(np.testing.assert_array_equal, *found)
+
+
+def test_devices_without_host_memory_are_named(monkeypatch):
+    class Device:
+        platform = "toy"
+
+        def addressable_memories(self):
+            return []
+
+    monkeypatch.setattr(jax, "local_devices", lambda: [Device()])
+    tx = oa.ema_params(0.9, memory_kind="pinned_host")
+    with pytest.raises(
+        ValueError, match="'pinned_host': devices of the backend 'toy' do"
+    ):
+        tx.init({"w": jnp.ones(2)})
+
+
+def boxed(shape, names, value=0.5):
+    return nn.LogicallyPartitioned(jnp.full(shape, value), names)
+
+
+# The names of the axes of a transformer, as in Flax's example lm1b. All shapes differ.
+LANGUAGE_MODEL = {
+    "embedding": boxed((16, 8), ("vocab", "embed")),
+    "query": boxed((8, 4, 6), ("embed", "heads", "kv")),
+    "up": boxed((8, 24), ("embed", "mlp")),
+    "down": boxed((24, 8), ("mlp", "embed")),
+    "scale": boxed((8,), ("embed",)),
+    "bias": boxed((24,), ("mlp",)),
+}
+NAMES = {x.value.shape: x.names for x in LANGUAGE_MODEL.values()}
+
+
+def names_of(shape, stacked):
+    """Names of the axes of an array of a state; of one more axis if it is a stack."""
+    if shape in NAMES:
+        return NAMES[shape]
+    return (None, *NAMES[shape[1:]]) if stacked and shape[1:] in NAMES else None
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_states_have_the_names_of_their_parameters(name):
+    """Every array like a parameter is in a box like its box, also after an update."""
+    tx = beside(CASES[name], optax.adamw(0.1))
+    is_box = lambda x: isinstance(x, nn.LogicallyPartitioned)
+
+    def begin(params):
+        state = tx.init(params)
+        grads = jax.tree.map(jnp.ones_like, params)
+        grad_fn = lambda params: jax.tree.map(lambda x: 2 * x, params)
+        updates, after = tx.update(grads, state, params, grad_fn=grad_fn)
+        return state, after, updates
+
+    state, after, updates = jax.eval_shape(begin, LANGUAGE_MODEL)
+    assert jax.tree.structure(updates) == jax.tree.structure(LANGUAGE_MODEL)
+    assert jax.tree.structure(after) == jax.tree.structure(state)
+    leaves = jax.tree.leaves(state, is_leaf=is_box)
+    boxes = [x for x in leaves if is_box(x)]
+    for box in boxes:
+        wanted = names_of(box.value.shape, stacked=True)
+        if wanted is not None:
+            assert (*box.names,) == wanted
+    for x in leaves:
+        if not is_box(x):
+            assert names_of(x.shape, stacked=False) is None

@@ -97,7 +97,8 @@ _OPTIONS = {
     ),
     "memory_kind": Option(
         None,
-        """``"pinned_host"`` keeps the average in host memory. Under
+        """``"pinned_host"`` keeps the average in host memory, also where the state
+  is donated. ``init`` raises a ValueError if the devices have no such memory. Under
   explicit sharding this needs jax 0.10.2.""",
     ),
 }

@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import optax
 from jax import lax
 
-from optax_avg import _checks, _leaves, _mixups, _numerics, _sight, weights
+from optax_avg import _checks, _leaves, _mesh, _mixups, _numerics, _sight, weights
 from optax_avg.averages.memories import Memory, Turn, running
 
 # One average, or several by name.
@@ -128,6 +128,8 @@ def averaging(
         )
 
     def init(params: Any) -> AverageState:
+        if memory_kind == "pinned_host":
+            _mesh.require_memory(memory_kind)
         if not _leaves.has_masked(params):  # a part may have none of the leaves
             _leaves.refuse_none_selected(params, where, UNAVERAGED)
         x = _leaves.select(params, where)

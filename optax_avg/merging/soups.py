@@ -298,11 +298,9 @@ def variance_rule(n: int, weights: Weights | None) -> Rule:
         found = total(slices, lambda xs: _moments([*xs, weighted_sum(w, xs)]), _joined)
         variances = found.squares / jnp.maximum(found.size, 1)
         wanted, got = jnp.sum(jnp.asarray(w) * variances[:-1]), variances[-1]
-        # Variance that comes from the rounding of a mean is not rescaled.
-        rounding = 4 * jnp.finfo(got.dtype).eps
-        seen = got > rounding**2 * jnp.max(variances + jnp.abs(found.means) ** 2)
-        ratio = jnp.where(seen, wanted / jnp.where(seen, got, 1), 1)
-        return found.unit * found.means[-1], jnp.sqrt(jnp.maximum(ratio, 0))
+        largest = jnp.max(variances + jnp.abs(found.means) ** 2)
+        factor = _numerics.ratio_of_deviations(wanted, got, largest)
+        return found.unit * found.means[-1], factor
 
     def combine(found: tuple[jax.Array, jax.Array], xs: list[jax.Array]) -> jax.Array:
         mean, factor = found
