@@ -283,3 +283,50 @@ def over(f: Callable[..., Any], params: Any, *trees: Any) -> Any:
         return None if missing else f(*leaves)
 
     return jax.tree.map(one, params, *trees, is_leaf=lambda leaf: leaf is None)
+
+
+def with_first_axis(tree: Any) -> Any:
+    """Leaves that have a new first axis, in boxes of Flax that have a name for it."""
+    return jax.tree.map(_with_first_axis, tree, is_leaf=_names_axes)
+
+
+def unboxed(tree: Any) -> Any:
+    """Arrays that have other axes than their leaves, out of the boxes of Flax."""
+
+    def one(node: Any) -> Any:
+        inside = (
+            jax.tree.leaves(node, is_leaf=is_absent) if _names_axes(node) else [node]
+        )
+        return inside[0]
+
+    return jax.tree.map(one, tree, is_leaf=lambda x: is_absent(x) or _names_axes(x))
+
+
+def in_boxes_of(like: Any, tree: Any) -> Any:
+    """The leaves of ``tree`` in the structure of ``like``, which has as many."""
+    return jax.tree.unflatten(jax.tree.structure(like), jax.tree.leaves(tree))
+
+
+def _names_axes(node: object) -> bool:
+    """Whether a node is one of Flax's boxes: a leaf with names for its axes."""
+    return hasattr(node, "add_axis")
+
+
+def _with_first_axis(node: Any) -> Any:
+    """The box with a new first axis without a name, so that no mesh axis splits it."""
+    if not _names_axes(node):
+        return node
+    if hasattr(node, "set_metadata"):  # a variable of NNX, made new by the tree map
+        for key, names in _shifted(node.get_metadata()).items():
+            node.set_metadata(key, names)
+        node.add_axis(0, None)  # runs the user's hooks, changes nothing else
+        return node
+    if hasattr(node, "metadata"):  # one of NNX in Linen: its add_axis does nothing
+        return node.replace(metadata={**node.metadata, **_shifted(node.metadata)})
+    return node.add_axis(0, {"partition_name": None})
+
+
+def _shifted(metadata: dict[str, Any]) -> dict[str, Any]:
+    """The names of axes in the metadata of NNX, with one more in front."""
+    keys = ("out_sharding", "sharding_names", "optimizer_sharding")
+    return {key: (None, *metadata[key]) for key in keys if metadata.get(key)}

@@ -18,7 +18,7 @@ import numpy as np
 import optax
 from jax import lax
 
-from optax_avg import _checks, _numerics, weights
+from optax_avg import _checks, _leaves, _numerics, weights
 from optax_avg.averages import _rounding
 
 __all__ = [
@@ -411,33 +411,7 @@ def _mean_of_rows(ring: jax.Array, absorbed: jax.Array) -> jax.Array:
 
 def _rings(tree: optax.Params, k: int) -> optax.Params:
     """Every leaf ``k`` times along a new first axis, which its box learns of."""
-    repeated = jax.tree.map(lambda leaf: _repeat(leaf, k), tree)
-    return jax.tree.map(_with_first_axis, repeated, is_leaf=_names_axes)
-
-
-def _names_axes(node: object) -> bool:
-    """Whether a node is one of Flax's boxes: a leaf with names for its axes."""
-    return hasattr(node, "add_axis")
-
-
-def _with_first_axis(node: Any) -> Any:
-    """The box with a new first axis without a name, so that no mesh axis splits it."""
-    if not _names_axes(node):
-        return node
-    if hasattr(node, "set_metadata"):  # a variable of NNX, made new by the tree map
-        for key, names in _shifted(node.get_metadata()).items():
-            node.set_metadata(key, names)
-        node.add_axis(0, None)  # runs the user's hooks, changes nothing else
-        return node
-    if hasattr(node, "metadata"):  # one of NNX in Linen: its add_axis does nothing
-        return node.replace(metadata={**node.metadata, **_shifted(node.metadata)})
-    return node.add_axis(0, {"partition_name": None})
-
-
-def _shifted(metadata: dict[str, Any]) -> dict[str, Any]:
-    """The names of axes in the metadata of NNX, with one more in front."""
-    keys = ("out_sharding", "sharding_names", "optimizer_sharding")
-    return {key: (None, *metadata[key]) for key in keys if metadata.get(key)}
+    return _leaves.with_first_axis(jax.tree.map(lambda leaf: _repeat(leaf, k), tree))
 
 
 def _repeat(x: jax.Array, k: int) -> jax.Array:

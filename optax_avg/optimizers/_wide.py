@@ -76,6 +76,42 @@ def in_float32(
     )
 
 
+def with_stacks(
+    tx: optax.GradientTransformationExtraArgs, field: str
+) -> optax.GradientTransformationExtraArgs:
+    """The same transformation, whose stacks have a name for each of their axes.
+
+    Args:
+      tx: A transformation by :func:`in_float32`.
+      field: Field of its state with a stack for each leaf. A box of Flax names the axes
+        of the leaf, and a stack has one more.
+
+    Returns:
+      A transformation with the state of ``tx``.
+    """
+
+    def moved(state: Any, boxes: Any) -> Any:
+        stacks = _leaves.in_boxes_of(boxes, getattr(state, field))
+        return state._replace(**{field: stacks})
+
+    def init_fn(params: optax.Params) -> Any:
+        state: Any = tx.init(params)
+        stacks = _leaves.with_first_axis(getattr(state, field))
+        return state._replace(**{field: stacks})
+
+    def update_fn(
+        updates: optax.Updates,
+        state: optax.OptState,
+        params: optax.Params | None = None,
+        **extra_args: Any,
+    ) -> tuple[optax.Updates, optax.OptState]:
+        inside = moved(state, present(updates))
+        updates, new = tx.update(updates, inside, params, **extra_args)
+        return updates, moved(new, getattr(state, field))
+
+    return optax.GradientTransformationExtraArgs(init_fn, update_fn)
+
+
 def _refuse_missing(updates: optax.Updates, params: optax.Params) -> None:
     """Raises if a floating parameter has no gradient.
 

@@ -13,7 +13,7 @@ import jax.scipy.linalg
 import optax
 
 from optax_avg import _checks
-from optax_avg.optimizers._wide import Number, in_float32, next_step
+from optax_avg.optimizers._wide import Number, in_float32, next_step, with_stacks
 
 __all__ = ["OptimisticState", "optimistic_amsgrad"]
 
@@ -147,7 +147,8 @@ def optimistic_amsgrad(
         step = next_step(t)
         return out, OptimisticState(step, theta, v, largest, newest, ahead)
 
-    return in_float32(optax.GradientTransformation(init_fn, update_fn))
+    tx = in_float32(optax.GradientTransformation(init_fn, update_fn))
+    return with_stacks(tx, "past_gradients")
 
 
 def _coefficients(

@@ -23,6 +23,7 @@ from optax_avg.optimizers._wide import (
     next_step,
     present,
     remembered,
+    with_stacks,
 )
 
 __all__ = ["ClusterState", "MarsState", "mars", "multi_momentum"]
@@ -214,7 +215,8 @@ def multi_momentum(
         out = jax.tree.map(reduced, momenta, updates)
         return out, ClusterState(jax.tree.map(moved, momenta, updates))
 
-    return in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    tx = in_float32(optax.GradientTransformationExtraArgs(init_fn, update_fn))
+    return with_stacks(tx, "cluster_momenta")
 
 
 def _like_gradients(before: optax.Updates, updates: optax.Updates) -> optax.Updates:

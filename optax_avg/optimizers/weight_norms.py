@@ -92,7 +92,9 @@ def norm_preserving(
             _leaves.refuse_none_selected(params, where, NONE_CHOSEN)
         radius = lambda w: jnp.zeros([], _numerics.dtype_of_norms(w))
         radii = jax.tree.map(radius, _matrices.chosen(params, where))
-        return NormPreservingState(jnp.zeros([], jnp.int32), radii, tx.init(params))
+        return NormPreservingState(
+            jnp.zeros([], jnp.int32), _leaves.unboxed(radii), tx.init(params)
+        )
 
     def update(
         updates: optax.Updates,
@@ -103,7 +105,8 @@ def norm_preserving(
         _checks.require_params("norm_preserving", params)
         step = state.preserving_step
         due = step >= start
-        structure, rows = _matrices.rows(updates, params, state.radii)
+        known = _leaves.in_boxes_of(_matrices.chosen(params, where), state.radii)
+        structure, rows = _matrices.rows(updates, params, known)
         there = [i for i, row in enumerate(rows) if not _leaves.is_absent(row[2])]
         x = {i: _numerics.wide(rows[i][1]) for i in there}
         radii = {i: rows[i][2] for i in there}
@@ -136,7 +139,9 @@ def norm_preserving(
             u[i] = jnp.where(scaled, to_sphere, u[i])
         kept = [radii.get(i, row[2]) for i, row in enumerate(rows)]
         return structure.unflatten(u), NormPreservingState(
-            _numerics.advance_clock(step), structure.unflatten(kept), inner
+            _numerics.advance_clock(step),
+            _leaves.in_boxes_of(state.radii, kept),
+            inner,
         )
 
     return optax.GradientTransformationExtraArgs(
@@ -287,7 +292,7 @@ def spectral_regularisation(
             return _matrices.unit(v, _matrices.all_axes(v))
 
         found = [vector(i, w) for i, w in enumerate(leaves)]
-        return SpectralState(structure.unflatten(found))
+        return SpectralState(_leaves.unboxed(structure.unflatten(found)))
 
     def penalised(g: Any, w: Any, v: Any) -> tuple[Any, Any]:
         if _leaves.is_absent(w):
@@ -320,11 +325,13 @@ def spectral_regularisation(
         del extra_args
         _checks.require_params("spectral_regularisation", params)
         weights = _matrices.chosen(params, where)
-        structure, rows = _matrices.rows(updates, weights, state.spectral_vectors)
+        known = _leaves.in_boxes_of(weights, state.spectral_vectors)
+        structure, rows = _matrices.rows(updates, weights, known)
         pairs = [penalised(*row) for row in rows]
         gradients, vectors = (
             structure.unflatten([pair[i] for pair in pairs]) for i in range(2)
         )
+        vectors = _leaves.in_boxes_of(state.spectral_vectors, vectors)
         return gradients, SpectralState(vectors)
 
     return optax.GradientTransformationExtraArgs(
