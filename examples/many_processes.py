@@ -173,8 +173,11 @@ def main(argv: list[str] | None = None) -> None:
         own = ["--out", str(args.out), "--steps", str(args.steps)]
         started = start(args.processes, [*own, "--every", str(args.every)])
         for process in started:
-            print(process.communicate()[0], end="")
-        sys.exit(max(process.returncode for process in started))
+            said, errors = process.communicate()
+            print(said, end="")
+            if process.returncode:
+                print(errors, end="", file=sys.stderr)
+        sys.exit(any(process.returncode for process in started))
     train(args.out.resolve(), args.steps, args.every)
 
 

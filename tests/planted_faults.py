@@ -2565,6 +2565,18 @@ FAULTS = {
         "            return state\n\n        known",
         f"{LAYOUT} -k host_memory_stays",
     ),
+    "stacks have the axis names of one row": Fault(
+        "optax_avg/optimizers/_wide.py",
+        "stacks = _leaves.with_first_axis(getattr(state, field))",
+        "stacks = getattr(state, field)",
+        f'{LAYOUT} -k "names_of_their_parameters and multi_momentum"',
+    ),
+    "norms of leaves have the axis names of the leaves": Fault(
+        "optax_avg/optimizers/weight_norms.py",
+        "_leaves.unboxed(radii)",
+        "radii",
+        f'{LAYOUT} -k "names_of_their_parameters and norm_preserving"',
+    ),
     "missing host memory is not named": Fault(
         "optax_avg/averages/_rule.py",
         "_mesh.require_memory(memory_kind)",
