@@ -7,6 +7,7 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import optax
 import pytest
 
 import optax_avg as oa
@@ -72,6 +73,22 @@ def test_code_of_the_readme_runs():
     assert jnp.abs(spaces["updates"]["w"]).tolist() == pytest.approx(
         [1e-3] * 2, rel=1e-4
     )
+
+
+def test_workers_of_the_page_of_many_processes_meet():
+    page = (ROOT / "docs" / "many_processes.md").read_text()
+    (block,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    assert '"workers", 500' in block
+    spaces = {"jax": jax, "jnp": jnp, "optax": optax, "oa": oa, "loss": loss}
+    spaces |= {"P": jax.sharding.PartitionSpec, "params": {"w": jnp.ones(3)}}
+    exec(compile(block.replace("500", "2"), "many_processes.md", "exec"), spaces)
+    params, state = spaces["params"], spaces["state"]
+    # Adam's first step has the sign of the gradient alone: some go up, others down.
+    batches = jnp.linspace(-9.0, 9.0, jax.device_count() * 6).reshape(-1, 2, 3)
+    params, state = spaces["step"](params, state, batches)
+    assert jnp.ptp(params["w"], axis=0).max() > 0
+    params, _ = spaces["step"](params, state, batches)
+    assert jnp.ptp(params["w"], axis=0).max() < 1e-6
 
 
 def test_the_training_from_start_to_end_runs(tmp_path, capsys):
