@@ -1362,7 +1362,7 @@ FAULTS = {
         f"{CLI} -k few_leaves",
     ),
     "a window's box does not learn of the new axis": Fault(
-        "optax_avg/averages/memories.py",
+        "optax_avg/_leaves.py",
         'node.add_axis(0, {"partition_name": None})',
         "node",
         f"{LAYOUT} -k logical_partitioning",
@@ -2564,6 +2564,12 @@ FAULTS = {
         "            return put(state, jax.memory.Space.Host)\n\n        known",
         "            return state\n\n        known",
         f"{LAYOUT} -k host_memory_stays",
+    ),
+    "a learning rate makes integers float32": Fault(
+        "optax_avg/optimizers/hessian_diagonals.py",
+        "in_float32(optax.scale_by_learning_rate(rate))",
+        "optax.scale_by_learning_rate(rate)",
+        "tests/test_optimizers_adaptive.py -k integer_leaves",
     ),
     "stacks have the axis names of one row": Fault(
         "optax_avg/optimizers/_wide.py",

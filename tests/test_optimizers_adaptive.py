@@ -467,6 +467,27 @@ def test_integer_gradients_pass_through():
     assert updates["b"] is grads["b"]
 
 
+WHOLE = [
+    *(opt.laprop, opt.adamomentum, opt.diffgrad, opt.optimistic_amsgrad),
+    *(opt.aggregated_momentum, opt.gravity, opt.nag_gs, opt.adamp, opt.sgdp),
+    *(opt.adahessian, opt.spl_plus, lambda rate: opt.bsam(rate, num_data=9)),
+]
+
+
+@pytest.mark.parametrize("optimizer", WHOLE)
+@pytest.mark.parametrize("rate", [0.1, optax.constant_schedule(0.1)])
+def test_integer_leaves_keep_their_dtype(optimizer, rate):
+    """In a whole optimizer, whose learning rate would make them float32."""
+    params = {"w": jnp.ones(2), "n": jnp.arange(2)}
+    grads = {"w": jnp.ones(2), "n": jnp.zeros(2, jnp.int32)}
+    tx = optax.with_extra_args_support(optimizer(rate))
+    extra = {"grad_fn": lambda p: grads, "value": jnp.ones([]), "loss": jnp.ones([])}
+    hvp = {"hvp_fn": lambda v: v}
+    updates, _ = tx.update(grads, tx.init(params), params, **extra, **hvp)
+    assert updates["n"].dtype == jnp.int32
+    assert updates["w"].dtype == jnp.float32
+
+
 WRONG = {
     "learning_rate": lambda: opt.laprop(-0.1),
     "b1": lambda: opt.laprop(0.1, b1=1.0),

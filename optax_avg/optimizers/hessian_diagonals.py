@@ -18,6 +18,7 @@ from jax import lax
 from optax_avg import _checks, _leaves, _mesh, _numerics
 from optax_avg._keys import key_maker
 from optax_avg.optimizers import _matrices
+from optax_avg.optimizers._wide import in_float32
 
 __all__ = ["AdaHessianState", "adahessian", "scale_by_adahessian"]
 
@@ -89,6 +90,8 @@ def adahessian(
       Yao et al., "ADAHESSIAN: An Adaptive Second Order Optimizer for Machine Learning",
       2020, 2006.00719.
     """
+    decay = _checks.finite("weight_decay", weight_decay)
+    rate = _checks.finite_or_schedule("learning_rate", learning_rate)
     links = [
         scale_by_adahessian(
             b1,
@@ -98,8 +101,8 @@ def adahessian(
             spatial_axes=spatial_axes,
             key=key,
         ),
-        optax.add_decayed_weights(_checks.finite("weight_decay", weight_decay)),
-        optax.scale_by_learning_rate(learning_rate),
+        in_float32(optax.add_decayed_weights(decay)),
+        in_float32(optax.scale_by_learning_rate(rate)),
     ]
     return optax.chain(*links)
 

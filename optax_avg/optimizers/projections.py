@@ -149,6 +149,7 @@ def adamp(
     b2 = _checks.within("b2", b2, 0, 1, closed_high=False)
     eps = _checks.finite("eps", eps)
     adam = in_float32(optax.scale_by_adam(b1, b2, eps))
+    rate = _checks.finite_or_schedule("learning_rate", learning_rate)
     return optax.chain(
         project_radial(
             adam,
@@ -157,7 +158,7 @@ def adamp(
             weight_decay=weight_decay,
             channel_axis=channel_axis,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        in_float32(optax.scale_by_learning_rate(rate)),
     )
 
 
@@ -202,6 +203,7 @@ def sgdp(
       Heo et al., 2021, 2006.08217, algorithm 1.
     """
     momentum = _checks.within("momentum", momentum, 0, 1, closed_high=False)
+    rate = _checks.finite_or_schedule("learning_rate", learning_rate)
     return optax.chain(
         project_radial(
             in_float32(optax.trace(momentum)),
@@ -210,7 +212,7 @@ def sgdp(
             weight_decay=weight_decay,
             channel_axis=channel_axis,
         ),
-        optax.scale_by_learning_rate(learning_rate),
+        in_float32(optax.scale_by_learning_rate(rate)),
     )
 
 
