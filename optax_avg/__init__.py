@@ -43,7 +43,7 @@ Clips that follow the norms seen so far
 
 Robust locations across examples, micro-batches and workers (aggregators of Optax)
     coordinate_median, trimmed_mean, geometric_median, median_of_means, centered_clip,
-    krum, flag_aggregator, one_pass_location
+    krum, flag_aggregator, adaptive_k_mean, one_pass_location
     their state     AggregationState
 
 How heavy are the tails of the noise
@@ -129,6 +129,7 @@ from optax_avg.robust.clipping import (
     scale_by_clipped_adagrad_norm,
     scale_by_induced_metric,
 )
+from optax_avg.robust.example_losses import adaptive_k_mean
 from optax_avg.robust.location import (
     AdaptiveRadius,
     LocationState,
@@ -207,6 +208,7 @@ __all__ = [
     "SyncedState",
     "TailIndices",
     "TailState",
+    "adaptive_k_mean",
     "adaptive_radius",
     "as_link",
     "asam",

@@ -244,7 +244,19 @@ def of_rows(factory):
     return make
 
 
+def adaptive_k_mean(beta1=0.9, beta2=0.999):
+    """Two of five rows have a large loss."""
+    tx = oa.adaptive_k_mean(beta1, beta2)
+    losses = jnp.array([0.5, 1.0, 9.0, 2.0, 5.0])
+
+    def update(updates, state, params=None, **extra_args):
+        return tx.update(updates, state, params, losses=losses, **extra_args)
+
+    return optax.GradientTransformationExtraArgs(tx.init, update)
+
+
 AGGREGATORS = {
+    "adaptive_k_mean": Case(adaptive_k_mean),
     "coordinate_median": Case(oa.coordinate_median),
     "trimmed_mean": Case(oa.trimmed_mean, {"trim": 1}, ("trim",)),
     "geometric_median": Case(oa.geometric_median, {}, ("num_iters",)),

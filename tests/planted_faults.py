@@ -2571,6 +2571,18 @@ FAULTS = {
         "optax.scale_by_learning_rate(rate)",
         "tests/test_optimizers_adaptive.py -k integer_leaves",
     ),
+    "each device has a threshold of its own": Fault(
+        "optax_avg/robust/example_losses.py",
+        "_mesh.everywhere(own, axis_name).reshape(-1)",
+        "jnp.resize(own, n)",
+        "tests/test_example_losses.py -k all_devices",
+    ),
+    "the loss of a row that is not finite counts": Fault(
+        "optax_avg/robust/example_losses.py",
+        "given = jnp.where(stack.valid, given, jnp.nan)",
+        "given = jnp.where(True, given, jnp.nan)",
+        "tests/test_example_losses.py -k counts_nowhere",
+    ),
     "stacks have the axis names of one row": Fault(
         "optax_avg/optimizers/_wide.py",
         "stacks = _leaves.with_first_axis(getattr(state, field))",

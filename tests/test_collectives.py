@@ -103,6 +103,7 @@ NEEDS = {
     "perp_grad_global": Needs(sums=1, rare=3),
     "bloop": Needs(sums=1, rare=3),
     # The norms of the rows, then the Gram matrix of what is left of them.
+    "adaptive_k_mean": NORM,
     "coordinate_median": NORM,
     "trimmed_mean": NORM,
     "flag": NORM._replace(sums=2),
