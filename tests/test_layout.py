@@ -128,6 +128,9 @@ def test_window_of_nnx_variables_in_linen():
 @pytest.mark.parametrize("spec", [P(), P("d")])
 def test_an_average_in_host_memory_stays_there(spec):
     """Under jit, with params and state donated; the numbers are the device's."""
+    to_host = jax.jit(lambda x: jax.device_put(x + 1, jax.memory.Space.Host))
+    if to_host(jnp.ones(1)).sharding.memory_kind != "pinned_host":
+        pytest.skip("jit of this jax gives no results in host memory (0.8.1 on CPU)")
     mesh = jax.make_mesh((4,), ("d",), axis_types=(AxisType.Auto,))
     place = NamedSharding(mesh, spec)
     start = {"w": jnp.arange(8.0), "b": jnp.ones((4, 2))}
