@@ -2497,18 +2497,9 @@ FAULTS = {
         f"{WORKERS} -k small_outer_steps",
     ),
     "the collectives of a round run in every step": Fault(
-        "optax_avg/workers/gossip.py",
-        "            updates, state = lax.cond(\n"
-        "                step % every == 0,\n"
-        "                lambda u, s: meet(u, s, params, x),\n"
-        "                lambda u, s: (u, s),\n"
-        "                updates,\n"
-        "                state,\n"
-        "            )",
-        "            new = meet(updates, state, params, x)\n"
-        "            updates, state = _rounds.chosen(\n"
-        "                step % every == 0, new, (updates, state)\n"
-        "            )",
+        "optax_avg/workers/_rounds.py",
+        "return lax.cond(due, meet, stay, updates, state, x)",
+        "return chosen(due, meet(updates, state, x), (updates, state))",
         f"{WORKERS} -k 'between_rounds and gossip'",
     ),
     "gossip hears one neighbour twice": Fault(

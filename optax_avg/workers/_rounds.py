@@ -5,7 +5,7 @@
 A worker counts if it takes part and all of its elements are finite.
 """
 
-from collections.abc import Hashable
+from collections.abc import Callable, Hashable
 from typing import Any
 
 import jax
@@ -29,6 +29,26 @@ def selected(
         updates,
     )
     return updates, _leaves.select(_leaves.new_iterate(params, updates), where)
+
+
+def taken(
+    name: str,
+    meet: Callable[[Tree, Tree, Tree], tuple[Tree, Tree]],
+    due: jax.Array,
+    updates: Tree,
+    state: Tree,
+    params: Tree,
+    where: _leaves.Where | None,
+    axes: Axes,
+) -> tuple[Tree, Tree]:
+    """Updates and state after ``meet(updates, state, x)`` in the steps that are due.
+
+    ``x`` are the selected new iterates.
+    """
+    updates, x = selected(params, updates, where)
+    refuse_shared(name, x, axes)
+    stay = lambda updates, state, x: (updates, state)
+    return lax.cond(due, meet, stay, updates, state, x)
 
 
 def refuse_shared(name: str, x: Tree, axes: Axes) -> None:

@@ -148,14 +148,15 @@ def gossip_params(
         step: Any = _numerics.advance_clock(state.gossip_step, every)
         state = state._replace(gossip_step=step)
         if axes:
-            updates, x = _rounds.selected(params, updates, where)
-            _rounds.refuse_shared("gossip_params", x, axes)
-            updates, state = lax.cond(
+            updates, state = _rounds.taken(
+                "gossip_params",
+                lambda u, s, x: meet(u, s, params, x),
                 step % every == 0,
-                lambda u, s: meet(u, s, params, x),
-                lambda u, s: (u, s),
                 updates,
                 state,
+                params,
+                where,
+                axes,
             )
         _sight.report("gossip_params", emitted=updates, rewrites=True, is_average=False)
         return updates, state

@@ -274,14 +274,15 @@ def sync_params(
         _mesh.require_mapped(axes)
         step: Any = _numerics.advance_clock(state.sync_step, every)
         state = state._replace(sync_step=step)
-        updates, x = _rounds.selected(params, updates, where)
-        _rounds.refuse_shared("sync_params", x, axes)
-        updates, state = lax.cond(
+        updates, state = _rounds.taken(
+            "sync_params",
+            lambda u, s, x: meet(u, s, params, x, participates),
             step % every == 0,
-            lambda u, s: meet(u, s, params, x, participates),
-            lambda u, s: (u, s),
             updates,
             state,
+            params,
+            where,
+            axes,
         )
         _sight.report("sync_params", emitted=updates, rewrites=True, is_average=False)
         return updates, state
