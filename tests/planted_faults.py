@@ -2578,13 +2578,13 @@ FAULTS = {
         "optax_avg/optimizers/_wide.py",
         "stacks = _leaves.with_first_axis(getattr(state, field))",
         "stacks = getattr(state, field)",
-        f'{LAYOUT} -k "names_of_their_parameters and multi_momentum"',
+        f"{LAYOUT} -k 'names_of_their_parameters and multi_momentum'",
     ),
     "norms of leaves have the axis names of the leaves": Fault(
         "optax_avg/optimizers/weight_norms.py",
         "_leaves.unboxed(radii)",
         "radii",
-        f'{LAYOUT} -k "names_of_their_parameters and norm_preserving"',
+        f"{LAYOUT} -k 'names_of_their_parameters and norm_preserving'",
     ),
     "missing host memory is not named": Fault(
         "optax_avg/averages/_rule.py",
